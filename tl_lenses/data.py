@@ -1,0 +1,497 @@
+"""Text and tokens: the one place where BOS, EOS, padding and byte counts are decided.
+
+`token_batches` is for corpora, `tokenize` for prompts, `as_batches` and `check_tokens` for ids that already exist.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file: the end of a document
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
+PASSAGE = 4096  # characters after which a .txt without separators is cut at the next blank line
+GROUP = 16  # documents tokenised in one call: enough for the tokenizer's threads, even books fit in memory
+MEASURED = 2**20  # tokens `bytes_per_token` reads when no pass was made: a streamed corpus may have no end
+ROWS = 8  # rows of a bare tensor that `as_batches` puts in a batch
+
+
+class Batch(NamedTuple):
+    """Ids `[batch, pos]`, their mask (1 real, 0 pad; None: all real), and the bytes per token of the text so far."""
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"] | None = None
+    bytes_per_token: float | None = None
+
+
+def token_batches(
+    source: Any,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    batch_size: int,
+    text_column: str = "text",
+    prepend_bos: bool = True,
+    shuffle_seed: int | None = None,
+    shuffle_buffer: int = 1000,
+    split: str = "train",
+    limit_tokens: int | None = None,
+    drop_last: bool = False,
+) -> "TokenBatches":
+    """Streams text as batches `[batch, seq_len]` of full rows, from the start each time it is iterated over.
+
+    Documents, EOS between them, are cut into rows that each start with BOS; EOS and BOS only where the tokenizer has
+    them. Tokens left over after the last full row are dropped.
+
+    Args:
+        source: an iterable of texts (or of rows with a text column); a path to a .txt, .jsonl, .json, .parquet or .csv
+            file or to a directory of them; a `datasets` object, or the name of one, `"org/name"` or
+            `"org/name:config"`; a function that returns an iterator of texts. A .txt file is cut into documents at
+            lines with only `<|endoftext|>`, else into passages of whole paragraphs of at least 4,096 characters.
+        tokenizer: a Hugging Face tokenizer, such as `model.tokenizer`.
+        seq_len: tokens per row, BOS included.
+        batch_size: rows per batch; the last batch may have fewer.
+        text_column: where rows that are not plain strings have their text.
+        prepend_bos: start rows with BOS.
+        shuffle_seed: shuffles the documents, the same way each time; None keeps their order.
+        shuffle_buffer: documents that the shuffle draws from; it is complete where all of them fit.
+        split: the split of a source that has splits.
+        limit_tokens: the rows together hold at most so many tokens.
+        drop_last: leave out a last batch with fewer rows.
+
+    Raises:
+        ValueError: the source is missing, empty, not UTF-8, without the column, or too short for one row.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> batches = token_batches(["abc", "d"], ByT5Tokenizer(), seq_len=2, batch_size=8)
+        >>> [batch.tokens.tolist() for batch in batches], batches.bytes_per_token
+        ([[[100, 101], [102, 1]]], 1.0)
+    """
+    for name, value, least, why in (
+        ("seq_len", seq_len, 2, "one token to read and one to predict"),
+        ("batch_size", batch_size, 1, "one row"),
+        ("shuffle_buffer", shuffle_buffer, 1, "one document"),
+        ("limit_tokens", seq_len if limit_tokens is None else limit_tokens, seq_len, "one row of seq_len"),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; pass at least {least}, {why}.")
+    start, name = _reader(source, text_column, split)
+    bos = _bos(tokenizer, prepend_bos)
+    shuffle = None if shuffle_seed is None else (shuffle_seed, shuffle_buffer)
+    one_shot = isinstance(source, Iterator)
+    return TokenBatches(start, name, one_shot, tokenizer, seq_len, batch_size, bos, shuffle, limit_tokens, drop_last)
+
+
+@dataclass(eq=False, repr=False)
+class TokenBatches:
+    """What `token_batches` returns. `n_tokens` counts the tokens in the batches of the last pass, BOS and EOS too."""
+
+    start: Callable[[], Iterator[str]]
+    name: str
+    one_shot: bool
+    tokenizer: Any
+    seq_len: int
+    batch_size: int
+    bos: int | None
+    shuffle: tuple[int, int] | None
+    limit_tokens: int | None
+    drop_last: bool
+    n_tokens: int = 0
+    counted: tuple[int, int] = (0, 0)  # tokens and bytes of the documents of the longest pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        """One pass. With a shuffle seed each index has an order of its own; `iter()` is `epoch(0)`."""
+        return self._batches(self._texts(index))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token of the documents (BOS and EOS not counted) that the longest pass so far has read.
+
+        Before any pass, documents are read for it: up to `limit_tokens`, or about a million tokens.
+        """
+        if not self.counted[0] and self.one_shot:
+            raise ValueError(f"{self.name} can be read only once: ask for bytes_per_token after iterating over it.")
+        if not self.counted[0]:
+            enough = self.limit_tokens or MEASURED
+            next((ids for ids in self._ids(self._texts(0)) if self.counted[0] >= enough), None)
+        if not self.counted[0]:
+            raise ValueError(f"{self.name} holds no text, so bytes_per_token is not known. Pass a source with text.")
+        return self.counted[1] / self.counted[0]
+
+    def _texts(self, epoch: int) -> Iterator[str]:
+        if self.shuffle is None:
+            return self.start()
+        seed, size = self.shuffle
+        # with seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1: seeds meant to be independent are not
+        return _shuffled(self.start(), size, torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+
+    def _ids(self, texts: Iterator[str]) -> Iterator[list[int]]:
+        tokens = size = 0
+        while group := list(islice(texts, GROUP)):
+            size += sum(len(text.encode()) for text in group)
+            encoded = _encode(self.tokenizer, group)
+            tokens += sum(map(len, encoded))
+            self.counted = max(self.counted, (tokens, size))
+            yield from filter(None, encoded)  # an empty document would only double a separator
+
+    def _rows(self, texts: Iterator[str]) -> Iterator[list[int]]:
+        head = [] if self.bos is None else [self.bos]
+        width = self.seq_len - len(head)
+        eos = self.tokenizer.eos_token_id
+        pending, separator = [], []
+        for ids in self._ids(texts):
+            pending += separator + ids
+            separator = [] if eos is None else [eos]
+            full = len(pending) - len(pending) % width
+            yield from (head + pending[at : at + width] for at in range(0, full, width))
+            del pending[:full]
+
+    def _batches(self, texts: Iterator[str]) -> Iterator[Batch]:
+        rows = self._rows(texts)
+        if self.limit_tokens is not None:
+            rows = islice(rows, self.limit_tokens // self.seq_len)
+        self.n_tokens = n_tokens = 0
+        needed = self.batch_size if self.drop_last else 1
+        batch = list(islice(rows, self.batch_size))
+        while len(batch) >= needed:
+            after = list(islice(rows, self.batch_size))  # one ahead, so that the last batch knows the bytes of all text
+            self.n_tokens = n_tokens = n_tokens + len(batch) * self.seq_len
+            yield Batch(torch.tensor(batch), None, self.bytes_per_token)
+            batch = after
+        if not n_tokens:
+            raise ValueError(
+                f"{self.name} holds {self.counted[0]} tokens: too few for {needed} row{'s' * (needed > 1)} of "
+                f"seq_len {self.seq_len}. Pass more text or a smaller seq_len{' or batch_size' * self.drop_last}."
+            )
+
+
+def tokenize(
+    tokenizer: Any, prompts: str | Sequence[str], *, prepend_bos: bool = True, padding_side: str = "left"
+) -> Batch:
+    """Turns one prompt, or several padded to one length, into token ids `[batch, pos]` and a mask where there are pads.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, such as `model.tokenizer`.
+        prompts: a prompt or a list of them.
+        prepend_bos: start each with BOS, where the tokenizer has one and the text does not start with it already.
+        padding_side: `"left"`, so that the last position is real in every row, or `"right"`.
+
+    Raises:
+        ValueError: no prompts, a prompt without tokens, an unknown side.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> batch = tokenize(ByT5Tokenizer(), ["abc", "d"])
+        >>> batch.tokens.tolist(), batch.attention_mask.tolist()
+        ([[100, 101, 102], [0, 0, 103]], [[1, 1, 1], [0, 0, 1]])
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
+    if not texts:
+        raise ValueError("prompts is an empty list; pass at least one string.")
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"prompts should be strings, got {wrong[0]}. Token ids need no tokenize().")
+    bos, rows = _bos(tokenizer, prepend_bos), _encode(tokenizer, texts)
+    if bos is not None:  # compared as ids: the text may spell BOS, and some tokenizers add it whatever they are told
+        rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
+    if not all(rows):
+        raise ValueError(f"prompt {rows.index([])} has no tokens and no BOS is put before it. Pass some text.")
+    longest = max(map(len, rows))
+    if all(len(ids) == longest for ids in rows):
+        return Batch(torch.tensor(rows))
+    # pads are masked and enter no statistic, so where the tokenizer has none any id will do
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
+    pad = next(token for token in candidates if token is not None)
+    tokens, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        real = slice(longest - len(ids), None) if padding_side == "left" else slice(len(ids))
+        tokens[row, real], mask[row, real] = torch.tensor(ids), 1
+    return Batch(tokens, mask)
+
+
+def check_tokens(tokens: Any, d_vocab: int, n_ctx: int | None) -> Int[Tensor, "batch pos"]:
+    """Refuses ids that the model cannot read; gives the others as int64 `[batch, pos]`, never changing a value.
+
+    Args:
+        tokens: `[pos]` or `[batch, pos]`, any integer dtype.
+        d_vocab: the size of the model's vocabulary.
+        n_ctx: the longest row that the model reads; None for no limit.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: another number of axes, empty, too long, or an id outside the vocabulary.
+
+    Example:
+        >>> check_tokens(torch.tensor([5, 2], dtype=torch.int32), d_vocab=10, n_ctx=4)
+        tensor([[5, 2]])
+    """
+    rows = _rows_of(tokens, "tokens")
+    if n_ctx is not None and rows.shape[1] > n_ctx:
+        raise ValueError(f"tokens have {rows.shape[1]} positions; the model's context is {n_ctx}. Pass shorter rows.")
+    outside = (rows < 0) | (rows >= d_vocab)
+    if outside.any():
+        row, pos = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"token id {rows[row, pos].item()} at row {row}, position {pos} is not in the model's vocabulary of "
+            f"{d_vocab} (ids 0..{d_vocab - 1}). Tokenise with the model's own tokenizer."
+        )
+    return rows
+
+
+def as_batches(tokens: Any, batch_size: int | None = None) -> Iterable[Batch]:
+    """Gives anything that holds token ids one form: an iterable of `Batch`, which starts again at each `iter()`.
+
+    Args:
+        tokens: ids `[pos]` or `[n, pos]`, a `Batch`, or a dict with `input_ids` and perhaps `attention_mask`; a list, a
+            `DataLoader` or any iterable of these, each a batch of its own; or a `TokenBatches`, returned as it is. An
+            iterator can be gone through once.
+        batch_size: rows per batch at most; None cuts a bare tensor by 8 and nothing else.
+
+    Raises:
+        TypeError: not tokens.
+        ValueError: a wrong shape or mask, nothing to iterate over, an iterator used twice.
+
+    Example:
+        >>> [len(batch.tokens) for batch in as_batches(torch.zeros(5, 3, dtype=torch.long), batch_size=2)]
+        [2, 2, 1]
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; pass at least 1, or None.")
+    if isinstance(tokens, TokenBatches):
+        return tokens
+    if isinstance(tokens, Tensor):
+        batch_size = batch_size or ROWS
+    if isinstance(tokens, (str, Tensor, Batch, Mapping)) or not isinstance(tokens, Iterable):
+        tokens = [_as_batch(tokens, "tokens")]  # what is no batch is refused at once
+    return _Batches(_starter(tokens, "tokens"), batch_size)
+
+
+@dataclass(eq=False, repr=False)
+class _Batches:
+    start: Callable[[], Iterator[Any]]
+    batch_size: int | None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._split(self.start())
+
+    def _split(self, items: Iterator[Any]) -> Iterator[Batch]:
+        index = -1
+        for index, item in enumerate(items):
+            tokens, mask, ratio = _as_batch(item, f"item {index} of tokens")
+            size = self.batch_size or len(tokens)
+            for at in range(0, len(tokens), size):
+                yield Batch(tokens[at : at + size], None if mask is None else mask[at : at + size], ratio)
+        if index < 0:
+            raise ValueError("tokens is empty: there was no batch in it. Pass at least one row of ids.")
+
+
+def _as_batch(item: Any, where: str) -> Batch:
+    tokens, mask, ratio = item, None, None
+    if isinstance(item, Batch):
+        tokens, mask, ratio = item
+    elif isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise ValueError(f"{where} has no 'input_ids', only {list(item)}. Give the ids that name.")
+        tokens, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, (list, tuple)) and len(item) == 1:  # what a DataLoader over a TensorDataset yields
+        tokens = item[0]
+    rows = _rows_of(tokens, where)
+    if mask is None:
+        return Batch(rows, None, ratio)
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if got != tuple(tokens.shape):
+        raise ValueError(f"the attention_mask of {where} should be a tensor of shape {tuple(tokens.shape)}, got {got}.")
+    if ((mask != 0) & (mask != 1)).any():
+        raise ValueError(f"the attention_mask of {where} should be 1 at real tokens and 0 at pads; got other values.")
+    return Batch(rows, mask.reshape(rows.shape).long(), ratio)
+
+
+def _rows_of(tokens: Any, where: str) -> Int[Tensor, "batch pos"]:
+    if isinstance(tokens, str):
+        raise TypeError(f"{where} is text, not token ids. Use tokenize(), or token_batches() for a corpus.")
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{where} should be a tensor of ids, got {type(tokens).__name__}. Use torch.tensor(...).")
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(f"{where} should be token ids of an integer dtype, got {tokens.dtype}. Convert with .long().")
+    if tokens.ndim not in (1, 2):
+        raise ValueError(f"{where} should have shape [pos] or [batch, pos], got {tuple(tokens.shape)}. Reshape it.")
+    if not tokens.numel():
+        raise ValueError(f"{where} is empty: its shape is {tuple(tokens.shape)}. Pass at least one token.")
+    return tokens.reshape(-1, tokens.shape[-1]).long()
+
+
+def _bos(tokenizer: Any, prepend_bos: bool) -> int | None:
+    if tokenizer is None:
+        raise ValueError("the tokenizer is None: text needs one. Load the model with its tokenizer, or pass token ids.")
+    return tokenizer.bos_token_id if prepend_bos else None
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # no special tokens, or BOS would come twice; not verbose, or it warns of documents longer than the context
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _shuffled(texts: Iterator[str], size: int, generator: torch.Generator) -> Iterator[str]:
+    """Each text once: a new one takes the place of one drawn from a buffer."""
+    buffer = list(islice(texts, size))
+    for text in texts:
+        drawn = int(torch.randint(len(buffer), (), generator=generator))
+        yield buffer[drawn]
+        buffer[drawn] = text
+    yield from (buffer[drawn] for drawn in torch.randperm(len(buffer), generator=generator).tolist())
+
+
+def _starter(source: Iterable[Any], name: str) -> Callable[[], Iterator[Any]]:
+    """A function that starts going through `source`; where that works only once, a second call says so."""
+    once = [source]
+
+    def start() -> Iterator[Any]:
+        if not once:
+            kind, instead = type(source).__name__, "a list, or for text a function that returns a new iterator"
+            raise ValueError(f"{name} is a {kind}, which gives one pass, and that was made. Pass {instead}.")
+        return iter(once.pop() if isinstance(source, Iterator) else source)
+
+    return start
+
+
+def _reader(source: Any, column: str, split: str) -> tuple[Callable[[], Iterator[str]], str]:
+    """A function that starts reading the texts of `source`, and what errors call the source."""
+    name = f"'{source}'" if isinstance(source, (str, Path)) else "the source"
+    if isinstance(source, (str, Path)):
+        path = os.path.expanduser(source)
+        if os.path.exists(path):  # Path.exists raises where a string is too long to be a path
+            named = [(file, f"'{file}'") for file in _files(Path(path))]
+            return lambda: (text for file, name in named for text in _texts(_rows_in(file, column), column, name)), name
+        source = _hub(source, split)
+    elif isinstance(source, Mapping):
+        if split not in source:
+            raise ValueError(f"the source has no split {split!r}, only {list(source)}. Pass split=...")
+        return _reader(source[split], column, split)
+    if getattr(source, "column_names", None) is not None:  # a `datasets` object; some do not know their columns yet
+        _check_column(column, source.column_names, name)
+        source = source.select_columns([column])
+    if not isinstance(source, Iterable) and not callable(source):
+        raise TypeError(f"source should be texts, a path, a dataset or a function; got {type(source).__name__}.")
+    start: Callable[[], Any] = _starter(source, name) if isinstance(source, Iterable) else source
+    return lambda: _texts(start(), column, name), name
+
+
+def _texts(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            _check_column(column, row, f"row {index} of {name}")
+            row = row[column]
+        if not isinstance(row, str):
+            raise ValueError(
+                f"the text of row {index} of {name} is a {type(row).__name__}; expected a str. Drop the row."
+            )
+        yield row
+
+
+def _check_column(column: str, columns: Iterable[str], name: str) -> None:
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}, only {list(columns)}. Pass text_column=...")
+
+
+def _hub(source: str | Path, split: str) -> Any:
+    if isinstance(source, Path) or Path(source).suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")):
+        raise ValueError(f"there is no file or directory '{source}' (the working directory is '{Path.cwd()}').")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        shown = source if len(source) < 60 else source[:57] + "..."
+        raise ValueError(f"{shown!r} is no file, directory or dataset name ('org/name'). Pass text in a list: [text].")
+    import datasets
+
+    try:
+        return datasets.load_dataset(*source.split(":"), split=split, streaming=True)
+    except Exception as error:  # datasets has its own errors for each way in which a name can be wrong or out of reach
+        raise ValueError(f"'{source}' is no file here, and as a dataset it did not load: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
+        shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not any(file.stat().st_size for file in shown):
+            raise ValueError(f"the directory '{path}' has no {', '.join(SUFFIXES)} file with anything in it.")
+        return [file for file in shown if file.stat().st_size]
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"'{path}' ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}. Convert it.")
+    if not path.stat().st_size:
+        raise ValueError(f"'{path}' is empty. Pass a file with text in it.")
+    return [path]
+
+
+def _rows_in(path: Path, column: str) -> Iterator[Any]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        from pyarrow import parquet
+
+        file = parquet.ParquetFile(path)
+        _check_column(column, file.schema_arrow.names, f"'{path}'")
+        for batch in file.iter_batches(columns=[column], batch_size=GROUP):
+            yield from batch.column(0).to_pylist()
+    elif suffix == ".csv":
+        import pandas
+
+        for _ in _lines(path):  # pandas does not say which byte of the file is wrong
+            pass
+        for chunk in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=GROUP):
+            _check_column(column, chunk.columns, f"'{path}'")
+            yield from chunk[column]
+    elif suffix == ".txt":
+        yield from _documents(path)
+    else:
+        yield from _json_rows(path)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    separated = any(line.strip() == SEPARATOR for line in _lines(path))
+    lines, size = [], 0
+    for line in _lines(path):
+        ends = line.strip() == SEPARATOR
+        if ends or (not separated and size >= (16 * PASSAGE if line.strip() else PASSAGE)):
+            yield "".join(lines).strip()
+            lines, size = [], 0
+        if not ends:
+            lines.append(line)
+            size += len(line)
+    yield "".join(lines).strip()
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    lines = _lines(path)
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.lstrip().startswith("["):
+                yield from json.loads(line + "".join(lines))
+            elif line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:
+            expected = "a list of strings or objects, or one of them per line"
+            raise ValueError(f"'{path}' is not JSON at line {number}: {error}. Expected {expected}.") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise ValueError(f"'{path}' is not UTF-8 at byte {at}. Convert it, for example with iconv.") from None
+            yield (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
+            offset += len(line)

@@ -1,0 +1,1 @@
+"""Fitters: each is a function `(model, tokens, ...) -> Translators`."""

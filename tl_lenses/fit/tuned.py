@@ -1,0 +1,313 @@
+"""The tuned lens: translators that minimise KL(model || lens), all layers in the same pass over a frozen model."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_lenses.checkpoint import load_state, save_state
+from tl_lenses.data import Batch, TokenBatches, as_batches
+from tl_lenses.divergence import fused_ce, fused_kl
+from tl_lenses.fit.common import activations, record, rows_for
+from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.hooks import Hook
+from tl_lenses.model import LensModel, check_model, device_of
+from tl_lenses.progress import progress
+from tl_lenses.sites import LayerOrSite
+from tl_lenses.translators import Row, Translators, base
+from tl_lenses.unembed import Readout
+
+# Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since torch's momentum
+# multiplies by its inverse. Muon: benchmarks/fit_recipes.py.
+_LR = {"muon": 0.01, "sgd": 0.1, "adam": 1e-3}
+_WEIGHT_DECAY = {"muon": 0.01, "sgd": 1e-3, "adam": 0.0}
+
+
+def fit_tuned(
+    model: LensModel,
+    tokens: Any,
+    steps: int = 250,
+    tokens_per_step: int | None = None,
+    loss: Literal["kl", "ce"] = "kl",
+    init: Literal["regression", "identity"] | Translators = "regression",
+    optimizer: Literal["muon", "sgd", "adam"] = "muon",
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    token_shift: int | None = None,
+    bias_only: bool = False,
+    layers: Iterable[LayerOrSite] | None = None,
+    seed: int = 0,
+    chunk_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    log: Callable[[dict[str, Any]], None] | list[dict[str, Any]] | None = None,
+    *,
+    hooks: Iterable[Hook] = (),
+    skip_first: bool = True,
+    momentum: float = 0.9,
+    clip: float | None = 1.0,
+    joint_clip: bool = False,
+    init_tokens: int | None = None,
+    checkpoint_every: int = 25,
+    show_progress: bool | None = None,
+) -> Translators:
+    """Train `x -> x + D x + b` per layer by KL(model || lens), the model frozen.
+
+    Loss and gradient come fused and chunk by chunk (`divergence.fused_kl`), so two full logit tensors never exist. The published
+    recipe is `steps=250, tokens_per_step=2**18, init="identity", optimizer="sgd", joint_clip=True, skip_first=False`; its Muon successor
+    `init="identity", optimizer="muon", tokens_per_step=2**18`.
+
+    Args:
+        tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; gone through again (in another order, from `seed`) when it ends
+            and can be.
+        steps: optimiser steps; the rate falls linearly to zero over them.
+        tokens_per_step: batches are added up to about this many tokens; one batch by default.
+        loss: "kl" against the model's distribution, or "ce" against the text.
+        init: where to start: "regression" fits the closed form on the first tokens of the stream, "identity" is the logit lens.
+        optimizer: "muon" (matrices; AdamW for biases), "sgd" (Nesterov), "adam" (AdamW).
+        lr, weight_decay: by optimiser if None; decay pulls to the identity.
+        token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
+        bias_only: train b alone.
+        layers: layers or sites, `0..n_layers-1` by default.
+        chunk_size: positions whose logits exist at a time.
+        checkpoint: file that keeps the state every `checkpoint_every` steps and when interrupted; an existing one of the same settings is
+            resumed.
+        log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
+        hooks: interventions under which to fit; the teacher is the same hooked run.
+        clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
+        init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
+
+    Raises:
+        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss that is not finite (names layer and step).
+
+    Source: Belrose et al. 2023 (Tuned Lens), section 3 and appendix on training; Muon: the tuned-lens authors' later recipe.
+
+    Example:
+        >>> tuned = tll.fit_tuned(model, tll.token_batches("text.txt", model.tokenizer, seq_len=128, batch_size=16))      # doctest: +SKIP
+        >>> tuned.save("my-lens")                                                                                       # doctest: +SKIP
+    """
+    check_model(model, what="a fit")
+    if loss not in ("kl", "ce"):
+        raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
+    if optimizer not in _LR:
+        raise ValueError(f"optimizer must be one of {', '.join(map(repr, _LR))}, got {optimizer!r}")
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
+    lr = _LR[optimizer] if lr is None else lr
+    weight_decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+    shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
+    hooks, layers = list(hooks), None if layers is None else list(layers)
+    rows = rows_for(model, layers)
+    settings = {
+        "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
+        "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
+        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "rows": [list(row) for row in rows],
+    }  # fmt: skip
+    batches = as_batches(tokens)
+    state = _resume(checkpoint, settings)
+    if state is None:
+        weights, biases, n_init = _start(model, batches, rows, init, init_tokens, hooks, skip_first)
+    else:
+        weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
+    device = device_of(model)
+    delta, biases = weights.float().to(device).contiguous(), biases.float().to(device).contiguous()  # D and b, the stacked buffers
+
+    # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
+    leaves = [nn.Parameter(d) for d in delta]
+    bias_leaves = [nn.Parameter(b) for b in biases]
+    optimizers = _optimizers(optimizer, [] if bias_only else leaves, bias_leaves, lr, weight_decay, momentum)
+    done, consumed, n_seen = 0, 0, 0
+    if state is not None:
+        done, consumed, n_seen = state["step"], state["batches"], state["tokens"]
+        for opt, saved in zip(optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+
+    readout = Readout(model)
+    w_u, b_u = readout.weights()
+    transform = readout.transform if readout.transforms() else None
+    stream = _cycle(batches, tokens, seed, consumed)
+    shown = sorted({0, len(rows) // 2, len(rows) - 1})
+    bar = progress(total=steps, desc="tuned lens", initial=done, show=show_progress)
+
+    def save() -> None:
+        if checkpoint is not None:
+            save_state(checkpoint, {
+                "format": "tl_lenses.fit_tuned", "settings": settings, "step": done, "batches": consumed, "tokens": n_seen,
+                "init_tokens": n_init, "delta": delta, "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
+            })  # fmt: skip
+
+    try:
+        while done < steps:
+            grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
+            losses, n_step, n_used = torch.zeros(len(rows), device=device), 0, 0
+            taken = 0
+            while n_step < (tokens_per_step or 1):
+                batch = next(stream)
+                taken, n_step = taken + 1, n_step + batch.tokens.numel()
+                x, teacher = _pairs(model, batch, rows, hooks, skip_first, shift, loss)
+                n = x.shape[1]
+                if n == 0:
+                    continue
+                part_loss, part_w, part_b = _loss_and_gradient(x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size)
+                # Means over the step's positions, however they fell into batches.
+                losses, grad_w, grad_b = losses + n * part_loss, grad_w + n * part_w, grad_b + n * part_b
+                n_used += n
+            if n_used == 0:
+                raise ValueError("no position to train on in a whole step: rows of one token with skip_first, or all pads")
+            losses, grad_w, grad_b = losses / n_used, grad_w / n_used, grad_b / n_used
+            if not losses.isfinite().all():
+                bad = [row[0] for row, ok in zip(rows, losses.isfinite().tolist(), strict=True) if not ok]
+                raise ValueError(f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})")
+            if clip is not None:
+                _clip(grad_w, grad_b, clip, joint_clip, bias_only)
+            rate = lr * (1 - done / steps)
+            for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
+                leaf.grad, bias.grad = grad_w[i], grad_b[i]
+            for opt in optimizers:
+                for group in opt.param_groups:
+                    group["lr"] = rate
+                opt.step()
+            done, consumed, n_seen = done + 1, consumed + taken, n_seen + n_step
+            values = losses.tolist()
+            if log is not None:
+                entry = {"step": done, "tokens": n_seen, "lr": rate, "loss": {row[0]: v for row, v in zip(rows, values, strict=True)}}
+                log.append(entry) if isinstance(log, list) else log(entry)
+            bar.set_postfix_str(" ".join(f"{_label(rows[i])} {values[i]:.3f}" for i in shown), refresh=False)
+            bar.update()
+            if done % checkpoint_every == 0:
+                save()
+    except BaseException:
+        save()  # the last whole step: nothing is lost to Ctrl-C, a full disk elsewhere, or a bad batch
+        raise
+    finally:
+        bar.close()
+    save()
+    meta = record(model, "tuned", n_seen, {**settings, "init_tokens": n_init})
+    meta["settings"].pop("rows")
+    full = delta + base(*delta.shape[1:], device=device)
+    return Translators(rows, full.cpu(), biases.cpu(), n_layers=int(model.cfg.n_layers), meta=meta)
+
+
+def _label(row: Row) -> str:
+    parts = row[0].split(".")
+    return f"L{parts[1]}" if row[0].endswith("hook_resid_pre") else row[0].removeprefix("blocks.")
+
+
+def _start(
+    model: LensModel, batches: Iterable[Batch], rows: list[Row], init: Any, init_tokens: int | None, hooks: list[Hook], skip_first: bool
+) -> tuple[Tensor, Tensor, int]:
+    """D and b to start from, and how many tokens that took."""
+    d = int(model.cfg.d_model)
+    if isinstance(init, Translators):
+        chosen = [init[row] for row in rows]
+        return torch.stack([a.weight - base(*a.weight.shape) for a in chosen]), torch.stack([a.bias for a in chosen]), 0
+    if init == "identity":
+        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0
+    if init != "regression":
+        raise ValueError(f"init must be 'regression', 'identity' or Translators, got {init!r}")
+    if isinstance(batches, TokenBatches) and batches.one_shot:
+        raise ValueError("init='regression' reads the first tokens and then starts again, and this source can be read only once: pass a function that returns an iterator, or init='identity'")
+    found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, limit_tokens=init_tokens or max(16 * d, 8192), show_progress=False)
+    maps = from_moments(model, found, rows)
+    return maps.delta.data, maps.biases.data, found.n
+
+
+def _optimizers(
+    name: str, matrices: list[nn.Parameter], biases: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    if name == "sgd":
+        return [torch.optim.SGD([*matrices, *biases], lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)]
+    if name == "adam" or not matrices:
+        return [torch.optim.AdamW([*matrices, *biases], lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(biases, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay),
+    ]
+
+
+def _cycle(batches: Iterable[Batch], tokens: Any, seed: int, skip: int) -> Iterator[Batch]:
+    """Batches without end: each epoch in an order of its own, from `seed`; the first `skip` are passed over."""
+    epoch = index = 0
+    while True:
+        if isinstance(batches, TokenBatches):
+            one_pass: Iterator[Batch] = batches.epoch(epoch)
+        elif isinstance(tokens, Tensor) and tokens.ndim == 2:
+            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            one_pass = iter(as_batches(tokens[order.to(tokens.device)]))
+        else:
+            one_pass = iter(batches)
+        for batch in one_pass:
+            index += 1
+            if index > skip:
+                yield batch
+        epoch += 1
+
+
+def _pairs(
+    model: LensModel, batch: Batch, rows: list[Row], hooks: list[Hook], skip_first: bool, shift: int, loss: str
+) -> tuple[Float[Tensor, "rows n d_in"], Tensor]:
+    """Residuals of the positions to train on, and what each is scored against: logits `[n, d_vocab]` or ids `[n]`."""
+    logits, seen, used, batch = activations(model, batch, rows, hooks, skip_first)
+    width = batch.tokens.shape[1]
+    b, t = used.nonzero(as_tuple=True)
+    real = torch.ones_like(used) if batch.attention_mask is None else batch.attention_mask.bool()
+    there = (t + shift >= 0) & (t + shift < width)
+    b, t = b[there], t[there]
+    there = real[b, t + shift]
+    b, t = b[there], t[there]
+    teacher = logits[b, t + shift] if loss == "kl" else batch.tokens[b, t + shift]
+    return torch.stack([seen[source][b, t].float() for source, _ in rows]), teacher
+
+
+def _loss_and_gradient(
+    x: Float[Tensor, "rows n d_in"],
+    teacher: Tensor,
+    delta: Float[Tensor, "rows d_out d_in"],
+    biases: Float[Tensor, "rows d_out"],
+    readout: Readout,
+    w_u: Tensor,
+    b_u: Tensor | None,
+    transform: Any,
+    loss: str,
+    chunk_size: int | None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_out d_in"], Float[Tensor, "rows d_out"]]:
+    """Mean loss per layer and its gradient with respect to D and b. Autograd sees the final norm alone."""
+    with torch.no_grad():
+        y = torch.baddbmm(biases[:, None], x, delta.mT)
+        if delta.shape[1] == delta.shape[2]:
+            y = y + x
+    y.requires_grad_()
+    with torch.enable_grad():
+        hidden = readout.norm(y.to(readout.dtype))
+        fused = fused_kl if loss == "kl" else fused_ce
+        losses = fused(hidden, teacher, w_u, b_u, transform=transform, chunk_size=chunk_size)
+        (grad_y,) = torch.autograd.grad(losses.sum(), y)
+    return losses.detach(), grad_y.mT @ x, grad_y.sum(1)
+
+
+def _clip(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:
+    """Scale gradients down to norm `clip`: per layer, or over all layers together as published."""
+    squares = (grad_b**2).sum(-1) + (0 if bias_only else (grad_w**2).sum((-2, -1)))
+    norm = (squares.sum().expand_as(squares) if joint else squares).sqrt()
+    factor = (clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+    grad_w.mul_(factor[:, None, None])
+    grad_b.mul_(factor[:, None])
+
+
+def _resume(checkpoint: str | Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, if there is a file.
+
+    Raises:
+        ValueError: it is of other settings (the first difference is named) or not of a fit.
+    """
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None
+    state = load_state(checkpoint)
+    if state.get("format") != "tl_lenses.fit_tuned":
+        raise ValueError(f"{checkpoint} is not a checkpoint of fit_tuned: choose another file")
+    for key, value in settings.items():
+        if (saved := state["settings"].get(key)) != value:
+            raise ValueError(f"the checkpoint {checkpoint} was made with {key}={saved!r}, now it is {value!r}: use the same settings, or delete it to start again")
+    return state

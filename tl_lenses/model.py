@@ -1,0 +1,185 @@
+"""What the library asks of a model: a Protocol over TransformerLens' portable surface, and nothing about architectures.
+
+`HookedTransformer` (2.16 to 3.9) and `TransformerBridge` (3.9 to 4.x) both satisfy it. Differences between versions that
+cannot be avoided (key-value caches, see `Decoder`) are told apart by the signature of `forward`, never by class.
+"""
+
+import importlib
+import inspect
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_lenses.data import Batch, check_tokens, tokenize
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """The part of a TransformerLens model that we use.
+
+    Children of the module (`ln_final`, `unembed`) are not listed: from Python 3.12 on `isinstance` looks members up
+    statically and would not see them (`unembed.Readout` checks for them by name).
+    """
+
+    cfg: Any
+    hook_dict: Any
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def n_layers(model: LensModel) -> int:
+    """Number of blocks; layer `n_layers` is the final residual."""
+    return int(model.cfg.n_layers)
+
+
+def d_model(model: LensModel) -> int:
+    """Width of the residual stream."""
+    return int(model.cfg.d_model)
+
+
+def name_of(model: LensModel) -> str:
+    """The model's name for people; never used to decide anything."""
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def tokenizer_of(model: LensModel) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: the model was loaded without one.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer, so text cannot be read: pass token ids, or set model.tokenizer")
+    return tokenizer
+
+
+def device_of(model: LensModel) -> torch.device:
+    """Device of the model's first parameter, where tokens go in."""
+    return next(model.parameters()).device  # type: ignore[attr-defined]
+
+
+def dtype_of(model: LensModel) -> torch.dtype:
+    """Floating-point type of the model's parameters."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())  # type: ignore[attr-defined]
+
+
+def check_model(model: LensModel, *, what: str = "this") -> None:
+    """Refuse a model that `what` cannot read: not TransformerLens, in train mode, or with quantised weights.
+
+    Raises:
+        TypeError: not a TransformerLens model.
+        ValueError: train mode (dropout would make every number random), or an unembedding that is not floating point.
+    """
+    missing = [m for m in ("cfg", "hook_dict", "run_with_hooks", "hooks", "unembed") if not hasattr(model, m)]
+    if missing:
+        raise TypeError(
+            f"expected a TransformerLens model (HookedTransformer or TransformerBridge), got {type(model).__name__} "
+            f"without {', '.join(missing)}; wrap a Hugging Face model with TransformerBridge.boot_transformers"
+        )
+    if model.training:  # type: ignore[attr-defined]
+        raise ValueError(f"the model is in train mode, so {what} would see dropout: call model.eval() first")
+    unembedding = getattr(model, "W_U", None)
+    if not isinstance(unembedding, Tensor) or not unembedding.is_floating_point():
+        got = getattr(unembedding, "dtype", type(unembedding).__name__)
+        raise ValueError(f"cannot read the unembedding (expected a floating-point W_U, got {got}): load the model without quantised weights")
+
+
+def prepare(
+    model: LensModel, prompt: str | list[str] | Tensor, attention_mask: Int[Tensor, "batch pos"] | None = None
+) -> Batch:
+    """Text or token ids as the batch that will run: checked, on the model's device, BOS prepended to text.
+
+    Raises:
+        ValueError, TypeError: empty, too long for the context, ids out of range, wrong dtype or shape, a mask of another
+            shape or with a row of pads only.
+    """
+    if isinstance(prompt, Tensor):
+        tokens = prompt
+    elif isinstance(prompt, (str, list, tuple)) and attention_mask is not None:
+        raise ValueError("attention_mask goes with token ids; text makes its own mask")
+    elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt)):
+        tokens, attention_mask, _ = tokenize(tokenizer_of(model), prompt if isinstance(prompt, str) else list(prompt))
+    else:
+        raise TypeError(f"expected text, a list of texts or a LongTensor [batch, pos], got {type(prompt).__name__}")
+    tokens = check_tokens(tokens, int(model.cfg.d_vocab), getattr(model.cfg, "n_ctx", None)).to(device_of(model))
+    if attention_mask is not None:
+        if attention_mask.ndim == 1:
+            attention_mask = attention_mask[None]
+        if attention_mask.shape != tokens.shape:
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, the tokens {list(tokens.shape)}: they must agree")
+        if not attention_mask.bool().any(1).all():
+            raise ValueError("attention_mask hides every token of a row: drop that row")
+        attention_mask = attention_mask.to(tokens)
+    return Batch(tokens, attention_mask)
+
+
+def forward(model: LensModel, batch: Batch, return_type: str | None = "logits") -> Any:
+    """One plain forward pass. The mask is always passed where there is one, since a bridge does not infer it."""
+    kwargs = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+    return model(batch.tokens, return_type=return_type, **kwargs)  # type: ignore[operator]
+
+
+class Decoder:
+    """Greedy or sampled decoding, one forward pass at a time, with or without a key-value cache.
+
+    `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both return the
+    logits `[batch, d_vocab]` of the last column.
+    """
+
+    def __init__(self, model: LensModel, *, use_cache: bool = True):
+        self.model, self.use_cache = model, use_cache
+        self.batch: Batch
+        self.cache: Any = None
+        # HookedTransformer takes `past_kv_cache`; a bridge swallows that name in **kwargs and runs uncached, so the
+        # signature decides.
+        self.takes_own_cache = "past_kv_cache" in inspect.signature(type(model).forward).parameters  # type: ignore[attr-defined]
+
+    def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+        self.batch = batch
+        if self.use_cache and self.takes_own_cache:
+            self.cache = _hooked_cache(self.model, batch.tokens.shape[0])
+        return self._run(batch.tokens)
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        seen, mask, _ = self.batch
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(tokens[:, None])], 1)
+        self.batch = Batch(torch.cat([seen, tokens[:, None]], 1), mask)
+        return self._run(tokens[:, None] if self.use_cache else self.batch.tokens)
+
+    def _run(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
+        mask = self.batch.attention_mask
+        if not self.use_cache:
+            return forward(self.model, self.batch)[:, -1]
+        if self.takes_own_cache:
+            # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
+            new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+            return self.model(tokens, attention_mask=new, past_kv_cache=self.cache)[:, -1]  # type: ignore[operator]
+        kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if mask is not None:
+            # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
+            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+        logits, self.cache = self.model(  # type: ignore[operator]
+            tokens, return_type="logits_and_cache", use_past_kv_cache=True, use_cache=True, past_key_values=self.cache, **kwargs
+        )
+        return logits[:, -1]
+
+
+def _hooked_cache(model: LensModel, batch_size: int) -> Any:
+    """An empty HookedTransformer key-value cache; the class moved and was renamed in 3.0."""
+    for module, name in (
+        ("transformer_lens.cache.key_value_cache", "TransformerLensKeyValueCache"),
+        ("transformer_lens.past_key_value_caching", "HookedTransformerKeyValueCache"),
+    ):
+        try:
+            cache_class = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+        return cache_class.init_cache(model.cfg, device_of(model), batch_size)
+    raise RuntimeError("this TransformerLens has no key-value cache that we know: pass use_cache=False")

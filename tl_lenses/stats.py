@@ -1,0 +1,75 @@
+"""Logits to numbers. Every function takes `[..., d_vocab]` and gives one fp32 number per position (nats, unless said).
+
+Log-probabilities are fp32 whatever the model's type. Where a probability is 0 its term is 0, so vocabularies padded with
+-inf are fine.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Bytes of one [positions, d_vocab] fp32 buffer. Several are alive at a time; measured in benchmarks/trajectory.py.
+CHUNK_BYTES = 12 * 2**20
+
+
+def chunks(n: int, d_vocab: int, size: int | None = None) -> Iterator[slice]:
+    """Slices of positions whose logits fit in a buffer of `CHUNK_BYTES` (or `size` positions each)."""
+    size = size or max(1, CHUNK_BYTES // (4 * d_vocab))
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def log_probs(logits: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos d_vocab"]:
+    """`log softmax(logits)` in fp32 (fp64 stays)."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def entropy(logp: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+    """`H(p) = -sum p log p`."""
+    p = logp.exp()
+    return -torch.where(p > 0, p * logp, 0.0).sum(-1)
+
+
+def kl(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+    """`KL(p || q) = sum p (log p - log q)`; p is the model, q the lens, for the tuned lens' loss.
+
+    Source: Belrose et al. 2023 (Tuned Lens), equation 5.
+    """
+    p = logp.exp()
+    return torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
+
+
+def js(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+    """Jensen-Shannon divergence, `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`; at most log 2.
+
+    Source: Lin 1991. (The tuned-lens package's function of this name is half the symmetrised KL, which is another number.)
+    """
+    logm = torch.logaddexp(logp, logq) - torch.log(torch.tensor(2.0, dtype=logp.dtype, device=logp.device))
+    return (kl(logp, logm) + kl(logq, logm)) / 2
+
+
+def tv(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+    """Total variation, `sum |p - q| / 2`; between 0 and 1."""
+    return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+
+
+def target_logprob(logp: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Float[Tensor, "*pos"]:
+    """`log p(target)`, NaN where the target is -1."""
+    picked = logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return torch.where(targets >= 0, picked, torch.nan)
+
+
+def rank(logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Int[Tensor, "*pos"]:
+    """1 for the top token; ties count strictly larger logits. -1 where the target is -1."""
+    picked = logits.gather(-1, targets.clamp_min(0)[..., None])
+    return torch.where(targets >= 0, (logits > picked).sum(-1) + 1, -1)
+
+
+def top_k(logp: Float[Tensor, "*pos d_vocab"], k: int) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:
+    """Ids and probabilities of the k likeliest tokens, best first."""
+    top = logp.topk(min(k, logp.shape[-1]), dim=-1)
+    return top.indices, top.values.exp()
+
+
+PAIRWISE = {"kl": kl, "js": js, "tv": tv}
