@@ -1,6 +1,7 @@
 """Tuned lenses and patchscopes as TransformerLens hook functions.
 
-Two ideas: one affine-translator module (`x -> W x + b` per residual-stream site), and one patching primitive (replace part
+Two ideas: one affine-translator module (`x -> W x + b` per residual-stream site), and one patching primitive
+(replace part
 of one activation by a function of it), both over TransformerLens' standard hook names.
 """
 

@@ -49,7 +49,8 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 def save(translators: Translators, path: str | Path, *, overwrite: bool = False) -> None:
     """Write translators into a folder: all or nothing.
 
-    Both files are made in a temporary folder beside the target and renamed, so that a crash or a full disk leaves what was
+    Both files are made in a temporary folder beside the target and renamed, so that a crash or a full disk leaves
+    what was
     there before.
 
     Args:
@@ -66,7 +67,10 @@ def save(translators: Translators, path: str | Path, *, overwrite: bool = False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        tensors = {"delta": translators.delta.detach().cpu().contiguous(), "biases": translators.biases.detach().cpu().contiguous()}
+        tensors = {
+            "delta": translators.delta.detach().cpu().contiguous(),
+            "biases": translators.biases.detach().cpu().contiguous(),
+        }
         save_file(tensors, temporary / WEIGHTS)
         config = {
             "format": FORMAT,
@@ -115,7 +119,9 @@ def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> T
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path / CONFIG} is not of tl_lenses translators: expected format {FORMAT!r}, got {got!r}")
     if config["version"] > VERSION:
-        raise ValueError(f"{path} has format version {config['version']}, this tl_lenses reads up to {VERSION}: upgrade tl-lenses")
+        raise ValueError(
+            f"{path} has format version {config['version']}, this tl_lenses reads up to {VERSION}: upgrade tl-lenses"
+        )
     if not (path / WEIGHTS).is_file():
         raise ValueError(f"{path} has {CONFIG} but no {WEIGHTS}: copy the whole folder")
     try:
@@ -145,7 +151,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
     except Exception as error:  # every network and Hub failure means the same to the caller
-        raise FileNotFoundError(f"no folder {name!r}, and the Hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"no folder {name!r}, and the Hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 def _sha256(path: Path) -> str:
@@ -221,5 +229,3 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-

@@ -1,10 +1,12 @@
-"""Loss of a lens and its gradient from hidden states, fused: `[n, d_vocab]` logits exist for one chunk of one layer at a time.
+"""Loss of a lens and its gradient from hidden states, fused: `[n, d_vocab]` logits exist for one chunk of one layer
+at a time.
 
 With student logits `z = h W_U + b_U`, teacher probabilities p and `q = softmax(z)`:
 
     KL(p || q) = sum p log p - sum p z + logsumexp z          d KL / d z = q - p          d KL / d h = (q - p) W_U^T
 
-so the gradient is ready as soon as the loss is, and no graph over logits is kept. A chunk's teacher is shared by all layers.
+so the gradient is ready as soon as the loss is, and no graph over logits is kept. A chunk's teacher is shared by all
+layers.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,13 @@ Transform = Callable[[Tensor], Tensor]
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, teacher: Tensor, w_u: Tensor, b_u: Tensor | None, transform: Transform | None, chunk_size: int | None
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Tensor,
+        w_u: Tensor,
+        b_u: Tensor | None,
+        transform: Transform | None,
+        chunk_size: int | None,
     ) -> Tensor:
         rows, n, _ = hidden.shape
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
@@ -67,7 +75,9 @@ class _Fused(torch.autograd.Function):
 
 def _check(hidden: Tensor, n: int) -> None:
     if hidden.shape[1] != n or n == 0:
-        raise ValueError(f"expected one teacher or target per position, at least one: got {n} for {hidden.shape[1]} positions")
+        raise ValueError(
+            f"expected one teacher or target per position, at least one: got {n} for {hidden.shape[1]} positions"
+        )
 
 
 def fused_kl(

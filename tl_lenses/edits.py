@@ -1,6 +1,7 @@
 """What to put in place of an activation: functions from the selected `[batch, k, d]` to the same shape.
 
-Each name here is a factory (called with its settings, returns the edit), except `zero`, which has none. Edits compose as
+Each name here is a factory (called with its settings, returns the edit), except `zero`, which has none. Edits
+compose as
 functions do; none writes in place.
 """
 
@@ -21,11 +22,14 @@ def _like(value: Tensor | float, x: Tensor) -> Tensor:
     try:
         return value.expand_as(x)
     except RuntimeError:
-        raise ValueError(f"a value of shape {list(value.shape)} does not fit the selected activation {list(x.shape)}") from None
+        raise ValueError(
+            f"a value of shape {list(value.shape)} does not fit the selected activation {list(x.shape)}"
+        ) from None
 
 
 def replace(value: Float[Tensor, "*shape"]) -> Edit:
-    """`x -> value`: `[d]` everywhere, `[k, d]` per position, `[batch, d]` per row (where batch differs from k), `[batch, k, d]`.
+    """`x -> value`: `[d]` everywhere, `[k, d]` per position, `[batch, d]` per row (where batch differs from k),
+    `[batch, k, d]`.
 
     >>> replace(torch.tensor([1.0, 2.0]))(torch.zeros(1, 1, 2))
     tensor([[[1., 2.]]])
@@ -125,7 +129,11 @@ def interpolate(value: Float[Tensor, "*shape"], alpha: float) -> Edit:
     return lambda x: torch.lerp(x, _like(value, x).contiguous(), alpha)
 
 
-def project(directions: Float[Tensor, "k d"] | Float[Tensor, " d"], keep: bool = False, toward: Float[Tensor, " d"] | None = None) -> Edit:
+def project(
+    directions: Float[Tensor, "k d"] | Float[Tensor, " d"],
+    keep: bool = False,
+    toward: Float[Tensor, " d"] | None = None,
+) -> Edit:
     """`x -> x + P (c - x)`, P the projector on the span of `directions`: ablates a subspace (or keeps only it).
 
     Args:
@@ -152,7 +160,8 @@ def project(directions: Float[Tensor, "k d"] | Float[Tensor, " d"], keep: bool =
 
 
 def norm_match(edit: Edit | Float[Tensor, "*shape"], norm: float | Tensor | None = None) -> Edit:
-    """`x -> edit(x) * |x| / |edit(x)|`: another edit's direction with the replaced vector's length, or with a given `norm`.
+    """`x -> edit(x) * |x| / |edit(x)|`: another edit's direction with the replaced vector's length, or with a given
+    `norm`.
 
     >>> norm_match(torch.tensor([3.0, 4.0]))(torch.tensor([[[0.0, 10.0]]]))
     tensor([[[6., 8.]]])

@@ -23,7 +23,8 @@ from tl_lenses.trajectory import layers_of, next_tokens
 class Scores:
     """One row per lens and layer: `lens, layer, kl, cross_entropy, bits_per_byte, top1, entropy, bias`.
 
-    `kl` is KL(model || lens) and `bias` KL of the two marginals, nats; `cross_entropy` nats per token with the next token; `top1` the share
+    `kl` is KL(model || lens) and `bias` KL of the two marginals, nats; `cross_entropy` nats per token with the next
+    token; `top1` the share
     of positions where the lens' top token is the model's. The row of layer `n_layers` is the model itself.
     """
 
@@ -69,7 +70,9 @@ class Scores:
 
 def used_positions(batch: Batch, skip_first: bool) -> Bool[Tensor, "batch pos"]:
     """Real positions; without each row's first one (usually BOS, of outsized norm) where asked."""
-    mask = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    mask = (
+        torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    )
     return mask & (mask.cumsum(1) > 1) if skip_first else mask
 
 
@@ -114,7 +117,11 @@ def evaluate(
     decoders = {name: [one[row] for row in rows] for name, one in lenses.items()}
     hooks = list(hooks)
     d_vocab = int(model.cfg.d_vocab)
-    sums = {(name, i): dict.fromkeys(("kl", "cross_entropy", "top1", "entropy"), 0.0) for name in lenses for i in range(len(rows))}
+    sums = {
+        (name, i): dict.fromkeys(("kl", "cross_entropy", "top1", "entropy"), 0.0)
+        for name in lenses
+        for i in range(len(rows))
+    }
     marginals: dict[Any, Tensor] = {}
     n = n_targets = n_bytes = n_counted = 0
     ratio = bytes_per_token
@@ -126,7 +133,9 @@ def evaluate(
         if not used.any():
             continue
         resid: dict[Any, Tensor] = {}
-        logits = run(model, batch.tokens, [*hooks, *residual_reads(model, rows, resid)], attention_mask=batch.attention_mask)
+        logits = run(
+            model, batch.tokens, [*hooks, *residual_reads(model, rows, resid)], attention_mask=batch.attention_mask
+        )
         goal = next_tokens(batch.tokens, used_positions(batch, False))[used]
         if ratio is None and getattr(model, "tokenizer", None) is not None:
             text = [model.tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.tokens, used, strict=True)]  # type: ignore[attr-defined]
@@ -135,7 +144,9 @@ def evaluate(
         hidden = {row: resid[row][used] for row in rows}
         for row in rows:
             if not hidden[row].isfinite().all():
-                raise ValueError(f"the residual at layer {row!r} has values that are not finite: the model overflows there (try float32 or bfloat16)")
+                raise ValueError(
+                    f"the residual at layer {row!r} has values that are not finite: the model overflows there (try float32 or bfloat16)"
+                )
         for part in S.chunks(len(own), d_vocab, chunk_size):
             logp_model = S.log_probs(own[part])
             top = logp_model.argmax(-1)
@@ -153,7 +164,9 @@ def evaluate(
         n, n_targets = n + len(own), n_targets + int((goal >= 0).sum())
 
     if n == 0:
-        raise ValueError("no position to score: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows")
+        raise ValueError(
+            "no position to score: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
+        )
     if ratio is None and n_counted:
         ratio = n_bytes / n_counted
     logp_marginal = (marginals["model"] / n).log()

@@ -1,6 +1,7 @@
 """Which model a file is for: a behaviour of its readout, and the basis of its residual stream.
 
-The same for folded, centred, HookedTransformer or bridge forms of one model: log-softmax is blind to centred unembeddings,
+The same for folded, centred, HookedTransformer or bridge forms of one model: log-softmax is blind to centred
+unembeddings,
 and mean-removed residuals to centred writing weights.
 """
 
@@ -16,8 +17,10 @@ from tl_lenses.unembed import Readout
 
 _PROBES, _PROJECTIONS = 8, 4
 
-# Largest difference of one number, relative to their spread, between forms of one model. Measured in tests/test_fingerprint.py:
-# below 1e-5 in fp32 and below 0.02 in half precision over the tested architectures; two random models differ by 0.5 or more.
+# Largest difference of one number, relative to their spread, between forms of one model. Measured in
+# tests/test_fingerprint.py:
+# below 1e-5 in fp32 and below 0.02 in half precision over the tested architectures; two random models differ by 0.5
+# or more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
@@ -31,7 +34,8 @@ def _noise(rows: int, columns: int, salt: float) -> Float[Tensor, "rows columns"
 def fingerprint(model: LensModel) -> list[list[float]]:
     """Random projections of the readout's log-probabilities on a few fixed residuals.
 
-    `log_softmax(readout(r_i)) . s_j / sqrt(d_vocab)`, with fixed mean-removed residuals r_i of norm sqrt(d_model) and fixed signs s_j.
+    `log_softmax(readout(r_i)) . s_j / sqrt(d_vocab)`, with fixed mean-removed residuals r_i of norm sqrt(d_model)
+    and fixed signs s_j.
     """
     readout = Readout(model)
     device = device_of(model)
@@ -55,7 +59,8 @@ def same_model(a: list[list[float]], b: list[list[float]], dtype: torch.dtype = 
 
 @torch.no_grad()
 def basis_of(model: LensModel) -> str:
-    """"centered" if every residual of a short run has mean zero (centred writing weights of a LayerNorm model), else "raw".
+    """ "centered" if every residual of a short run has mean zero (centred writing weights of a LayerNorm model),
+    else "raw".
 
     Only `center_writing_weights` changes the residual stream, by exactly the mean of each token's residual.
     """

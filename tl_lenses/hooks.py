@@ -1,6 +1,8 @@
-"""The one primitive: read or replace part of one activation. Hooks are plain `(name, fn)` pairs; lists compose with `+`.
+"""The one primitive: read or replace part of one activation. Hooks are plain `(name, fn)` pairs; lists compose with
+`+`.
 
-`activation[pos] = edit(activation[pos])`: activation patching, ablation, steering and every patchscope are this hook with
+`activation[pos] = edit(activation[pos])`: activation patching, ablation, steering and every patchscope are this hook
+with
 another `edit`. Nothing is written in place: a cached `resid_pre[l]` shares its storage with `resid_post[l-1]`.
 """
 
@@ -20,7 +22,8 @@ Hook = tuple[Any, Callable[..., Any]]
 Edit = Callable[[Tensor], Tensor]
 Pos = int | slice | Sequence[int] | Tensor | None
 
-# Where the running forward pass lies: (index of its first column, columns of the prompt). `run` and `generate` set it; None means
+# Where the running forward pass lies: (index of its first column, columns of the prompt). `run` and `generate` set
+# it; None means
 # that somebody else runs the model, and then every forward pass is a prompt.
 _MARK: ContextVar[tuple[int, int] | None] = ContextVar("tl_lenses_mark", default=None)
 
@@ -61,7 +64,9 @@ def _columns(pos: Pos, n_pos: int, batch: int, name: str) -> Int[Tensor, "batch 
             raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
         index = (pos[:, None] if pos.ndim == 1 else pos).cpu()
         if index.ndim != 2 or index.shape[0] != batch:
-            raise ValueError(f"positions of shape {list(pos.shape)} do not fit a batch of {batch} at {name!r}: expected [{batch}] or [{batch}, k]")
+            raise ValueError(
+                f"positions of shape {list(pos.shape)} do not fit a batch of {batch} at {name!r}: expected [{batch}] or [{batch}, k]"
+            )
     else:
         index = torch.tensor([pos] if isinstance(pos, int) else list(pos), dtype=torch.long).expand(batch, -1)
     if not index.numel():
@@ -131,7 +136,9 @@ def read(
         n = _prompt_part(x) if pos is not None or _MARK.get() is not None else x.shape[1]
         if n == 0:
             return
-        value: Any = _select(x, _columns(pos, n, x.shape[0], name)) if pos is not None else (x if n == x.shape[1] else x[:, :n])
+        value: Any = (
+            _select(x, _columns(pos, n, x.shape[0], name)) if pos is not None else (x if n == x.shape[1] else x[:, :n])
+        )
         if detach:
             value = value.detach()
         value = value if fn is None else fn(value)
@@ -145,11 +152,14 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
     """One hook that replaces part of an activation: `activation[pos] = edit(activation[pos])`.
 
     Args:
-        site: hook name, or a layer `0 <= l < n_layers` (`blocks.l.hook_resid_pre`); for the final residual `tll.site(model, -1)`.
+        site: hook name, or a layer `0 <= l < n_layers` (`blocks.l.hook_resid_pre`); for the final residual
+            `tll.site(model, -1)`.
         edit: gets the selected `[batch, k, ...]` (everything for `pos=None`) and returns that shape; see `tll.edits`.
-        pos: int, slice, list (the same in each row), LongTensor `[batch]` or `[batch, k]` (per row), or None for all. Counted in the
+        pos: int, slice, list (the same in each row), LongTensor `[batch]` or `[batch, k]` (per row), or None for
+            all. Counted in the
             prompt's columns as it runs, pads included; `tll.positions` gives them for substrings and padded batches.
-        when: "prompt" patches the prompt's forward pass only; "every_step" also edits each generated position, one by one.
+        when: "prompt" patches the prompt's forward pass only; "every_step" also edits each generated position, one
+            by one.
 
     Raises:
         ValueError (when it runs): a position that is not there, an edit that returns another shape.
@@ -163,12 +173,18 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
     if when not in ("prompt", "every_step"):
         raise ValueError(f"when must be 'prompt' or 'every_step', got {when!r}")
     if not callable(edit):
-        raise TypeError(f"edit must be a function of the selected activation, got {type(edit).__name__}; for a tensor use tll.edits.replace(tensor)")
+        raise TypeError(
+            f"edit must be a function of the selected activation, got {type(edit).__name__}; for a tensor use tll.edits.replace(tensor)"
+        )
 
     def apply(part: Tensor) -> Tensor:
         new = edit(part)
         if not isinstance(new, Tensor):
-            hint = "did you forget to call the factory, as in edits.scale(2.0)?" if callable(new) else "it must return the new value"
+            hint = (
+                "did you forget to call the factory, as in edits.scale(2.0)?"
+                if callable(new)
+                else "it must return the new value"
+            )
             raise ValueError(f"the edit at {name!r} returned {type(new).__name__}: {hint}")
         if new.shape != part.shape:
             raise ValueError(f"the edit at {name!r} returned shape {list(new.shape)}, expected {list(part.shape)}")
@@ -213,7 +229,11 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
 
         return hook_fn
 
-    off = [f"{name!r} is switched off; call model.{setter}(True)." for name, _ in pairs if (setter := _switched_off(model, name))]
+    off = [
+        f"{name!r} is switched off; call model.{setter}(True)."
+        for name, _ in pairs
+        if (setter := _switched_off(model, name))
+    ]
     if off:
         raise RuntimeError(f"{len(off)} of {len(pairs)} hooks never fired: {' '.join(off)}")
     if not pairs:
@@ -233,13 +253,17 @@ def _checked(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
     pairs: list[Hook] = []
     for hook in hooks:
         if not (isinstance(hook, (tuple, list)) and len(hook) == 2 and callable(hook[1])):
-            raise TypeError(f"a hook is a pair (name, function), got {hook!r}: tll.read and tll.patch make them, lists of them add with +")
+            raise TypeError(
+                f"a hook is a pair (name, function), got {hook!r}: tll.read and tll.patch make them, lists of them add with +"
+            )
         name, fn = hook
         if callable(name):  # TransformerLens takes a filter of names too
             names = [n for n in model.hook_dict if name(n)]
             if not names:
                 raise ValueError("a hook's name filter matches no hook of this model")
-            points: dict[int, str] = {id(model.hook_dict[n]): n for n in reversed(names)}  # a bridge has aliases: one name per point
+            points: dict[int, str] = {
+                id(model.hook_dict[n]): n for n in reversed(names)
+            }  # a bridge has aliases: one name per point
             pairs += [(n, fn) for n in names if points[id(model.hook_dict[n])] == n and not _switched_off(model, n)]
         else:
             check_names(model, [name])
@@ -333,7 +357,9 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if context and n_prompt + max_new_tokens > context:
-        raise ValueError(f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {context}: shorten one of them")
+        raise ValueError(
+            f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {context}: shorten one of them"
+        )
     eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None) if stop_at_eos else None
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(model, use_cache=use_cache)

@@ -51,7 +51,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model} ({self.basis} basis)"]
-        lines += [f"  {'ok   ' if c.passed else 'FAILS'} {c.name}: {c.measured:.2g} (allowed {c.allowed})" for c in self.checks]
+        lines += [
+            f"  {'ok   ' if c.passed else 'FAILS'} {c.name}: {c.measured:.2g} (allowed {c.allowed})"
+            for c in self.checks
+        ]
         return "\n".join(lines)
 
 
@@ -59,7 +62,8 @@ class Report:
 def check(model: LensModel, prompt: Tensor | str | None = None, *, seed: int = 0) -> Report:
     """Prove on a prompt that reading and patching are right on this model, in a few seconds.
 
-    The last row equals the model; a no-op patch is bit-identical; a random patch changes the output; positions before a patch do not
+    The last row equals the model; a no-op patch is bit-identical; a random patch changes the output; positions
+    before a patch do not
     change; batched equals single; cached equals uncached generation; no hook is left behind.
 
     Args:
@@ -100,7 +104,11 @@ def check(model: LensModel, prompt: Tensor | str | None = None, *, seed: int = 0
     add("reading changes nothing", float((again - plain).abs().max()), 0.0)
 
     sites = [layer_site(layer, depth) for layer in range(depth + 1)]
-    same = run(model, tokens, [patch(s, lambda x: x.clone()) for s in sites] + [patch(s, lambda x: x.clone(), pos=[0, -1]) for s in sites])
+    same = run(
+        model,
+        tokens,
+        [patch(s, lambda x: x.clone()) for s in sites] + [patch(s, lambda x: x.clone(), pos=[0, -1]) for s in sites],
+    )
     add("no-op patches at every layer", float((same - plain).abs().max()), 0.0)
 
     middle = n // 2

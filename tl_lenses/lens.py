@@ -38,13 +38,15 @@ class LayerLens:
 class Lens:
     """What would the model say from here? Any hidden state as logits.
 
-    `lens[l](x) = readout(W_l x + b_l)`, where readout is the model's final norm and unembedding (with soft cap or scale). Takes
+    `lens[l](x) = readout(W_l x + b_l)`, where readout is the model's final norm and unembedding (with soft cap or
+    scale). Takes
     them by reference and copies nothing. `lens[n_layers]` is the model itself.
 
     Args:
         model: a TransformerLens model in eval mode.
         translators: the affine maps; None is the logit lens.
-        check: "strict" refuses translators of another model; "warn" lets another fingerprint pass with a warning, never another
+        check: "strict" refuses translators of another model; "warn" lets another fingerprint pass with a warning,
+            never another
             width or basis.
 
     Raises:
@@ -57,7 +59,9 @@ class Lens:
         >>> lens[6](cache["blocks.6.hook_resid_pre"]).argmax(-1)         # doctest: +SKIP
     """
 
-    def __init__(self, model: LensModel, translators: Translators | None = None, *, check: Literal["strict", "warn"] = "strict"):
+    def __init__(
+        self, model: LensModel, translators: Translators | None = None, *, check: Literal["strict", "warn"] = "strict"
+    ):
         if check not in ("strict", "warn"):
             raise ValueError(f"check must be 'strict' or 'warn', got {check!r}")
         self.model = model
@@ -89,12 +93,14 @@ class Lens:
         *,
         detach: bool = True,
     ) -> list[Hook]:
-        """One reading hook per layer: `into[l] = then(logits)`, inside the model's pass, with your own hooks beside them.
+        """One reading hook per layer: `into[l] = then(logits)`, inside the model's pass, with your own hooks beside
+        them.
 
         Args:
             into: mapping that receives the results; layers are resolved to `0..n_layers`.
             layers: which ones; all that the lens has by default.
-            then: applied to each layer's logits, so that only its result is kept. Without it `[batch, pos, d_vocab]` is kept per layer.
+            then: applied to each layer's logits, so that only its result is kept. Without it `[batch, pos, d_vocab]`
+                is kept per layer.
             detach: store without the graph.
 
         Example:
@@ -123,17 +129,24 @@ def _check_translators(model: LensModel, translators: Translators, check: str) -
     final = layer_site(n_layers(model), n_layers(model))
     others = sorted({target for _, target in translators.rows if target != final})
     if others:
-        raise ValueError(f"a lens needs maps into the final residual; these end at {others}: use them with tll.edits.affine or patchscope(map=...)")
+        raise ValueError(
+            f"a lens needs maps into the final residual; these end at {others}: use them with tll.edits.affine or patchscope(map=...)"
+        )
     if "basis" in meta and (ours_basis := basis_of(model)) != translators.basis:
         way = (
             "convert them with translators.to_raw() (exact)"
             if translators.basis == "centered"
-            else "load the model with center_writing_weights=False (HookedTransformer) or without enable_compatibility_mode() "
-            "(TransformerBridge), or fit on this model"
+            else "load the model with center_writing_weights=False (HookedTransformer) or without "
+            "enable_compatibility_mode() (TransformerBridge), or fit on this model"
         )
-        raise ValueError(f"these translators are for the {translators.basis} residual basis, this model's is {ours_basis}: {way}")
+        raise ValueError(
+            f"these translators are for the {translators.basis} residual basis, this model's is {ours_basis}: {way}"
+        )
     if "fingerprint" in meta:
-        half = any(str(t).removeprefix("torch.") in ("float16", "bfloat16") for t in (dtype_of(model), meta.get("model_dtype", "")))
+        half = any(
+            str(t).removeprefix("torch.") in ("float16", "bfloat16")
+            for t in (dtype_of(model), meta.get("model_dtype", ""))
+        )
         if not same_model(meta["fingerprint"], fingerprint(model), torch.float16 if half else torch.float32):
             message = f"{theirs}; {ours}, whose readout behaves differently (another fingerprint)"
             if check == "strict":

@@ -1,6 +1,7 @@
 """What the library asks of a model: a Protocol over TransformerLens' portable surface, and nothing about architectures.
 
-`HookedTransformer` (2.16 to 3.9) and `TransformerBridge` (3.9 to 4.x) both satisfy it. Differences between versions that
+`HookedTransformer` (2.16 to 3.9) and `TransformerBridge` (3.9 to 4.x) both satisfy it. Differences between versions
+that
 cannot be avoided (key-value caches, see `Decoder`) are told apart by the signature of `forward`, never by class.
 """
 
@@ -87,7 +88,9 @@ def check_model(model: LensModel, *, what: str = "this") -> None:
     unembedding = getattr(model, "W_U", None)
     if not isinstance(unembedding, Tensor) or not unembedding.is_floating_point():
         got = getattr(unembedding, "dtype", type(unembedding).__name__)
-        raise ValueError(f"cannot read the unembedding (expected a floating-point W_U, got {got}): load the model without quantised weights")
+        raise ValueError(
+            f"cannot read the unembedding (expected a floating-point W_U, got {got}): load the model without quantised weights"
+        )
 
 
 def prepare(
@@ -96,7 +99,8 @@ def prepare(
     """Text or token ids as the batch that will run: checked, on the model's device, BOS prepended to text.
 
     Raises:
-        ValueError, TypeError: empty, too long for the context, ids out of range, wrong dtype or shape, a mask of another
+        ValueError, TypeError: empty, too long for the context, ids out of range, wrong dtype or shape, a mask of
+        another
             shape or with a row of pads only.
     """
     if isinstance(prompt, Tensor):
@@ -112,7 +116,9 @@ def prepare(
         if attention_mask.ndim == 1:
             attention_mask = attention_mask[None]
         if attention_mask.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, the tokens {list(tokens.shape)}: they must agree")
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, the tokens {list(tokens.shape)}: they must agree"
+            )
         if not attention_mask.bool().any(1).all():
             raise ValueError("attention_mask hides every token of a row: drop that row")
         attention_mask = attention_mask.to(tokens)
@@ -128,7 +134,8 @@ def forward(model: LensModel, batch: Batch, return_type: str | None = "logits") 
 class Decoder:
     """Greedy or sampled decoding, one forward pass at a time, with or without a key-value cache.
 
-    `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both return the
+    `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both
+    return the
     logits `[batch, d_vocab]` of the last column.
     """
 
@@ -138,7 +145,8 @@ class Decoder:
         self.cache: Any = None
         # HookedTransformer takes `past_kv_cache`; a bridge swallows that name in **kwargs and runs uncached, so the
         # signature decides.
-        self.takes_own_cache = "past_kv_cache" in inspect.signature(type(model).forward).parameters  # type: ignore[attr-defined]
+        forward_method: Any = type(model).forward  # type: ignore[attr-defined]
+        self.takes_own_cache = "past_kv_cache" in inspect.signature(forward_method).parameters
 
     def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         self.batch = batch
@@ -166,7 +174,12 @@ class Decoder:
             # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
             kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
         logits, self.cache = self.model(  # type: ignore[operator]
-            tokens, return_type="logits_and_cache", use_past_kv_cache=True, use_cache=True, past_key_values=self.cache, **kwargs
+            tokens,
+            return_type="logits_and_cache",
+            use_past_kv_cache=True,
+            use_cache=True,
+            past_key_values=self.cache,
+            **kwargs,
         )
         return logits[:, -1]
 

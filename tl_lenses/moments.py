@@ -18,7 +18,8 @@ class Moments:
         yx: `[n_rows, d_out, d_in]`, sum of `(y - mean_y)(x - mean_x)^T`.
         yy: `[n_rows, d_out]`, sum of `(y - mean_y)^2` per coordinate, for R^2.
 
-    Source of the merge: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+    Source of the merge: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances".
 
     Example:
         >>> x = torch.randn(1, 100, 3)
@@ -36,7 +37,9 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both samples together."""
         if self.yx.shape != other.yx.shape:
-            raise ValueError(f"moments of different shape do not merge: {list(self.yx.shape)} and {list(other.yx.shape)}")
+            raise ValueError(
+                f"moments of different shape do not merge: {list(self.yx.shape)} and {list(other.yx.shape)}"
+            )
         n = self.n + other.n
         if n == 0:
             return self
@@ -57,7 +60,9 @@ class Moments:
         return self if other == 0 else NotImplemented  # type: ignore[return-value]
 
 
-def moments(x: Float[Tensor, "n_rows n d_in"], y: Float[Tensor, "n_rows n d_out"] | Float[Tensor, "1 n d_out"]) -> Moments:
+def moments(
+    x: Float[Tensor, "n_rows n d_in"], y: Float[Tensor, "n_rows n d_out"] | Float[Tensor, "1 n d_out"]
+) -> Moments:
     """The moments of one batch; `y` may be shared by all rows.
 
     Raises:
@@ -75,5 +80,10 @@ def empty(n_rows: int, d_in: int, d_out: int, device: str | torch.device = "cpu"
     """Moments of nothing: the neutral element of `+`."""
     zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
     return Moments(
-        0, zeros(n_rows, d_in), zeros(n_rows, d_out), zeros(n_rows, d_in, d_in), zeros(n_rows, d_out, d_in), zeros(n_rows, d_out)
+        0,
+        zeros(n_rows, d_in),
+        zeros(n_rows, d_out),
+        zeros(n_rows, d_in, d_in),
+        zeros(n_rows, d_out, d_in),
+        zeros(n_rows, d_out),
     )

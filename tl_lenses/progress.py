@@ -4,7 +4,9 @@ import sys
 from typing import Any
 
 
-def progress(iterable: Any = None, *, total: int | None = None, desc: str = "", initial: int = 0, show: bool | None = None) -> Any:
+def progress(
+    iterable: Any = None, *, total: int | None = None, desc: str = "", initial: int = 0, show: bool | None = None
+) -> Any:
     """A tqdm bar over `iterable`, or one to `update` by hand. `show=None` decides by where the output goes."""
     from tqdm.auto import tqdm
 

@@ -19,7 +19,8 @@ LayerOrSite = int | str
 
 
 def layer_site(layer: int, n_layers: int) -> str:
-    """Hook name of a residual layer, `0 <= layer <= n_layers`; negative layers count from `n_layers` (-1 is the final one).
+    """Hook name of a residual layer, `0 <= layer <= n_layers`; negative layers count from `n_layers` (-1 is the
+    final one).
 
     >>> layer_site(3, 12), layer_site(12, 12), layer_site(-1, 12)
     ('blocks.3.hook_resid_pre', 'blocks.11.hook_resid_post', 'blocks.11.hook_resid_post')
@@ -56,7 +57,11 @@ def site_layer(name: str, n_layers: int) -> int | None:
 def canonical(layer_or_site: LayerOrSite, n_layers: int) -> str:
     """One name per place, without looking at a model: `blocks.2.hook_resid_post` is `blocks.3.hook_resid_pre`."""
     layer = layer_or_site if isinstance(layer_or_site, int) else site_layer(layer_or_site, n_layers)
-    return layer_or_site if layer is None or (isinstance(layer_or_site, str) and layer > n_layers) else layer_site(layer, n_layers)
+    return (
+        layer_or_site
+        if layer is None or (isinstance(layer_or_site, str) and layer > n_layers)
+        else layer_site(layer, n_layers)
+    )
 
 
 def site(model: LensModel, layer_or_site: LayerOrSite) -> str:
@@ -138,12 +143,15 @@ def positions(
 ) -> Int[Tensor, "batch k"]:
     """Positions as columns of the tensor that will run, one row per prompt.
 
-    Ints and slices count real tokens: pads never, BOS is 0, -1 is the last one. Substrings (and `at(...)`) are found in the
-    decoded prompt and mean the last token that covers them. A list is several of those; a LongTensor `[batch]` or `[batch, k]` gives
+    Ints and slices count real tokens: pads never, BOS is 0, -1 is the last one. Substrings (and `at(...)`) are found
+    in the
+    decoded prompt and mean the last token that covers them. A list is several of those; a LongTensor `[batch]` or
+    `[batch, k]` gives
     each row its own ints.
 
     Raises:
-        ValueError: a position or substring that is not there (the tokens are shown), several matches, rows of different length.
+        ValueError: a position or substring that is not there (the tokens are shown), several matches, rows of
+        different length.
     """
     batch = prepare(model, tokens, attention_mask)
     rows, width = batch.tokens.shape
@@ -152,7 +160,9 @@ def positions(
             raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
         per_row = pos[:, None] if pos.ndim == 1 else pos
         if per_row.ndim != 2 or per_row.shape[0] != rows:
-            raise ValueError(f"positions of shape {list(pos.shape)} do not fit {rows} prompts: expected [{rows}] or [{rows}, k]")
+            raise ValueError(
+                f"positions of shape {list(pos.shape)} do not fit {rows} prompts: expected [{rows}] or [{rows}, k]"
+            )
         wanted: list[Any] = [row.tolist() for row in per_row]
     else:
         wanted = [pos] * rows
@@ -163,7 +173,9 @@ def positions(
         out.append(real[torch.tensor(indices, dtype=torch.long)])
     lengths = {len(o) for o in out}
     if len(lengths) > 1:
-        raise ValueError(f"position {pos!r} selects a different number of tokens per prompt ({sorted(lengths)}): give each prompt its own call")
+        raise ValueError(
+            f"position {pos!r} selects a different number of tokens per prompt ({sorted(lengths)}): give each prompt its own call"
+        )
     return torch.stack(out).to(batch.tokens.device)
 
 
@@ -188,7 +200,9 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
     if isinstance(pos, bool) or not isinstance(pos, int):
         raise TypeError(f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}")
     if not -n <= pos < n:
-        raise ValueError(f"position {pos} is not there: the prompt has {n} tokens, so -{n}..{n - 1}{_shown(model, ids)}")
+        raise ValueError(
+            f"position {pos} is not there: the prompt has {n} tokens, so -{n}..{n - 1}{_shown(model, ids)}"
+        )
     return [pos % n]
 
 
@@ -201,7 +215,8 @@ def _shown(model: LensModel, ids: list[int]) -> str:
 
 
 def _find(tokenizer: Any, ids: list[int], wanted: At) -> list[int]:
-    """Tokens that cover a substring, by character offsets of decoded prefixes (works for any tokenizer, on ids alone)."""
+    """Tokens that cover a substring, by character offsets of decoded prefixes (works for any tokenizer, on ids
+    alone)."""
     decode = lambda part: tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = decode(ids)
     starts = [i for i in range(len(text)) if text.startswith(wanted.text, i)]

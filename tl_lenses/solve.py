@@ -31,7 +31,8 @@ def _check(m: Moments, need: int) -> None:
 def ridge_path(m: Moments, strengths: Sequence[float], toward: Literal["identity", "zero"] = "identity") -> list[Map]:
     """Ridge for several strengths from one factorisation.
 
-    `W = (B + k T) (C + k I)^-1` with `T` the identity or zero and `k = strength * trace(C) / d`, so a strength means the same
+    `W = (B + k T) (C + k I)^-1` with `T` the identity or zero and `k = strength * trace(C) / d`, so a strength means
+    the same
     on every layer and model. Strength 0 is least squares.
 
     Args:
@@ -54,7 +55,11 @@ def ridge_path(m: Moments, strengths: Sequence[float], toward: Literal["identity
     values, vectors = torch.linalg.eigh(m.xx / m.n)  # C = V diag(values) V^T
     values = values.clamp_min(0)
     scale = values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    target = base(d_out, d_in, dtype=torch.float64, device=m.xx.device) if toward == "identity" else torch.zeros_like(m.yx[0])
+    target = (
+        base(d_out, d_in, dtype=torch.float64, device=m.xx.device)
+        if toward == "identity"
+        else torch.zeros_like(m.yx[0])
+    )
     rotated = (m.yx / m.n) @ vectors  # B V
     rotated_target = target @ vectors
     maps = []
@@ -99,8 +104,11 @@ def shift(m: Moments) -> Map:
     return weight, _bias(m, weight)
 
 
-def r_squared(m: Moments, weight: Float[Tensor, "n_rows d_out d_in"], bias: Float[Tensor, "n_rows d_out"]) -> Float[Tensor, " n_rows"]:
-    """Share of y's variance that a map explains on the sample of `m` (held out, say): `1 - sum |W x + b - y|^2 / sum |y - mean_y|^2`."""
+def r_squared(
+    m: Moments, weight: Float[Tensor, "n_rows d_out d_in"], bias: Float[Tensor, "n_rows d_out"]
+) -> Float[Tensor, " n_rows"]:
+    """Share of y's variance that a map explains on the sample of `m` (held out, say): `1 - sum |W x + b - y|^2 / sum
+    |y - mean_y|^2`."""
     weight, bias = weight.double(), bias.double()
     # sum |W x + b - y|^2 = tr(W xx W^T) - 2 tr(W yx^T) + yy + n |W mean_x + b - mean_y|^2
     quadratic = ((weight @ m.xx) * weight).sum((-2, -1))

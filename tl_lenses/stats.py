@@ -1,6 +1,7 @@
 """Logits to numbers. Every function takes `[..., d_vocab]` and gives one fp32 number per position (nats, unless said).
 
-Log-probabilities are fp32 whatever the model's type. Where a probability is 0 its term is 0, so vocabularies padded with
+Log-probabilities are fp32 whatever the model's type. Where a probability is 0 its term is 0, so vocabularies padded
+with
 -inf are fine.
 """
 
@@ -43,7 +44,8 @@ def kl(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"])
 def js(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
     """Jensen-Shannon divergence, `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`; at most log 2.
 
-    Source: Lin 1991. (The tuned-lens package's function of this name is half the symmetrised KL, which is another number.)
+    Source: Lin 1991. (The tuned-lens package's function of this name is half the symmetrised KL, which is another
+    number.)
     """
     logm = torch.logaddexp(logp, logq) - torch.log(torch.tensor(2.0, dtype=logp.dtype, device=logp.device))
     return (kl(logp, logm) + kl(logq, logm)) / 2

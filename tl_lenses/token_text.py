@@ -1,20 +1,20 @@
 """What vocabulary entries mean as text, read from the tokenizer's own decoder and never guessed from the characters.
 
-"Ġ" is a space in GPT-2's vocabulary and a letter in a SentencePiece one, so which alphabet a vocabulary is written in comes
-from the tokenizer's decoder. Decoding ids one by one is not enough: decoders drop the leading space of the first
+"Ġ" is a space in GPT-2's vocabulary and a letter in a SentencePiece one, so which alphabet a vocabulary is written in
+comes from the tokenizer's decoder. Decoding ids one by one is not enough: decoders drop the leading space of the first
 token and turn half a character into "\\ufffd".
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, SupportsInt
 
 # One step of a piece's way to text. It gets the piece as text or, once its bytes are known, as bytes.
 Step = Callable[[str | bytes], str | bytes]
 
 
-def token_text(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+def token_text(tokenizer: Any, ids: Iterable[SupportsInt]) -> dict[int, str]:
     """The text of each vocabulary entry: leading space kept, bytes that are no UTF-8 on their own as `<0xE2><0x80>`.
 
     `tokenizer` is a Hugging Face tokenizer (fast or slow) or a `tokenizers.Tokenizer`. Special tokens come as they are
@@ -103,7 +103,7 @@ def _replace(old: str | re.Pattern[str], new: str) -> Step:
 
 
 def _after_a_word(decoder: Any) -> Step:
-    """What the decoder writes for a piece that follows the word "a": "##ing" -> "ing", "walk" -> " walk", "," -> ","."""
+    """What the decoder writes for a piece after the word "a": "##ing" -> "ing", "walk" -> " walk", "," -> ","."""
     return _on_text(lambda s: decoder.decode(["a", s]).removeprefix("a"))
 
 
@@ -135,7 +135,7 @@ def _utf8(data: bytes) -> str:
 
 
 def _slow(tokenizer: Any) -> Callable[[int], str | None]:
-    """One id to text for a tokenizer in Python: by its own alphabet where it states one, else by decoding the id twice."""
+    """One id to text for a tokenizer in Python: by its own alphabet where it has one, else by decoding twice."""
     sentencepiece, byte_level = hasattr(tokenizer, "sp_model"), hasattr(tokenizer, "byte_decoder")
     special = set(getattr(tokenizer, "all_special_ids", ()))
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None

@@ -1,4 +1,5 @@
-"""What a lens says layer by layer on a prompt: one forward pass, statistics chunk by chunk, never `[layers, batch, pos, d_vocab]`."""
+"""What a lens says layer by layer on a prompt: one forward pass, statistics chunk by chunk, never `[layers, batch,
+pos, d_vocab]`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,15 @@ STATISTICS = ("entropy", "kl", "cross_entropy", "rank", "max_prob", "target_logp
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Statistics of one lens on a batch of prompts. Every statistic is `[layer, batch, pos]`, fp32, on the CPU; NaN (ids: -1) at pads.
+    """Statistics of one lens on a batch of prompts. Every statistic is `[layer, batch, pos]`, fp32, on the CPU; NaN
+    (ids: -1) at pads.
 
     Attributes:
         layers: the row axis: layers `0..n_layers` and sites; the last row usually is the model itself.
-        tokens: `[batch, pos]`; `mask` is False at pads; `targets` is the id scored at each position (-1 where there is none).
-        stats: the statistics by name, also as attributes: `entropy`, `kl` (KL(model || lens), nats), `cross_entropy` (nats), `rank` (1 is
+        tokens: `[batch, pos]`; `mask` is False at pads; `targets` is the id scored at each position (-1 where there
+            is none).
+        stats: the statistics by name, also as attributes: `entropy`, `kl` (KL(model || lens), nats), `cross_entropy`
+            (nats), `rank` (1 is
             the top token), `max_prob`, `target_logprob`, `logprob_diff` (target minus anti-target).
         top_ids, top_probs: `[layer, batch, pos, k]`, best first.
     """
@@ -53,7 +57,10 @@ class Trajectory:
     entropy = property(lambda self: self._stat("entropy"), doc="Entropy of the lens' distribution, nats.")
     kl = property(lambda self: self._stat("kl"), doc="KL(model || lens), nats.")
     cross_entropy = property(lambda self: self._stat("cross_entropy"), doc="`-log p(target)`, nats.")
-    rank = property(lambda self: self._stat("rank"), doc="Rank of the target; 1 is the top token, ties count strictly larger logits.")
+    rank = property(
+        lambda self: self._stat("rank"),
+        doc="Rank of the target; 1 is the top token, ties count strictly larger logits.",
+    )
     max_prob = property(lambda self: self._stat("max_prob"), doc="Probability of the top token.")
     target_logprob = property(lambda self: self._stat("target_logprob"), doc="`log p(target)`, nats.")
     logprob_diff = property(lambda self: self._stat("logprob_diff"), doc="`log p(target) - log p(anti_target)`, nats.")
@@ -66,7 +73,8 @@ class Trajectory:
         return value.diff(dim=0)
 
     def __getitem__(self, key: Any) -> "Trajectory":
-        """`traj[layers, batch, pos]`: a smaller trajectory. Slices, ints (which keep their axis) or lists of indices along each axis."""
+        """`traj[layers, batch, pos]`: a smaller trajectory. Slices, ints (which keep their axis) or lists of indices
+        along each axis."""
         keys = key if isinstance(key, tuple) else (key,)
         if len(keys) > 3:
             raise IndexError("a trajectory has three axes: traj[layers, batch, pos]")
@@ -190,7 +198,10 @@ def layers_of(lenses: Mapping[str, Lens], layers: Iterable[LayerOrSite] | slice 
         if len({tuple(f) for f in fitted.values()}) > 1:
             raise ValueError(f"the lenses have different layers ({fitted}): pass layers=[...] that all of them have")
         if isinstance(layers, slice):
-            return [*(x for x in common[layers] if x != depth), depth]  # a stride keeps the last row, which is the model
+            return [
+                *(x for x in common[layers] if x != depth),
+                depth,
+            ]  # a stride keeps the last row, which is the model
         return common
     chosen = [resolve_layer(x, depth) if isinstance(x, int) else x for x in layers]
     if not chosen:
@@ -217,7 +228,9 @@ def _ids(model: LensModel, wanted: Any, tokens: Tensor, mask: Tensor, what: str)
         wanted = torch.full_like(tokens, wanted)
     wanted = torch.as_tensor(wanted)
     if wanted.shape != tokens.shape:
-        raise ValueError(f"{what} has shape {list(wanted.shape)}, expected that of the tokens, {list(tokens.shape)}: the id scored at each position (-1 for none)")
+        raise ValueError(
+            f"{what} has shape {list(wanted.shape)}, expected that of the tokens, {list(tokens.shape)}: the id scored at each position (-1 for none)"
+        )
     if wanted.is_floating_point() or wanted.dtype == torch.bool:
         raise TypeError(f"{what} must be token ids, got a {wanted.dtype} tensor")
     if (wanted < -1).any() or (wanted >= model.cfg.d_vocab).any():
@@ -247,7 +260,8 @@ def trajectory(
         lens: a `Lens`, or `{name: Lens}` for `Trajectories`.
         prompt: text (BOS is prepended), several texts, or token ids `[batch, pos]`.
         layers: layers or sites; a slice strides over the lens' layers and keeps the last; all of the lens' by default.
-        targets: the id scored *at* each position, `[batch, pos]` (-1 for none), or one id or token for all; by default the next token.
+        targets: the id scored *at* each position, `[batch, pos]` (-1 for none), or one id or token for all; by
+            default the next token.
         anti_targets: the same, for `logprob_diff`.
         hooks: your interventions; they run before our reads, and the teacher of KL is the same hooked run.
         teacher: "clean" compares with one more run without `hooks`.
@@ -259,7 +273,8 @@ def trajectory(
         `Trajectory`, or `Trajectories` for a mapping.
 
     Raises:
-        ValueError: unknown layer or site, targets of another shape, activations that are not finite (the layer is named), lenses with
+        ValueError: unknown layer or site, targets of another shape, activations that are not finite (the layer is
+        named), lenses with
             different layers.
 
     Source: Belrose et al. 2023 (Tuned Lens), Figure 1 and section 3; the tuned-lens package's `PredictionTrajectory`.
@@ -282,15 +297,21 @@ def trajectory(
     depth = n_layers(model)
     rows = layers_of(lenses, layers, depth)
     batch = prepare(model, prompt, attention_mask)
-    mask = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    mask = (
+        torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    )
     goal = next_tokens(batch.tokens, mask) if targets is None else _ids(model, targets, batch.tokens, mask, "targets")
     anti = None if anti_targets is None else _ids(model, anti_targets, batch.tokens, mask, "anti_targets")
-    decoders = {name: [one[row] for row in rows] for name, one in lenses.items()}  # a layer that was not fitted raises here
+    decoders = {
+        name: [one[row] for row in rows] for name, one in lenses.items()
+    }  # a layer that was not fitted raises here
 
     if cache is None:
         resid: dict[Any, Tensor] = {}
         hooks = list(hooks)
-        own = run(model, batch.tokens, [*hooks, *residual_reads(model, rows, resid)], attention_mask=batch.attention_mask)
+        own = run(
+            model, batch.tokens, [*hooks, *residual_reads(model, rows, resid)], attention_mask=batch.attention_mask
+        )
         reference = run(model, batch.tokens, attention_mask=batch.attention_mask) if teacher == "clean" else own
     else:
         resid = {row: _cached(model, cache, row, batch) for row in rows}
@@ -298,18 +319,27 @@ def trajectory(
         final = _cached(model, cache, depth, batch)
     for row in rows:
         if not resid[row][mask].isfinite().all():
-            raise ValueError(f"the residual at {site(model, row)!r} has values that are not finite: the model overflows there (try float32 or bfloat16)")
+            raise ValueError(
+                f"the residual at {site(model, row)!r} has values that are not finite: the model overflows there (try float32 or bfloat16)"
+            )
 
     where = mask.flatten().nonzero()[:, 0]
     flat = lambda x: x.flatten(0, 1)
     n, d_vocab = len(where), int(model.cfg.d_vocab)
     k = max(0, min(top_k, d_vocab))
     names = [s for s in STATISTICS if s != "logprob_diff" or anti is not None]
-    out = {name: {s: torch.zeros(len(rows), n, dtype=torch.long if s == "rank" else torch.float32) for s in names} for name in lenses}
+    out = {
+        name: {s: torch.zeros(len(rows), n, dtype=torch.long if s == "rank" else torch.float32) for s in names}
+        for name in lenses
+    }
     ids = {name: torch.zeros(len(rows), n, k, dtype=torch.long) for name in lenses}
     probs = {name: torch.zeros(len(rows), n, k) for name in lenses}
     pairs = {
-        (a, b, kind): torch.zeros(len(rows), n) for a in lenses for b in lenses for kind in S.PAIRWISE if a != b and (kind == "kl" or a < b)
+        (a, b, kind): torch.zeros(len(rows), n)
+        for a in lenses
+        for b in lenses
+        for kind in S.PAIRWISE
+        if a != b and (kind == "kl" or a < b)
     }
     any_lens = next(iter(lenses.values()))
 
@@ -344,7 +374,9 @@ def trajectory(
 
     def grid(x: Tensor) -> Tensor:
         """`[layer, real positions, ...]` back to `[layer, batch, pos, ...]`, pads marked."""
-        full = torch.full((len(rows), mask.numel(), *x.shape[2:]), torch.nan if x.is_floating_point() else -1, dtype=x.dtype)
+        full = torch.full(
+            (len(rows), mask.numel(), *x.shape[2:]), torch.nan if x.is_floating_point() else -1, dtype=x.dtype
+        )
         full[:, where.cpu()] = x
         return full.reshape(len(rows), *mask.shape, *x.shape[2:])
 
@@ -372,15 +404,21 @@ def _cached(model: LensModel, cache: Mapping[str, Any], layer: LayerOrSite, batc
     depth = n_layers(model)
     aliases: Sequence[str] = [name]
     if (resolved := site_layer(name, depth)) is not None:  # the same activation under its other name
-        aliases = [name, *([f"blocks.{resolved - 1}.hook_resid_post"] if resolved else []), *([f"blocks.{resolved}.hook_resid_pre"] if resolved < depth else [])]
+        aliases = [
+            name,
+            *([f"blocks.{resolved - 1}.hook_resid_post"] if resolved else []),
+            *([f"blocks.{resolved}.hook_resid_pre"] if resolved < depth else []),
+        ]
     found = next((alias for alias in aliases if alias in cache), None)
     if found is None:
-        raise ValueError(f"the cache does not hold {name!r}: run_with_cache with a names_filter that keeps it (the final residual is needed as teacher)")
+        raise ValueError(
+            f"the cache does not hold {name!r}: run_with_cache with a names_filter that keeps it (the final residual is needed as teacher)"
+        )
     x = cache[found]
     if x.ndim == 2:
         x = x[None]
     if x.shape[:2] != batch.tokens.shape:
-        raise ValueError(f"the cache holds {list(x.shape[:2])} positions at {name!r}, the tokens are {list(batch.tokens.shape)}: pass the tokens of that run")
+        raise ValueError(
+            f"the cache holds {list(x.shape[:2])} positions at {name!r}, the tokens are {list(batch.tokens.shape)}: pass the tokens of that run"
+        )
     return x
-
-

@@ -1,6 +1,7 @@
 """The one module: `x -> W x + b` per residual-stream site.
 
-The logit lens, the tuned lens, linear shortcuts, the Jacobian lens and maps between models are these with other numbers in
+The logit lens, the tuned lens, linear shortcuts, the Jacobian lens and maps between models are these with other
+numbers in
 them. What is stored and trained is `D = W - I`, so that decay pulls to the identity (Belrose et al. 2023, section 3).
 """
 
@@ -44,7 +45,9 @@ class Affine:
     def __matmul__(self, other: "Affine") -> "Affine":
         """Composition: `(a @ b)(x) = a(b(x))`."""
         if self.weight.shape[1] != other.weight.shape[0]:
-            raise ValueError(f"cannot compose maps {list(self.weight.shape)} @ {list(other.weight.shape)}: the inner widths differ")
+            raise ValueError(
+                f"cannot compose maps {list(self.weight.shape)} @ {list(other.weight.shape)}: the inner widths differ"
+            )
         return Affine(self.weight @ other.weight, self.weight @ other.bias + self.bias)
 
     def pinv(self) -> "Affine":
@@ -67,7 +70,8 @@ class Translators(nn.Module):
     """Affine maps between residual sites, one per row, with where they come from.
 
     Args:
-        rows: `(source site, target site)` hook names, one per map. Layer `n_layers` is never stored: it is the identity.
+        rows: `(source site, target site)` hook names, one per map. Layer `n_layers` is never stored: it is the
+            identity.
         weights: `[n_rows, d_out, d_in]`, the full maps.
         biases: `[n_rows, d_out]`.
         n_layers: of the source model, so that layers can be used as keys.
@@ -94,7 +98,9 @@ class Translators(nn.Module):
         self.n_layers = n_layers
         self.meta: dict[str, Any] = dict(meta or {})
         if not len(self.rows) == len(weights) == len(biases):
-            raise ValueError(f"{len(self.rows)} rows need as many weights and biases, got {len(weights)} and {len(biases)}")
+            raise ValueError(
+                f"{len(self.rows)} rows need as many weights and biases, got {len(weights)} and {len(biases)}"
+            )
         if weights.shape[1] != biases.shape[1]:
             raise ValueError(f"weights {list(weights.shape)} and biases {list(biases.shape)} differ in d_out")
         if len(set(self.rows)) != len(self.rows):
@@ -103,7 +109,9 @@ class Translators(nn.Module):
             if not (w.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"the map of {row[0]!r} has values that are not finite")
         # Frozen: a lens is read far more often than trained. `requires_grad_()` thaws it.
-        self.delta = nn.Parameter(weights.detach() - base(*weights.shape[1:], dtype=weights.dtype, device=weights.device), requires_grad=False)
+        self.delta = nn.Parameter(
+            weights.detach() - base(*weights.shape[1:], dtype=weights.dtype, device=weights.device), requires_grad=False
+        )
         self.biases = nn.Parameter(biases.detach().clone(), requires_grad=False)
 
     @property
@@ -123,7 +131,7 @@ class Translators(nn.Module):
 
     @property
     def basis(self) -> str:
-        """"raw" or "centered": whether the model's residuals have their mean removed (see `fingerprint.basis_of`)."""
+        """ "raw" or "centered": whether the model's residuals have their mean removed (see `fingerprint.basis_of`)."""
         return self.meta.get("basis", "raw")
 
     @property
@@ -150,7 +158,9 @@ class Translators(nn.Module):
         layer = key + self.n_layers + 1 if key < 0 else key
         if not 0 <= layer <= self.n_layers:
             raise KeyError(f"no layer {key}: these translators are for layers 0..{self.n_layers}")
-        return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else f"blocks.{self.n_layers - 1}.hook_resid_post"
+        return (
+            f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else f"blocks.{self.n_layers - 1}.hook_resid_post"
+        )
 
     def index(self, source: int | str, target: int | str | None = None) -> int:
         """Row number of a source (and a target where there are several).
@@ -165,16 +175,22 @@ class Translators(nn.Module):
             fitted = list(self.sources) if target is None else [(self._short(s), self._short(t)) for s, t in self.rows]
             raise KeyError(f"layer {asked!r} was not fitted; fitted are {fitted}")
         if len(found) > 1:
-            raise KeyError(f"layer {source!r} has several targets: use translators[{source!r}, target] with one of {[self._short(self.rows[i][1]) for i in found]}")
+            raise KeyError(
+                f"layer {source!r} has several targets: use translators[{source!r}, target] with one of {[self._short(self.rows[i][1]) for i in found]}"
+            )
         return found[0]
 
     def __getitem__(self, key: int | str | tuple[int | str, int | str]) -> Affine:
-        """The map of a layer or site; `translators[l, l_target]` where one source has several targets. `n_layers` is the identity."""
+        """The map of a layer or site; `translators[l, l_target]` where one source has several targets. `n_layers` is
+        the identity."""
         source, target = key if isinstance(key, tuple) else (key, None)
         if target is None and self._long(source) == self._long(self.n_layers) and self.d_in == self.d_out:
             return Affine(torch.eye(self.d_in).to(self.delta), torch.zeros(self.d_in).to(self.delta))
         i = self.index(source, target)
-        return Affine(self.delta[i] + base(self.d_out, self.d_in, dtype=self.delta.dtype, device=self.delta.device), self.biases[i])
+        return Affine(
+            self.delta[i] + base(self.d_out, self.d_in, dtype=self.delta.dtype, device=self.delta.device),
+            self.biases[i],
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -201,7 +217,13 @@ class Translators(nn.Module):
     def select(self, layers: Sequence[int | str]) -> "Translators":
         """The maps of some source layers only."""
         chosen = [self.index(layer) for layer in layers]
-        return Translators([self.rows[i] for i in chosen], self.weights[chosen], self.biases[chosen], n_layers=self.n_layers, meta=self.meta)
+        return Translators(
+            [self.rows[i] for i in chosen],
+            self.weights[chosen],
+            self.biases[chosen],
+            n_layers=self.n_layers,
+            meta=self.meta,
+        )
 
     def to_raw(self) -> "Translators":
         """Maps fitted on mean-removed residuals, for the same model unprocessed: `W -> W (I - 1 1^T / d)`, exactly.
@@ -211,10 +233,17 @@ class Translators(nn.Module):
         if self.basis == "raw":
             return self
         w = self.weights
-        return Translators(self.rows, w - w.mean(-1, keepdim=True), self.biases, n_layers=self.n_layers, meta={**self.meta, "basis": "raw"})
+        return Translators(
+            self.rows,
+            w - w.mean(-1, keepdim=True),
+            self.biases,
+            n_layers=self.n_layers,
+            meta={**self.meta, "basis": "raw"},
+        )
 
     def to_centered(self) -> "Translators":
-        """Maps fitted on raw residuals, for the model with centred writing weights. Exact where `W 1 = 0`, refused elsewhere.
+        """Maps fitted on raw residuals, for the model with centred writing weights. Exact where `W 1 = 0`, refused
+        elsewhere.
 
         Raises:
             ValueError: the maps read the mean, which a centred stream does not have.

@@ -1,4 +1,5 @@
-"""The model's own readout, `logits = transform(unembed(ln_final(resid)))`, by reference and without firing anybody's hooks."""
+"""The model's own readout, `logits = transform(unembed(ln_final(resid)))`, by reference and without firing anybody's
+hooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from tl_lenses.model import LensModel, check_model, d_model
 class Readout:
     """Final norm, unembedding, and soft cap or scale of a model, called as a function of residuals `[..., d_model]`.
 
-    Nothing is copied. The model's modules are called, whatever weight processing they went through, so the last residual
+    Nothing is copied. The model's modules are called, whatever weight processing they went through, so the last
+    residual
     gives the model's own logits bit for bit. Hook points inside them are silenced for the call: a user's hook at
     `ln_final.hook_scale` must see the model's pass, not the lens'.
 
@@ -53,7 +55,8 @@ class Readout:
             return self.norm_module(resid)
 
     def transform(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
-        """What the model does to logits after the unembedding: soft cap (Gemma 2), scale (Cohere, Granite) or nothing."""
+        """What the model does to logits after the unembedding: soft cap (Gemma 2), scale (Cohere, Granite) or
+        nothing."""
         f = getattr(getattr(self.model, "adapter", None), "apply_output_logits_transform", None)
         if callable(f):
             return f(logits)  # type: ignore[return-value]

@@ -21,7 +21,8 @@ def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOr
     """`(source, target)` hook names: layers `0..n_layers-1` to the final residual unless asked.
 
     Raises:
-        ValueError: unknown layer or site, one twice, or the target among the sources (it is the identity and never stored).
+        ValueError: unknown layer or site, one twice, or the target among the sources (it is the identity and never
+        stored).
     """
     depth = n_layers(model)
     target = site(model, depth if to is None else to)
@@ -54,11 +55,18 @@ def activations(
     names = dict.fromkeys(name for row in rows for name in row)
     # Without grad but not in inference mode: what is kept enters the fitter's own graph.
     with torch.no_grad():
-        logits = run(model, batch.tokens, [*hooks, *[read(name, seen, fn=flatten_heads) for name in names]], attention_mask=batch.attention_mask)
+        logits = run(
+            model,
+            batch.tokens,
+            [*hooks, *[read(name, seen, fn=flatten_heads) for name in names]],
+            attention_mask=batch.attention_mask,
+        )
     used = used_positions(batch, skip_first)
     for name, x in seen.items():
         if not x[used].isfinite().all():
-            raise ValueError(f"the activation at {name!r} has values that are not finite: the model overflows there (try float32 or bfloat16)")
+            raise ValueError(
+                f"the activation at {name!r} has values that are not finite: the model overflows there (try float32 or bfloat16)"
+            )
     return logits, seen, used, batch
 
 

@@ -33,14 +33,16 @@ def fit_regression(
 ) -> Translators:
     """Least squares from each layer to the final residual: `W = (B + k T)(C + k I)^-1`, `b = mean_y - W mean_x`.
 
-    Moments are streamed in float64, so the result does not depend on how the text is batched. `gather` gives the moments alone (they
+    Moments are streamed in float64, so the result does not depend on how the text is batched. `gather` gives the
+    moments alone (they
     add up over shards), and `from_moments` the translators of moments.
 
     Args:
         tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches.
         layers: source layers or sites, `0..n_layers-1` by default; heads are flattened.
         to: target layer or site, the final residual by default.
-        ridge: strength relative to the covariance's mean eigenvalue. Of several, each layer gets the best on held-out batches (every tenth),
+        ridge: strength relative to the covariance's mean eigenvalue. Of several, each layer gets the best on
+            held-out batches (every tenth),
             then is fitted on all.
         skip_first: leave out real position 0 of each row and nothing else.
         hooks: interventions under which to fit.
@@ -59,8 +61,26 @@ def fit_regression(
     check_model(model, what="a fit")
     rows = rows_for(model, layers, to)
     strengths = [ridge] if isinstance(ridge, (int, float)) else list(ridge)
-    fit, held_out = gather(model, tokens, rows, skip_first=skip_first, hooks=hooks, limit_tokens=limit_tokens, hold_out=len(strengths) > 1, show_progress=show_progress)
-    return from_moments(model, fit, rows, held_out=held_out, ridge=strengths, toward=toward, method=method, settings={"skip_first": skip_first})
+    fit, held_out = gather(
+        model,
+        tokens,
+        rows,
+        skip_first=skip_first,
+        hooks=hooks,
+        limit_tokens=limit_tokens,
+        hold_out=len(strengths) > 1,
+        show_progress=show_progress,
+    )
+    return from_moments(
+        model,
+        fit,
+        rows,
+        held_out=held_out,
+        ridge=strengths,
+        toward=toward,
+        method=method,
+        settings={"skip_first": skip_first},
+    )
 
 
 def gather(
@@ -95,9 +115,13 @@ def gather(
         if limit_tokens and total is not None and total.n + (apart.n if apart else 0) >= limit_tokens:
             break
     if total is None:
-        raise ValueError("no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows")
+        raise ValueError(
+            "no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
+        )
     if hold_out and apart is None:
-        raise ValueError("choosing among ridge strengths needs at least 10 batches (every tenth is held out): give more, or one strength")
+        raise ValueError(
+            "choosing among ridge strengths needs at least 10 batches (every tenth is held out): give more, or one strength"
+        )
     return total, apart
 
 
@@ -133,6 +157,8 @@ def from_moments(
         weights, biases = (solve.procrustes if method == "procrustes" else solve.shift)(fit)
     else:
         raise ValueError(f"method must be 'ridge', 'procrustes' or 'shift', got {method!r}")
-    meta = record(model, "regression", n_tokens, {"method": method, "ridge": chosen, "toward": toward, **(settings or {})})
+    meta = record(
+        model, "regression", n_tokens, {"method": method, "ridge": chosen, "toward": toward, **(settings or {})}
+    )
     meta["r_squared"] = solve.r_squared(fit, weights, biases).tolist()
     return Translators(rows, weights.float(), biases.float(), n_layers=int(model.cfg.n_layers), meta=meta)

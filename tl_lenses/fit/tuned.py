@@ -20,7 +20,8 @@ from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators, base
 from tl_lenses.unembed import Readout
 
-# Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since torch's momentum
+# Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since
+# torch's momentum
 # multiplies by its inverse. Muon: benchmarks/fit_recipes.py.
 _LR = {"muon": 0.01, "sgd": 0.1, "adam": 1e-3}
 _WEIGHT_DECAY = {"muon": 0.01, "sgd": 1e-3, "adam": 0.0}
@@ -55,24 +56,29 @@ def fit_tuned(
 ) -> Translators:
     """Train `x -> x + D x + b` per layer by KL(model || lens), the model frozen.
 
-    Loss and gradient come fused and chunk by chunk (`divergence.fused_kl`), so two full logit tensors never exist. The published
-    recipe is `steps=250, tokens_per_step=2**18, init="identity", optimizer="sgd", joint_clip=True, skip_first=False`; its Muon successor
+    Loss and gradient come fused and chunk by chunk (`divergence.fused_kl`), so two full logit tensors never exist.
+    The published
+    recipe is `steps=250, tokens_per_step=2**18, init="identity", optimizer="sgd", joint_clip=True,
+    skip_first=False`; its Muon successor
     `init="identity", optimizer="muon", tokens_per_step=2**18`.
 
     Args:
-        tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; gone through again (in another order, from `seed`) when it ends
+        tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; gone through again (in another order,
+            from `seed`) when it ends
             and can be.
         steps: optimiser steps; the rate falls linearly to zero over them.
         tokens_per_step: batches are added up to about this many tokens; one batch by default.
         loss: "kl" against the model's distribution, or "ce" against the text.
-        init: where to start: "regression" fits the closed form on the first tokens of the stream, "identity" is the logit lens.
+        init: where to start: "regression" fits the closed form on the first tokens of the stream, "identity" is the
+            logit lens.
         optimizer: "muon" (matrices; AdamW for biases), "sgd" (Nesterov), "adam" (AdamW).
         lr, weight_decay: by optimiser if None; decay pulls to the identity.
         token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
         bias_only: train b alone.
         layers: layers or sites, `0..n_layers-1` by default.
         chunk_size: positions whose logits exist at a time.
-        checkpoint: file that keeps the state every `checkpoint_every` steps and when interrupted; an existing one of the same settings is
+        checkpoint: file that keeps the state every `checkpoint_every` steps and when interrupted; an existing one of
+            the same settings is
             resumed.
         log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
         hooks: interventions under which to fit; the teacher is the same hooked run.
@@ -80,13 +86,17 @@ def fit_tuned(
         init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
 
     Raises:
-        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss that is not finite (names layer and step).
+        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss that is not finite (names
+        layer and step).
 
-    Source: Belrose et al. 2023 (Tuned Lens), section 3 and appendix on training; Muon: the tuned-lens authors' later recipe.
+    Source: Belrose et al. 2023 (Tuned Lens), section 3 and appendix on training; Muon: the tuned-lens authors' later
+    recipe.
 
     Example:
-        >>> tuned = tll.fit_tuned(model, tll.token_batches("text.txt", model.tokenizer, seq_len=128, batch_size=16))      # doctest: +SKIP
-        >>> tuned.save("my-lens")                                                                                       # doctest: +SKIP
+        >>> tuned = tll.fit_tuned(model, tll.token_batches("text.txt", model.tokenizer, seq_len=128, batch_size=16))
+            # doctest: +SKIP
+        >>> tuned.save("my-lens")
+          # doctest: +SKIP
     """
     check_model(model, what="a fit")
     if loss not in ("kl", "ce"):
@@ -112,7 +122,10 @@ def fit_tuned(
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
     device = device_of(model)
-    delta, biases = weights.float().to(device).contiguous(), biases.float().to(device).contiguous()  # D and b, the stacked buffers
+    delta, biases = (
+        weights.float().to(device).contiguous(),
+        biases.float().to(device).contiguous(),
+    )  # D and b, the stacked buffers
 
     # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
     leaves = [nn.Parameter(d) for d in delta]
@@ -150,16 +163,22 @@ def fit_tuned(
                 n = x.shape[1]
                 if n == 0:
                     continue
-                part_loss, part_w, part_b = _loss_and_gradient(x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size)
+                part_loss, part_w, part_b = _loss_and_gradient(
+                    x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size
+                )
                 # Means over the step's positions, however they fell into batches.
                 losses, grad_w, grad_b = losses + n * part_loss, grad_w + n * part_w, grad_b + n * part_b
                 n_used += n
             if n_used == 0:
-                raise ValueError("no position to train on in a whole step: rows of one token with skip_first, or all pads")
+                raise ValueError(
+                    "no position to train on in a whole step: rows of one token with skip_first, or all pads"
+                )
             losses, grad_w, grad_b = losses / n_used, grad_w / n_used, grad_b / n_used
             if not losses.isfinite().all():
                 bad = [row[0] for row, ok in zip(rows, losses.isfinite().tolist(), strict=True) if not ok]
-                raise ValueError(f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})")
+                raise ValueError(
+                    f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})"
+                )
             if clip is not None:
                 _clip(grad_w, grad_b, clip, joint_clip, bias_only)
             rate = lr * (1 - done / steps)
@@ -172,7 +191,12 @@ def fit_tuned(
             done, consumed, n_seen = done + 1, consumed + taken, n_seen + n_step
             values = losses.tolist()
             if log is not None:
-                entry = {"step": done, "tokens": n_seen, "lr": rate, "loss": {row[0]: v for row, v in zip(rows, values, strict=True)}}
+                entry = {
+                    "step": done,
+                    "tokens": n_seen,
+                    "lr": rate,
+                    "loss": {row[0]: v for row, v in zip(rows, values, strict=True)},
+                }
                 log.append(entry) if isinstance(log, list) else log(entry)
             bar.set_postfix_str(" ".join(f"{_label(rows[i])} {values[i]:.3f}" for i in shown), refresh=False)
             bar.update()
@@ -196,7 +220,13 @@ def _label(row: Row) -> str:
 
 
 def _start(
-    model: LensModel, batches: Iterable[Batch], rows: list[Row], init: Any, init_tokens: int | None, hooks: list[Hook], skip_first: bool
+    model: LensModel,
+    batches: Iterable[Batch],
+    rows: list[Row],
+    init: Any,
+    init_tokens: int | None,
+    hooks: list[Hook],
+    skip_first: bool,
 ) -> tuple[Tensor, Tensor, int]:
     """D and b to start from, and how many tokens that took."""
     d = int(model.cfg.d_model)
@@ -208,8 +238,18 @@ def _start(
     if init != "regression":
         raise ValueError(f"init must be 'regression', 'identity' or Translators, got {init!r}")
     if isinstance(batches, TokenBatches) and batches.one_shot:
-        raise ValueError("init='regression' reads the first tokens and then starts again, and this source can be read only once: pass a function that returns an iterator, or init='identity'")
-    found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, limit_tokens=init_tokens or max(16 * d, 8192), show_progress=False)
+        raise ValueError(
+            "init='regression' reads the first tokens and then starts again, and this source can be read only once: pass a function that returns an iterator, or init='identity'"
+        )
+    found, _ = gather(
+        model,
+        batches,
+        rows,
+        skip_first=skip_first,
+        hooks=hooks,
+        limit_tokens=init_tokens or max(16 * d, 8192),
+        show_progress=False,
+    )
     maps = from_moments(model, found, rows)
     return maps.delta.data, maps.biases.data, found.n
 
@@ -218,11 +258,17 @@ def _optimizers(
     name: str, matrices: list[nn.Parameter], biases: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
 ) -> list[torch.optim.Optimizer]:
     if name == "sgd":
-        return [torch.optim.SGD([*matrices, *biases], lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)]
+        return [
+            torch.optim.SGD(
+                [*matrices, *biases], lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+            )
+        ]
     if name == "adam" or not matrices:
         return [torch.optim.AdamW([*matrices, *biases], lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)]
     return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(biases, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay),
     ]
 
@@ -309,5 +355,7 @@ def _resume(checkpoint: str | Path | None, settings: dict[str, Any]) -> dict[str
         raise ValueError(f"{checkpoint} is not a checkpoint of fit_tuned: choose another file")
     for key, value in settings.items():
         if (saved := state["settings"].get(key)) != value:
-            raise ValueError(f"the checkpoint {checkpoint} was made with {key}={saved!r}, now it is {value!r}: use the same settings, or delete it to start again")
+            raise ValueError(
+                f"the checkpoint {checkpoint} was made with {key}={saved!r}, now it is {value!r}: use the same settings, or delete it to start again"
+            )
     return state

@@ -27,9 +27,11 @@ class Source:
     """Where a vector comes from: text, token ids, or vectors.
 
     Args:
-        prompt: text (BOS is prepended), token ids `[pos]`, or vectors: `[d_model]` and `[n, d_model]` have no layer, `[n, n_layers + 1, d_model]`
+        prompt: text (BOS is prepended), token ids `[pos]`, or vectors: `[d_model]` and `[n, d_model]` have no layer,
+            `[n, n_layers + 1, d_model]`
             are indexed by layer.
-        pos: int, substring, `tll.at(...)` or slice; -1 is the last token. A list is a span for as many target positions.
+        pos: int, substring, `tll.at(...)` or slice; -1 is the last token. A list is a span for as many target
+            positions.
 
     Example:
         >>> Source("Diana, Princess of Wales", pos="Wales")
@@ -92,7 +94,8 @@ def patchscope(
         source_hooks, target_hooks: your interventions on either run; they run before ours.
 
     Returns:
-        `PatchscopeResult` with `pairs`, `logits [source, pair, d_vocab]` at the read position, and `text[source][pair]`.
+        `PatchscopeResult` with `pairs`, `logits [source, pair, d_vocab]` at the read position, and
+        `text[source][pair]`.
 
     Raises:
         ValueError: positions that are not there, counts that do not match, widths that differ without a map.
@@ -100,8 +103,10 @@ def patchscope(
     Source: Ghandeharioun et al. 2024 (Patchscopes), section 3.1.
 
     Example:
-        >>> result = tll.patchscope(model, tll.Source("Diana, Princess of Wales"), tll.scopes.token_identity())      # doctest: +SKIP
-        >>> print(result)                                                                                          # doctest: +SKIP
+        >>> result = tll.patchscope(model, tll.Source("Diana, Princess of Wales"), tll.scopes.token_identity())
+        # doctest: +SKIP
+        >>> print(result)                                                                                          #
+        doctest: +SKIP
     """
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
@@ -138,7 +143,11 @@ def patchscope(
     cells_at: dict[Any, list[int]] = {}
     for c, (_, p) in enumerate(cells):
         cells_at.setdefault(wanted[p][1], []).append(c)
-    groups = [(layer, group[i : i + (batch_size or 32)]) for layer, group in cells_at.items() for i in range(0, len(group), batch_size or 32)]
+    groups = [
+        (layer, group[i : i + (batch_size or 32)])
+        for layer, group in cells_at.items()
+        for i in range(0, len(group), batch_size or 32)
+    ]
     for layer, group in progress(groups, desc="patchscope", show=show_progress):
         chosen = []
         for c in group:
@@ -146,9 +155,13 @@ def patchscope(
             v = vectors[s][wanted[p][0]]
             v = _mapped(map, v, wanted[p])
             if v.shape[-1] != d_model(target_model):
-                raise ValueError(f"a vector of width {v.shape[-1]} does not fit the target model (d_model {d_model(target_model)}): pass map=, an affine map between them")
+                raise ValueError(
+                    f"a vector of width {v.shape[-1]} does not fit the target model (d_model {d_model(target_model)}): pass map=, an affine map between them"
+                )
             if len(v) not in (1, len(place)):
-                raise ValueError(f"the source gives {len(v)} positions and the target takes {len(place)}: expected one for all, or as many")
+                raise ValueError(
+                    f"the source gives {len(v)} positions and the target takes {len(place)}: expected one for all, or as many"
+                )
             chosen.append(v.expand(len(place), -1))
         value = torch.stack(chosen)
         edit = edits.replace(value) if mode == "replace" else edits.add(value)
@@ -192,7 +205,9 @@ def _is_vectors(one: Source) -> bool:
     return isinstance(one.prompt, Tensor) and one.prompt.is_floating_point()
 
 
-def _pairs(model: LensModel, target_model: LensModel, sources: list[Source], layers: Any, target_layers: Any, pairs: Any) -> list[Pair]:
+def _pairs(
+    model: LensModel, target_model: LensModel, sources: list[Source], layers: Any, target_layers: Any, pairs: Any
+) -> list[Pair]:
     """The cells `(l, l*)`, layers resolved."""
     depth, target_depth = n_layers(model), n_layers(target_model)
     bare = {_is_vectors(one) and one.prompt.ndim < 3 for one in sources}  # type: ignore[union-attr]
@@ -207,8 +222,13 @@ def _pairs(model: LensModel, target_model: LensModel, sources: list[Source], lay
             raise ValueError("the source layer of a pair is None for vectors without a layer, and only for those")
     elif True in bare:
         if layers is not None:
-            raise ValueError("vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]")
-        found = [(None, resolve(b, target_depth)) for b in (range(target_depth + 1) if target_layers is None else target_layers)]
+            raise ValueError(
+                "vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]"
+            )
+        found = [
+            (None, resolve(b, target_depth))
+            for b in (range(target_depth + 1) if target_layers is None else target_layers)
+        ]
     else:
         rows = [resolve(a, depth) for a in (range(depth + 1) if layers is None else layers)]
         if target_layers is None:
@@ -224,16 +244,25 @@ def _pairs(model: LensModel, target_model: LensModel, sources: list[Source], lay
     return found
 
 
-def _vectors(model: LensModel, one: Source, layers: list[Any], hooks: list[Hook]) -> list[tuple[str, dict[Any, Tensor]]]:
+def _vectors(
+    model: LensModel, one: Source, layers: list[Any], hooks: list[Hook]
+) -> list[tuple[str, dict[Any, Tensor]]]:
     """Per source on the source axis: a label and `{layer: [k, d]}`."""
     if _is_vectors(one):
         vectors: Tensor = one.prompt  # type: ignore[assignment]
         if vectors.ndim == 3:
             if vectors.shape[1] != n_layers(model) + 1:
-                raise ValueError(f"vectors [n, n_layers + 1, d_model] need {n_layers(model) + 1} layers, got {list(vectors.shape)}")
-            return [(f"vector {i}", {layer: v[layer][None] for layer in dict.fromkeys(layers)}) for i, v in enumerate(vectors)]
+                raise ValueError(
+                    f"vectors [n, n_layers + 1, d_model] need {n_layers(model) + 1} layers, got {list(vectors.shape)}"
+                )
+            return [
+                (f"vector {i}", {layer: v[layer][None] for layer in dict.fromkeys(layers)})
+                for i, v in enumerate(vectors)
+            ]
         if vectors.ndim not in (1, 2):
-            raise ValueError(f"expected vectors [d_model], [n, d_model] or [n, n_layers + 1, d_model], got {list(vectors.shape)}")
+            raise ValueError(
+                f"expected vectors [d_model], [n, d_model] or [n, n_layers + 1, d_model], got {list(vectors.shape)}"
+            )
         rows = vectors[None] if vectors.ndim == 1 else vectors
         return [(f"vector {i}", {None: v[None]}) for i, v in enumerate(rows)]
     batch = prepare(model, _ids(one.prompt))  # type: ignore[arg-type]
@@ -241,7 +270,10 @@ def _vectors(model: LensModel, one: Source, layers: list[Any], hooks: list[Hook]
         raise ValueError("a Source is one prompt: pass a list of Sources for several")
     place = positions(model, batch.tokens, one.pos)
     seen: dict[Any, Tensor] = {}
-    reads = [read_hook(site(model, layer), seen, key=layer, pos=place, fn=lambda x: x.flatten(2)[0]) for layer in dict.fromkeys(layers)]
+    reads = [
+        read_hook(site(model, layer), seen, key=layer, pos=place, fn=lambda x: x.flatten(2)[0])
+        for layer in dict.fromkeys(layers)
+    ]
     run(model, batch.tokens, [*hooks, *reads])
     label = one.prompt if isinstance(one.prompt, str) else _decode(model, batch)
     return [(label, seen)]

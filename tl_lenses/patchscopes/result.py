@@ -10,7 +10,8 @@ Pair = tuple[int | str | None, int | str]
 
 
 class TopK(NamedTuple):
-    """Likeliest next tokens at the read position, best first: ids and probabilities `[source, pair, k]`, and the tokens as text."""
+    """Likeliest next tokens at the read position, best first: ids and probabilities `[source, pair, k]`, and the
+    tokens as text."""
 
     ids: Int[Tensor, "source pair k"]
     probs: Float[Tensor, "source pair k"]
@@ -47,7 +48,9 @@ class PatchscopeResult:
             ValueError: they were too large to keep; `keep="logits"` keeps them all the same.
         """
         if self.kept is None:
-            raise ValueError("the logits of this sweep were not kept (keep='auto' keeps up to 256 MB): use top_k, or patchscope(..., keep='logits')")
+            raise ValueError(
+                "the logits of this sweep were not kept (keep='auto' keeps up to 256 MB): use top_k, or patchscope(..., keep='logits')"
+            )
         return self.kept
 
     def top_k(self, k: int = 5) -> TopK:
@@ -58,8 +61,12 @@ class PatchscopeResult:
         elif k <= self.top_ids.shape[-1]:
             ids, probs = self.top_ids[..., :k], self.top_probs[..., :k]
         else:
-            raise ValueError(f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or patchscope(..., keep='logits')")
-        return TopK(ids, probs, [[[self.vocab.get(int(i), f"<{int(i)}>") for i in cell] for cell in row] for row in ids])
+            raise ValueError(
+                f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or patchscope(..., keep='logits')"
+            )
+        return TopK(
+            ids, probs, [[[self.vocab.get(int(i), f"<{int(i)}>") for i in cell] for cell in row] for row in ids]
+        )
 
     def probability(self, token: int) -> Float[Tensor, "source pair"]:
         """Probability of a token id in every cell (needs the logits)."""

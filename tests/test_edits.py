@@ -1,0 +1,119 @@
+"""The contract that every edit keeps, and the law of each."""
+
+import pytest
+import torch
+
+from tl_lenses import edits
+from tl_lenses.translators import Affine
+
+D = 6
+X = torch.randn(4, 3, D, generator=torch.Generator().manual_seed(0))
+V = torch.randn(D, generator=torch.Generator().manual_seed(1))
+MAP = Affine(torch.randn(D, D, generator=torch.Generator().manual_seed(2)), V)
+
+ALL = {
+    "replace": edits.replace(V),
+    "add": edits.add(V, scale=2.0),
+    "scale": edits.scale(0.5),
+    "zero": edits.zero,
+    "mean": edits.mean(),
+    "mean-all": edits.mean(over="all"),
+    "mean-given": edits.mean(V),
+    "resample": edits.resample(3),
+    "resample-source": edits.resample(3, source=torch.randn(9, 3, D)),
+    "noise": edits.noise(0.3, seed=1),
+    "interpolate": edits.interpolate(V, 0.3),
+    "project": edits.project(V),
+    "project-keep": edits.project(V, keep=True),
+    "norm_match": edits.norm_match(V),
+    "affine": edits.affine(MAP),
+    "affine-pinv": edits.affine(MAP, pinv=True),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_contract(name):
+    """Same shape and type, nothing in place, does something, the same twice, differentiable."""
+    edit = ALL[name]
+    before = X.clone()
+    y = edit(X)
+    assert y.shape == X.shape and y.dtype == X.dtype
+    assert torch.equal(X, before)
+    assert not torch.equal(y, X)
+    assert torch.equal(edit(X), y)
+    assert y.data_ptr() != X.data_ptr()
+    x = X.clone().requires_grad_()
+    out = edit(x)
+    if out.requires_grad:
+        out.sum().backward()
+        assert x.grad.isfinite().all()
+    assert edit(X.double()).dtype == torch.float64
+
+
+def test_every_public_edit_is_in_the_contract():
+    public = {
+        n
+        for n, f in vars(edits).items()
+        if callable(f) and not n.startswith("_") and getattr(f, "__module__", "") == edits.__name__
+    }
+    assert public == {name.split("-")[0] for name in ALL}
+
+
+def test_laws():
+    assert torch.equal(edits.replace(V)(X), V.expand_as(X))
+    assert torch.equal(edits.scale(1.0)(X), X)
+    assert torch.equal(edits.add(V, 0.0)(X), X)
+    assert torch.equal(edits.interpolate(V, 0.0)(X), X)
+    assert torch.allclose(edits.interpolate(V, 1.0)(X), V.expand_as(X))
+    assert torch.equal(edits.zero()(X), torch.zeros_like(X))
+    assert torch.allclose(edits.mean()(X)[2], X.mean(0))
+    assert torch.allclose(edits.mean(over="all")(X)[1, 2], X.mean((0, 1)))
+    assert torch.equal(edits.affine(MAP)(X), MAP(X))
+    assert torch.allclose(edits.affine(MAP, pinv=True)(edits.affine(MAP)(X)), X, atol=1e-3)
+    assert torch.equal(edits.noise(0.0)(X), X)
+    assert not torch.equal(edits.noise(1.0, seed=1)(X), edits.noise(1.0, seed=2)(X))
+
+
+def test_resample_is_a_derangement():
+    for n in (2, 3, 7):
+        x = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1)
+        for seed in range(20):
+            y = edits.resample(seed)(x)
+            assert (y != x).all() and sorted(y.flatten().tolist()) == list(range(n))
+    with pytest.raises(ValueError, match="at least two rows"):
+        edits.resample()(X[:1])
+
+
+def test_projection():
+    directions = torch.randn(2, D, generator=torch.Generator().manual_seed(4))
+    removed = edits.project(directions)(X)
+    assert (removed @ directions.T).abs().max() < 1e-5
+    assert torch.allclose(edits.project(directions)(removed), removed, atol=1e-6)  # idempotent
+    kept = edits.project(directions, keep=True)(X)
+    assert torch.allclose(removed + kept, X, atol=1e-5)
+    repeated = edits.project(torch.cat([directions, directions[:1] * 2]))(X)  # dependent rows span the same
+    assert torch.allclose(repeated, removed, atol=1e-5)
+    mean = X.mean((0, 1))
+    toward = edits.project(directions, toward=mean)(X)
+    assert torch.allclose(toward @ directions.T, (mean @ directions.T).expand(4, 3, 2), atol=1e-5)
+    with pytest.raises(ValueError, match="all zero"):
+        edits.project(torch.zeros(D))
+
+
+def test_norm_match():
+    y = edits.norm_match(V)(X)
+    assert torch.allclose(y.norm(dim=-1), X.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(torch.cosine_similarity(y, V.expand_as(X), dim=-1), torch.ones(4, 3), atol=1e-5)
+    assert torch.allclose(edits.norm_match(edits.add(V), norm=7.0)(X).norm(dim=-1), torch.full((4, 3), 7.0), rtol=1e-5)
+    assert edits.norm_match(torch.zeros(D))(X).isfinite().all()
+
+
+def test_values_per_position_and_per_row():
+    per_pos = torch.randn(3, D)
+    assert torch.equal(edits.replace(per_pos)(X)[1], per_pos)
+    per_row = torch.randn(4, D)
+    assert torch.equal(edits.replace(per_row)(X)[:, 2], per_row)
+    with pytest.raises(ValueError, match=r"shape \[5\] does not fit the selected activation \[4, 3, 6\]"):
+        edits.replace(torch.zeros(5))(X)
+    with pytest.raises(ValueError, match="over must be"):
+        edits.mean(over="rows")
