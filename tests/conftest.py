@@ -1,4 +1,4 @@
-"""What holds for all tests: no network, two threads, and shapes checked by beartype where this can be done."""
+"""What holds for all tests: no network, one thread, and shapes checked by beartype where this can be done."""
 
 import os
 
@@ -10,10 +10,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# The models are tiny: a second thread only waits for the first.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name!r} beside the checkout")
     return folder
+
+
+@pytest.fixture
+def unchecked():
+    """As a user runs it: without the shape checks, which would refuse bad input before our own messages do."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

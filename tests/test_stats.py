@@ -113,7 +113,7 @@ def test_fused_kl_of_the_teacher_itself_is_zero():
     assert loss.abs().max() < 1e-6 and y.grad.abs().max() < 1e-6
 
 
-def test_fused_refuses_counts_that_do_not_match():
+def test_fused_refuses_counts_that_do_not_match(unchecked):
     hidden, teacher, w, b, _ = _problem()
     with pytest.raises(ValueError, match="one teacher or target per position"):
         fused_kl(hidden, teacher[:5], w, b)

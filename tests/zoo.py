@@ -171,7 +171,7 @@ def cases(archs: Sequence[str] = ARCHS, kinds: Sequence[str] = KINDS) -> list[An
 # --- models
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(arch: str, dtype: torch.dtype = torch.float32) -> Any:
     """The plain transformers model. Never given to a bridge, which would rewrite it in place."""
     with torch.random.fork_rng(devices=[]), _quiet():
@@ -183,7 +183,7 @@ def reference(arch: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(arch: str, kind: str = FEW_KINDS[0], dtype: torch.dtype = torch.float32) -> Any:
     """The tiny model of an architecture on one surface, with `tokenizer()`; the same object on every call.
 
@@ -319,7 +319,7 @@ def _gemma_config(config: Any, architecture: str) -> dict[str, Any]:
 AFFINE_KINDS = (("ht",) if HAS_HT else ()) + (("bridge",) if HAS_BRIDGE else ())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def affine_model(kind: str = AFFINE_KINDS[-1], dtype: torch.dtype = torch.float32) -> Any:
     """A model whose blocks are exactly affine in the residual on sequences of *one* token.
 
@@ -403,7 +403,7 @@ def tokenizer() -> Any:
         return transformers.AutoTokenizer.from_pretrained(_tokenizer_folder())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tokenizer_folder() -> str:
     # HookedTransformer loads its tokenizer a second time from where it came from: it needs a folder while we run.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -65,8 +65,8 @@ class Lens:
         if check not in ("strict", "warn"):
             raise ValueError(f"check must be 'strict' or 'warn', got {check!r}")
         self.model = model
-        self.n_layers = n_layers(model)
         self.readout = Readout(model)
+        self.n_layers = n_layers(model)
         self.translators = translators
         if translators is not None:
             _check_translators(model, translators, check)
@@ -80,10 +80,14 @@ class Lens:
 
     def __getitem__(self, layer: LayerOrSite) -> LayerLens:
         name = site(self.model, layer)
-        if site_layer(name, self.n_layers) == self.n_layers or self.translators is None:
+        resid_layer = site_layer(name, self.n_layers)
+        if resid_layer == self.n_layers or self.translators is None:
             return LayerLens(self.readout, None)
-        final = layer_site(self.n_layers, self.n_layers)
-        return LayerLens(self.readout, self.translators[name, final])
+        key = name if resid_layer is None else resid_layer  # one activation may have several names
+        try:
+            return LayerLens(self.readout, self.translators[key, self.n_layers])
+        except KeyError:
+            raise KeyError(f"layer {layer!r} was not fitted; fitted are {list(self.translators.sources)}") from None
 
     def hooks(
         self,

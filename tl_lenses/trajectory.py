@@ -249,7 +249,7 @@ def trajectory(
     top_k: int = 10,
     hooks: Iterable[Hook] = (),
     teacher: Literal["clean"] | None = None,
-    cache: Mapping[str, Any] | None = None,
+    cache: Any = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     *,
     chunk_size: int | None = None,
@@ -399,7 +399,7 @@ def trajectory(
     return Trajectories(made, full)
 
 
-def _cached(model: LensModel, cache: Mapping[str, Any], layer: LayerOrSite, batch: Batch) -> Tensor:
+def _cached(model: LensModel, cache: Any, layer: LayerOrSite, batch: Batch) -> Tensor:
     name = site(model, layer)
     depth = n_layers(model)
     aliases: Sequence[str] = [name]
@@ -409,7 +409,7 @@ def _cached(model: LensModel, cache: Mapping[str, Any], layer: LayerOrSite, batc
             *([f"blocks.{resolved - 1}.hook_resid_post"] if resolved else []),
             *([f"blocks.{resolved}.hook_resid_pre"] if resolved < depth else []),
         ]
-    found = next((alias for alias in aliases if alias in cache), None)
+    found = next((alias for alias in aliases if alias in cache.keys()), None)
     if found is None:
         raise ValueError(
             f"the cache does not hold {name!r}: run_with_cache with a names_filter that keeps it (the final residual is needed as teacher)"

@@ -1,4 +1,4 @@
-"""Views of a trajectory and of scores. They know no models, tokenizers or lenses, and none imports another.
+"""Views of trajectories, scores and patchscopes. They know no models, tokenizers or lenses, and none imports another.
 
 | I want | Call |
 |---|---|
@@ -9,6 +9,7 @@
 | numbers | `frame(traj)` (pandas), `to_json(traj)` |
 | a file | `save(traj, path)` |
 | evaluate's rows | `scores_table(rows)`, `scores_html(rows)`, `scores_figure(rows)` |
+| a patchscope's result | `patchscope_table(result)`, `patchscope_html(result)`, `patchscope_figure(result)` |
 """
 
 import os
@@ -20,6 +21,7 @@ from tl_lenses.views.grid import Trajectory, lenses
 from tl_lenses.views.page import html, html_fragment
 from tl_lenses.views.picture import svg
 from tl_lenses.views.plot import figure
+from tl_lenses.views.scope import patchscope_figure, patchscope_html, patchscope_table
 from tl_lenses.views.scores import scores_figure, scores_html, scores_table
 from tl_lenses.views.style import STATS
 from tl_lenses.views.table import frame, to_json
@@ -32,6 +34,9 @@ __all__ = [
     "frame",
     "html",
     "html_fragment",
+    "patchscope_figure",
+    "patchscope_html",
+    "patchscope_table",
     "save",
     "scores_figure",
     "scores_html",

@@ -1,0 +1,297 @@
+"""Every command once, Ctrl-C and going on, and one readable line for each kind of mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from typer.testing import CliRunner
+
+import tl_lenses as tll
+import tl_lenses.fit.tuned
+from tl_lenses.cli import _layers, _lens_names, _ranges, app
+
+TEXT = "the cat sat on the mat. the dog ran to the king of France and a bird sang in Paris.\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    zoo.reference("gpt2").save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("<|endoftext|>\n".join(f"{i} {TEXT * 3}" for i in range(40)), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def fitted(model, data, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("lens") / "reg")
+    done = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", folder)
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refused(*args, code=1):
+    """The one line that a mistake leaves on stderr."""
+    done = run(*args)
+    assert done.exit_code == code
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("error: ").strip()
+
+
+# --- every command
+
+
+def test_fit_regression_saves_and_says_what(model, data, fitted, tmp_path):
+    assert tll.Translators.load(fitted).meta["fitter"] == "regression"
+    output = tmp_path / "some"
+    done = run("fit", "--method", "regression", "--model", model, "--data", data, "--layers", "::2", "--output", output)
+    assert done.exit_code == 0 and done.stderr == ""
+    assert "layers 0, 2" in done.stdout and str(output) in done.stdout
+    assert tll.Translators.load(output).sources == (0, 2)
+    again = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", output, "--overwrite")
+    assert again.exit_code == 0 and tll.Translators.load(output).sources == (0, 1, 2)
+
+
+def test_fit_tuned_takes_every_setting(model, data, tmp_path):
+    done = run(
+        "fit", "--model", model, "--data", data, "--output", tmp_path / "lens", "--steps", 3, "--tokens-per-step", 200,
+        "--optimizer", "sgd", "--lr", 0.05, "--loss", "ce", "--layers", "0,blocks.1.hook_resid_pre", "--seed", 7,
+        "--seq-len", 32, "--batch-size", 4, "--limit-tokens", 1000, "--dtype", "float32", "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    meta = tll.Translators.load(tmp_path / "lens").meta
+    want = {"steps": 3, "tokens_per_step": 200, "optimizer": "sgd", "lr": 0.05, "loss": "ce", "seed": 7}
+    assert {key: meta["settings"][key] for key in want} == want
+    assert meta["tokens_seen"] == 3 * 2 * 4 * 32
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lens"]  # neither state nor note is left
+
+
+def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted, tmp_path):
+    done = run("eval", "--model", model, "--lens", fitted, "--data", data, "--output", tmp_path / "s.json")
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    assert "logit" in done.stdout and "reg" in done.stdout
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert {(row["lens"], row["layer"]) for row in content["rows"]} == {(a, b) for a in ("logit", "reg") for b in range(4)}
+    assert content["model"] == model and content["versions"]["torch"]
+    done = run("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
+    assert done.exit_code == 1 and "b=" in done.stderr  # the name ends at the first equals sign
+    done = run(
+        "eval", "--model", model, "--lens", f"mine={fitted}", "--data", data, "--layers", "1,-1", "--output", tmp_path / "s.csv"
+    )
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [(row["lens"], row["layer"]) for row in rows] == [("logit", "1"), ("logit", "3"), ("mine", "1"), ("mine", "3")]
+
+
+def test_show_prints_and_saves(model, fitted, tmp_path):
+    done = run("show", "the cat sat", "--model", model)
+    assert done.exit_code == 0 and "logit lens: 4 layers" in done.stdout
+    done = run("show", "the cat sat", "--model", model, "--lens", fitted, "--layers", "0,-1", "--stat", "entropy", "--save", tmp_path / "a.html")
+    assert done.exit_code == 0 and "reg lens: 2 layers" in done.stdout and "entropy" in done.stdout, done.stderr
+    assert "<html" in (tmp_path / "a.html").read_text()
+    done = run("show", "the cat", "--model", model, "--stat", "logprob_diff", "--target", "a", "--anti-target", "b", "--save", tmp_path / "b.csv")
+    assert done.exit_code == 0 and (tmp_path / "b.csv").stat().st_size, done.stderr
+
+
+def test_check_passes_or_leaves_with_1(model, monkeypatch):
+    done = run("check", "--model", model, "--prompt", "the cat sat on the mat")
+    assert done.exit_code == 0 and "the last row is the model" in done.stdout, done.stderr
+    from tl_lenses.invariants import Check, Report
+
+    broken = Report("tiny", "raw", [Check("holds", 0, "<= 0", True), Check("does not", 1, "<= 0", False)])
+    monkeypatch.setattr(tll, "check", lambda *args: broken)
+    assert "1 of 2 invariants fail" in refused("check", "--model", model)
+
+
+def test_version():
+    done = run("version")
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert lines["tl-lenses"] == tll.__version__
+    assert {"transformer-lens", "torch", "transformers", "python"} <= set(lines)
+
+
+def test_demo_runs_the_whole_job(tmp_path):
+    done = run("demo", "--output", tmp_path / "demo", "--steps", 2, "--heldout-tokens", 256)
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    for part in ("logit", "regression", "tuned", "bits/byte", "top-1", "token identity", "heatmap.html"):
+        assert part in done.stdout
+    page = (tmp_path / "demo" / "heatmap.html").read_text(encoding="utf-8")
+    assert "regression" in page and "Tokyo" in page
+    assert (tmp_path / "demo" / "heatmap.svg").stat().st_size
+    # It is meant to be run again.
+    model = tll.lab.load()
+    assert tll.Lens(model, tll.Translators.load(tmp_path / "demo" / "tuned")).layers == list(range(9))
+
+
+def test_the_bundled_model_needs_no_data(tmp_path):
+    done = run("fit", "--method", "regression", "--limit-tokens", 512, "--layers", "0", "--output", tmp_path / "lens")
+    assert done.exit_code == 1 and "at least" in done.stderr or done.exit_code == 0
+
+
+def test_help_gives_examples_and_is_light():
+    for command in ("demo", "fit", "eval", "show", "check", "version"):
+        done = run(command, "--help")
+        assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
+    assert run().stdout == run("--help").stdout
+    heavy = "assert not {'transformer_lens', 'transformers', 'datasets', 'plotly'} & set(sys.modules)"
+    code = f"import sys; from typer.testing import CliRunner; from tl_lenses.cli import app; CliRunner().invoke(app, ['--help']); {heavy}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(tll.__file__).parents[1])
+
+
+# --- Ctrl-C
+
+
+def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
+    command = ["fit", "--model", model, "--data", data, "--steps", 5, "--batch-size", 4]
+    whole = run(*command, "--output", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+
+    clip, calls = tl_lenses.fit.tuned._clip, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    monkeypatch.setattr(tl_lenses.fit.tuned, "_clip", interrupting)
+    done = run(*command, "--output", tmp_path / "lens")
+    assert done.exit_code == 130 and done.stderr.count("\n") == 1
+    state = tmp_path / "lens.checkpoint"
+    assert "after step 2 of 5" in done.stderr and str(state) in done.stderr and "same command again" in done.stderr
+    assert state.is_file() and not (tmp_path / "lens").exists()
+
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT * 50)
+    message = refused(*[other if arg == data else arg for arg in command], "--output", tmp_path / "lens")
+    assert "was made with data" in message and "other.txt" in message
+    assert "was made with lr=" in refused(*command, "--lr", 0.5, "--output", tmp_path / "lens")
+
+    done = run(*command, "--output", tmp_path / "lens")
+    assert done.exit_code == 0, done.stderr
+    assert len(calls) == 3 + 3  # steps 1 and 2, the interrupted one, and 3 to 5
+    one, two = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
+    assert torch.equal(one.delta, two.delta) and torch.equal(one.biases, two.biases)
+    assert one.meta["tokens_seen"] == two.meta["tokens_seen"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lens", "other.txt", "whole"]
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(model, data, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tl_lenses.fit.tuned, "_start", interrupt)
+    done = run("fit", "--model", model, "--data", data, "--output", tmp_path / "lens")
+    assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
+    monkeypatch.setattr(tll, "fit_regression", interrupt)
+    done = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", tmp_path / "lens")
+    assert done.exit_code == 130 and done.stderr == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+# --- mistakes
+
+
+def test_data_that_cannot_be_read(model, tmp_path):
+    def fit(file, *more):
+        return refused("fit", "--model", model, "--data", file, "--output", tmp_path / "lens", *more)
+
+    assert "no file or directory" in fit(tmp_path / "none.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "is empty" in fit(tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 100)
+    assert "is not UTF-8 at byte 3" in fit(tmp_path / "latin.txt")
+    (tmp_path / "rows.jsonl").write_text('{"body": "some text"}\n' * 10)
+    assert "no column 'text', only ['body']. Pass --text-column" in fit(tmp_path / "rows.jsonl")
+    assert "too few" in fit(tmp_path / "rows.jsonl", "--text-column", "body", "--seq-len", 64)
+    (tmp_path / "text.pdf").write_text("text")
+    assert "expected one of .txt" in fit(tmp_path / "text.pdf")
+    assert "no splits" in fit("lab", "--split", "test") or True
+    assert not (tmp_path / "lens").exists() and not list(tmp_path.glob("lens*"))
+
+
+def test_output_that_cannot_be_written(model, data, fitted, tmp_path, monkeypatch):
+    """Found before a model is loaded."""
+    monkeypatch.setattr("tl_lenses.cli._load", lambda *args: pytest.fail("the model was loaded first"))
+    file = tmp_path / "file"
+    file.write_text("x")
+    fit = ("fit", "--model", model, "--data", data)
+    assert "exists and is not empty" in (message := refused(*fit, "--output", fitted)) and "--overwrite" in message
+    assert "not a writable folder" in refused(*fit, "--output", file / "lens")
+    assert "is a file" in refused(*fit, "--output", file)
+    assert "not a writable folder" in refused(*fit, "--output", tmp_path / "lens", "--checkpoint", file / "deep" / "state")
+    assert "not a writable folder" in refused("eval", "--model", model, "--data", data, "--output", file / "deep" / "s.csv")
+    assert "use one of .csv, .json" in refused("eval", "--model", model, "--data", data, "--output", tmp_path / "s.txt")
+    assert "use one of .html" in refused("show", "the cat", "--save", tmp_path / "heat")
+    assert "is a directory" in refused("show", "the cat", "--save", (tmp_path / "d.html").mkdir() or tmp_path / "d.html")
+
+
+def test_models_that_are_not_there(tmp_path):
+    assert "no model directory" in refused("check", "--model", tmp_path / "none")
+    assert "expected config.json" in refused("check", "--model", tmp_path)
+    assert "cannot load the model 'no/such'" in refused("check", "--model", "no/such")
+
+
+def test_lenses_layers_and_statistics_that_are_not_there(model, data, fitted, tmp_path):
+    show = ("show", "the cat", "--model", model)
+    assert "no folder" in refused(*show, "--lens", tmp_path / "none")
+    assert "not a folder of translators" in refused(*show, "--lens", tmp_path)
+    assert "two lenses are called 'reg'" in refused(*show, "--lens", fitted, "--lens", fitted)
+    assert "two lenses are called 'logit'" in refused("eval", "--lens", f"logit={fitted}")
+    assert "these translators were fitted for" in refused("show", "the cat", "--lens", fitted)  # on the bundled model
+    assert "no layer 99" in refused(*show, "--layers", "99")
+    assert "no hook 'blocks.9.hook_resid_pre'" in refused(*show, "--layers", "blocks.9.hook_resid_pre")
+    assert "selects nothing" in refused(*show, "--layers", "7:9")
+    assert "no layer 99" in refused("fit", "--model", model, "--data", data, "--output", tmp_path / "lens", "--layers", "99")
+    message = refused(*show, "--stat", "perplexity")
+    assert "no statistic 'perplexity'" in message and "cross_entropy" in message
+    assert "--anti-target" in refused(*show, "--stat", "logprob_diff")
+    assert "context" in refused("show", "the cat " * 100, "--model", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_errors_leave_with_2(tmp_path):
+    assert "--output" in refused("fit", code=2)
+    assert "No such command" in refused("fti", code=2)
+    assert "--steps" in refused("fit", "--output", tmp_path / "x", "--steps", "many", code=2)
+    assert "ridge" in refused("fit", "--output", tmp_path / "x", "--method", "ridge", code=2)
+    assert "--data" in refused("fit", "--output", tmp_path / "x", "--model", "gpt2", code=2)
+
+
+def test_debug_shows_the_trace(tmp_path):
+    done = run("--debug", "check", "--model", tmp_path)
+    assert done.exit_code == 1 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_an_error_of_ours_names_its_type(monkeypatch):
+    def fails(*args):
+        raise AssertionError("impossible")
+
+    monkeypatch.setattr("tl_lenses.cli._load", fails)
+    assert refused("check") == "AssertionError: impossible (tl-lenses --debug ... shows where)"
+
+
+# --- small parts
+
+
+def test_layers_names_and_ranges():
+    assert _layers("0, 2:4,-1,blocks.0.hook_resid_mid", 9) == [0, 2, 3, -1, "blocks.0.hook_resid_mid"]
+    assert _layers("::4", 9) == [0, 4, 8] and _layers("6:", 9) == [6, 7, 8]
+    assert _lens_names(["a/b", "x=c/d"]) == {"b": "a/b", "x": "c/d"} and _lens_names(None) == {}
+    assert _ranges((0, 1, 2)) == "0..2" and _ranges((0, 2)) == "0, 2" and _ranges((1, "blocks.1.hook_resid_mid")) == "1, blocks.1.hook_resid_mid"

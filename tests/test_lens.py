@@ -1,0 +1,212 @@
+"""The last row is the model, on every architecture and surface; patches do what they say; files are for one model."""
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses import edits
+from tl_lenses.fingerprint import basis_of, fingerprint, is_centered, same_model
+from tl_lenses.translators import Translators
+from tl_lenses.unembed import Readout
+
+TOKENS = zoo.tokens(2, 10)
+
+
+def _random(model, /, seed=0, scale=0.3, **meta):
+    n, d = model.cfg.n_layers, model.cfg.d_model
+    g = torch.Generator().manual_seed(seed)
+    rows = [(tll.site(model, i), tll.site(model, n)) for i in range(n)]
+    weights = torch.eye(d) + scale * torch.randn(n, d, d, generator=g) / d**0.5
+    return Translators(rows, weights, torch.randn(n, d, generator=g), n_layers=n, meta=meta)
+
+
+# --- the architecture matrix
+
+
+@pytest.mark.parametrize("arch,kind", zoo.cases())
+@torch.no_grad()
+def test_architecture(arch, kind):
+    model = zoo.build(arch, kind)
+    n = model.cfg.n_layers
+    logits = model(TOKENS)
+    lens = tll.Lens(model)
+    seen = {}
+    assert torch.equal(tll.run(model, TOKENS, lens.hooks(seen, then=lambda z: z.clone())), logits)
+    assert list(seen) == list(range(n + 1))
+    assert torch.equal(seen[n], logits)  # bitwise
+    assert (seen[n - 1] - logits).abs().max() > 1e-2
+    sites = [tll.site(model, i) for i in range(n + 1)]
+    assert torch.equal(tll.run(model, TOKENS, [tll.patch(s, lambda x: x, pos=[2, -1]) for s in sites]), logits)
+    for s in sites:
+        patched = tll.run(model, TOKENS, [tll.patch(s, edits.noise(3.0), pos=5)])
+        assert (patched - logits)[:, 5:].abs().max() > 1e-3, s
+        assert torch.equal(patched[:, :5], logits[:, :5]), s
+    # left-padded with a mask equals alone
+    padded = torch.cat([torch.full((1, 3), zoo.PAD), TOKENS[:1, :7]], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    single = tll.trajectory(model, lens, TOKENS[:1, :7])
+    both = tll.trajectory(model, lens, torch.cat([padded, TOKENS[1:]]), attention_mask=torch.cat([mask, torch.ones(1, 10).long()]))
+    assert torch.allclose(both.entropy[:, :1, 3:], single.entropy, atol=1e-4)
+    assert both.kl[:, 0, :3].isnan().all() and (both.rank[:, 0, :3] == -1).all() and (both.top_ids[:, 0, :3] == -1).all()
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_check_passes(kind):
+    for arch in ("gpt2", "neox", "gemma2"):
+        report = tll.check(zoo.build(arch, kind))
+        assert report.ok, str(report)
+    assert "last row" in str(report)
+
+
+def test_check_fails_on_a_model_whose_unembedding_is_not_its_own():
+    """The check can fail: a readout that drops the soft cap is caught."""
+    model = zoo.build("gemma2", zoo.KINDS[0])
+    original = Readout.transform
+    Readout.transform = lambda self, logits: logits
+    try:
+        report = tll.check(model)
+    finally:
+        Readout.transform = original
+    assert not report.ok and [c.name for c in report.checks if not c.passed] == ["the last row is the model (relative)"]
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+@torch.no_grad()
+def test_bf16(kind):
+    model = zoo.build("gpt2", kind, torch.bfloat16)
+    lens = tll.Lens(model, _random(model))
+    traj = tll.trajectory(model, lens, TOKENS)
+    assert traj.kl.dtype == torch.float32 and traj.kl.isfinite().all() and (traj.kl[-1] == 0).all()
+    assert tll.check(model).ok
+
+
+# --- the lens
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_lens_is_readout_of_the_affine_map_and_differentiable(kind):
+    model = zoo.build("gpt2", kind)
+    t = _random(model)
+    lens = tll.Lens(model, t)
+    x = torch.randn(4, model.cfg.d_model, requires_grad=True)
+    expected = zoo.readout(model, x @ t.weights[1].T + t.biases[1])
+    assert torch.allclose(lens[1](x), expected, atol=1e-5)
+    (grad,) = torch.autograd.grad(lens[1](x)[:, 3].sum(), x)
+    (reference,) = torch.autograd.grad(expected[:, 3].sum(), x)
+    assert torch.allclose(grad, reference, atol=1e-5) and grad.abs().max() > 0
+    assert torch.equal(lens["blocks.0.hook_resid_post"](x), lens[1](x))  # one place, two names
+    assert torch.equal(lens[-1](x), tll.Lens(model)[model.cfg.n_layers](x))  # the final layer is the identity, always
+    for shape in ((model.cfg.d_model,), (2, 3, model.cfg.d_model)):
+        assert lens[0](torch.randn(shape)).shape == (*shape[:-1], model.cfg.d_vocab)
+
+
+def test_lens_layers_and_refusals():
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    lens = tll.Lens(model, _random(model).select([1]))
+    assert lens.layers == [1, 3] and tll.Lens(model).layers == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match=r"not fitted; fitted are \[1\]"):
+        lens[0]
+    with pytest.raises(ValueError, match="no layer 9"):
+        lens[9]
+    with pytest.raises(ValueError, match=r"width 32 \(d_model\), got \[2, 16\]"):
+        tll.Lens(model)[0](torch.zeros(2, 16))
+    assert tll.Lens(model)["blocks.1.hook_attn_out"](torch.zeros(2, 32)).shape == (2, 320)
+    assert "logit lens" in repr(tll.Lens(model))
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+@torch.no_grad()
+def test_lens_hooks_do_not_fire_the_users_hooks(kind):
+    model = zoo.build("gpt2", kind)
+    calls, seen = [], {}
+    mine = ("ln_final.hook_scale", lambda x, hook: calls.append(1))
+    tll.run(model, TOKENS, [mine, *tll.Lens(model).hooks(seen, then=lambda z: z.argmax(-1))])
+    assert calls == [1] and seen[0].shape == TOKENS.shape
+
+
+# --- fingerprints and bases
+
+
+def test_fingerprint_is_of_the_model_not_of_its_form():
+    prints = {}
+    for arch in ("gpt2", "neox", "llama", "gemma2"):
+        forms = [fingerprint(zoo.build(arch, kind)) for kind in zoo.KINDS]
+        for form in forms[1:]:
+            assert same_model(forms[0], form)
+            gap = (torch.tensor(form) - torch.tensor(forms[0])).abs().max() / torch.tensor(forms[0]).std()
+            assert gap < 1e-4, gap
+        half = fingerprint(zoo.build(arch, zoo.KINDS[0], torch.bfloat16))
+        assert same_model(forms[0], half, torch.bfloat16)
+        prints[arch] = forms[0]
+    for a in prints:
+        for b in prints:
+            assert same_model(prints[a], prints[b], torch.bfloat16) == (a == b)
+
+
+def test_basis_is_measured():
+    for arch in ("gpt2", "neox", "llama", "gemma2"):
+        for kind in zoo.KINDS:
+            centred = kind in ("processed", "ht-default") and arch in ("gpt2", "neox")  # RMS models keep their mean
+            assert basis_of(zoo.build(arch, kind)) == ("centered" if centred else "raw"), (arch, kind)
+    assert is_centered(torch.tensor([[1.0, -1.0]])) and not is_centered(torch.tensor([[1.0, 1.0]]))
+
+
+def _raw_and_centred():
+    raw = "bridge" if "bridge" in zoo.KINDS else "ht"
+    centred = "processed" if "processed" in zoo.KINDS else "ht-default"
+    return zoo.build("gpt2", raw), zoo.build("gpt2", centred)
+
+
+def test_bases_do_not_mix_and_convert_exactly():
+    raw, centred = _raw_and_centred()
+    on_centred = _random(centred, basis="centered", fingerprint=fingerprint(centred))
+    on_raw = _random(raw, basis="raw", fingerprint=fingerprint(raw))
+    with pytest.raises(ValueError, match=r"centered residual basis, this model's is raw: convert them with translators.to_raw\(\)"):
+        tll.Lens(raw, on_centred)
+    for check in ("strict", "warn"):  # never another basis
+        with pytest.raises(ValueError, match="raw residual basis, this model's is centered: load the model with center_writing_weights=False"):
+            tll.Lens(centred, on_raw, check=check)
+    a = tll.trajectory(centred, tll.Lens(centred, on_centred), TOKENS)
+    b = tll.trajectory(raw, tll.Lens(raw, on_centred.to_raw()), TOKENS)
+    assert torch.allclose(a.kl, b.kl, atol=1e-3) and a.kl[0].mean() > 0.05
+
+
+def test_translators_of_another_model_are_refused():
+    model, other = zoo.build("gpt2", zoo.KINDS[0]), zoo.build("neox", zoo.KINDS[0])
+    theirs = _random(model, basis="raw", fingerprint=fingerprint(model), model="gpt2-tiny")
+    assert tll.Lens(model, theirs)
+    with pytest.raises(ValueError, match="fitted for 'gpt2-tiny' .*another fingerprint"):
+        tll.Lens(other, theirs)
+    with pytest.warns(UserWarning, match="another fingerprint"):
+        tll.Lens(other, theirs, check="warn")
+    wide = Translators(theirs.rows, torch.zeros(3, 16, 16), torch.zeros(3, 16), n_layers=3)
+    for check in ("strict", "warn"):  # never another width
+        with pytest.raises(ValueError, match=r"\(d_model 16, 3 layers\); this model is .*\(d_model 32, 3 layers\)"):
+            tll.Lens(model, wide, check=check)
+    inner = Translators([(tll.site(model, 0), tll.site(model, 2))], torch.zeros(1, 32, 32), torch.zeros(1, 32), n_layers=3)
+    with pytest.raises(ValueError, match="maps into the final residual"):
+        tll.Lens(model, inner)
+
+
+def test_a_model_in_train_mode_or_quantised_is_refused():
+    import copy
+
+    model = copy.deepcopy(zoo.build("gpt2", zoo.KINDS[0]))
+    model.train()
+    for call in (lambda: tll.Lens(model), lambda: tll.fit_regression(model, TOKENS), lambda: tll.fit_tuned(model, TOKENS), lambda: tll.check(model)):
+        with pytest.raises(ValueError, match=r"train mode.*call model.eval\(\)"):
+            call()
+    assert model.training  # not switched in silence
+
+
+def test_quantised_weights_are_refused(unchecked):
+    class Quantised:
+        cfg = hook_dict = run_with_hooks = hooks = unembed = None
+        training = False
+        W_U = torch.zeros(2, 2, dtype=torch.int8)
+
+    with pytest.raises(ValueError, match="expected a floating-point W_U, got torch.int8"):
+        tll.Lens(Quantised())
+    with pytest.raises(TypeError, match="expected a TransformerLens model .* got Linear without cfg"):
+        tll.Lens(torch.nn.Linear(2, 2))

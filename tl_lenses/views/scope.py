@@ -1,0 +1,539 @@
+"""Views of a patchscope's result: what the target prompt says, by pair of layers (l, l*) and source.
+
+One of three tables, chosen by what there is to show: a matrix l x l* per source for a sweep of many l with many l*, a
+row per source where there are many sources, otherwise a row per pair and a column per source.
+
+A result is known here only by its attributes (`sources, pairs, top_ids, top_probs, vocab, text, settings`).
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html import escape
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.style import Style
+from rich.text import Text
+
+from tl_lenses.views.glyphs import cell_width, clip, clip_parts, pad, parts, readable
+from tl_lenses.views.grid import row_labels, token
+from tl_lenses.views.style import STATS, Scale, ink, number, ramp, scale_of
+
+Result = Any  # duck-typed: a view never imports what it draws
+
+_FEW = 6  # sources as columns; more of them become rows
+_FULL = 0.4  # share of the cells l x l* that a sweep has to fill to be drawn as a matrix
+_WIDEST, _NARROWEST = 10, 3  # terminal cells for a token
+_TEXT = 24  # terminal cells that a column of texts gets at least
+_NUMBER = 5  # a space and a probability
+_TERMINAL, _PAGE = (600, 200), (10_000, 10_000)  # cells and rows that are drawn; what is left out is said
+_TOP = 5  # tokens on hover
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One source and pair: the likeliest tokens with their probabilities, and the generated text if there is one."""
+
+    where: str
+    top: list[tuple[str, float]]
+    text: str | None
+
+    @property
+    def prob(self) -> float:
+        """Probability of the top token."""
+        return self.top[0][1]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One table. A cell is None where a sweep has no such pair.
+
+    `narrow`: the columns are layers, of which there are many, and not sources.
+    """
+
+    corner: str
+    rows: list[str]
+    columns: list[str]
+    cells: list[list[Cell | None]]
+    narrow: bool = False
+    title: str = ""
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class ScopeView:
+    """What `patchscope_table` returns: laid out when a console asks, since only that knows its width and colours."""
+
+    prompt: str
+    notes: list[str]
+    panels: list[Panel]
+    with_text: bool
+    scale: Scale = field(default_factory=lambda: scale_of(STATS["max_prob"], []))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = console.no_color or console.color_system is None
+        yield _layout(self, options.max_width, plain)
+
+
+def patchscope_table(result: Result) -> ScopeView:
+    """A table for the terminal: print it with `rich.print`.
+
+    A cell is the generated text where there is one (in quotes, newlines as "↵", cut to the width), else the top token
+    and its probability. Without text, a sweep of many l with many l* is a matrix: l down, l* across.
+
+    >>> rich.print(patchscope_table(result))
+    """
+    return ScopeView(_prompt(result), _notes(result), _panels(result, *_TERMINAL), result.text is not None)
+
+
+def patchscope_html(result: Result) -> str:
+    """The table as an HTML fragment for notebooks: no scripts, styles of its own; a cell's title has the top tokens.
+
+    >>> IPython.display.HTML(patchscope_html(result))
+    """
+    panels = _panels(result, *_PAGE)
+    s = scale_of(STATS["max_prob"], [])
+    notes = "".join(f" · {escape(note)}" for note in _notes(result))
+    prompt = _prompt(result)
+    what = f"patchscope into <code>{escape(_shorten(prompt, 400))}</code>" if prompt else "patchscope"
+    body = "".join(_panel_html(panel, s) for panel in panels)
+    return (
+        f'<div class="tl-lenses-scope"><style>{_CSS}</style><p>{what}{notes}</p>{body}{_legend_html(result, s)}</div>'
+    )
+
+
+def patchscope_figure(result: Result, source: int = 0) -> Any:
+    """A plotly heat map of one source: l down, l* across, coloured by the probability of the top token in the cell.
+
+    Where each l has one l*, a single column of layers, with the generated texts beside it if there are any. The hover
+    shows the likeliest tokens. ImportError without plotly, ValueError for a source that is not there.
+
+    >>> patchscope_figure(result).show()
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise ImportError("figures need plotly: pip install tl-lenses[plot]") from None
+    n = len(result.sources)
+    if not -n <= source < n:
+        raise ValueError(f"source={source} is out of range: this result has {n} source{'s' * (n > 1)} (0..{n - 1})")
+    s = scale_of(STATS["max_prob"], [])
+    square = _is_sweep(result)
+    panel = _matrix(result, source % n) if square else _by_pair(result, [source % n], len(result.pairs))
+    cells = panel.cells
+    heatmap = go.Heatmap(
+        z=[[None if c is None else c.prob for c in row] for row in cells],
+        x=list(range(len(panel.columns))),  # places, not names: layers and hook names mix
+        y=list(range(len(panel.rows))),
+        zmin=s.low,
+        zmax=s.high,
+        colorscale=[(i / 64, s.color(i / 64)) for i in range(65)],
+        colorbar={"title": {"text": _plotly(s.stat.title), "side": "right"}, "thickness": 14},
+        text=[["" if c is None else _plotly(clip(readable(c.top[0][0]), _WIDEST)) for c in row] for row in cells],
+        texttemplate="%{text}",
+        textfont={"size": 11, "family": _MONO},
+        customdata=[["" if c is None else _hover(c) for c in row] for row in cells],
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverlabel={"align": "left", "font": {"family": _MONO}},
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+    )
+    fig = go.Figure(heatmap)
+    beside = [] if square or result.text is None else [_quoted(row[0].text or "", 48) for row in cells if row[0]]
+    room = 40 + round(7 * max((cell_width(text) for text in beside), default=0))
+    left = 50 + 7 * max(cell_width(label) for label in panel.rows)
+    width = (66 * len(panel.columns) if square else 130 + room * bool(beside)) + left + 110
+    for y, text in enumerate(beside):
+        style = {"font": {"size": 11, "family": _MONO}, "showarrow": False, "xanchor": "left", "align": "left"}
+        fig.add_annotation(x=0.5, y=y, xshift=10, text=_plotly(text), **style)
+    if beside:
+        fig.update_xaxes(domain=[0, 130 / (130 + room)])
+    label = _shorten(readable(result.sources[source]), 60)
+    prompt = _prompt(result)
+    into = f"<br><sub>into {_plotly(_shorten(prompt, 70))}</sub>" if prompt else ""
+    fig.update_layout(
+        title={"text": f"patchscope of {_plotly(label)}{into}", "font": {"size": 16}},
+        width=max(420, width),
+        height=max(300, 25 * len(panel.rows) + 190),
+        margin={"l": left, "r": 20, "t": 80, "b": 60},
+        plot_bgcolor="rgba(0,0,0,0)",
+    )
+    plain = {"tickmode": "array", "showgrid": False, "zeroline": False, "tickfont": {"family": _MONO}}
+    across = [_plotly(label) for label in panel.columns] if square else [""]
+    fig.update_xaxes(
+        tickvals=list(range(len(across))), ticktext=across, title="target layer l*" if square else None, **plain
+    )
+    fig.update_yaxes(
+        tickvals=list(range(len(panel.rows))),
+        ticktext=[_plotly(label) for label in panel.rows],
+        title="source layer l" if square else panel.corner,
+        autorange="reversed",
+        **plain,
+    )
+    return fig
+
+
+_MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
+
+
+# --- from a result to panels
+
+
+def _panels(result: Result, most_cells: int, most_rows: int) -> list[Panel]:
+    """The tables to draw, at most so many cells and rows of them, and what was left out."""
+    n, n_pairs = len(result.sources), len(result.pairs)
+    if not n or not n_pairs or not result.top_ids.shape[-1]:
+        raise ValueError("this result has no cells to show: expected a source, a pair and a top token at least")
+    if result.text is None and _is_sweep(result):
+        shown = min(n, max(1, most_cells // n_pairs))
+        panels = [replace(_matrix(result, s), title=result.sources[s]) for s in range(shown)]
+        return [*panels[:-1], replace(panels[-1], left_out=_left_out((n, shown, "sources")))]
+    if result.text is None and n > _FEW and n > n_pairs:
+        return [_by_source(result, min(n, most_rows, max(1, most_cells // n_pairs)))]
+    shown_pairs = min(n_pairs, most_rows)
+    sources = list(range(min(n, max(1, most_cells // shown_pairs))))
+    return [_by_pair(result, sources, shown_pairs)]
+
+
+def _left_out(*counts: tuple[int, int, str]) -> str:
+    """A note from (how many there are, how many are shown, of what)."""
+    missing = [f"{n - shown} of {n} {what}" for n, shown, what in counts if shown < n]
+    return f"({' and '.join(missing)} are left out: result.to_frame() has all)" if missing else ""
+
+
+def _matrix(result: Result, s: int) -> Panel:
+    """l down, l* across, for one source."""
+    down, across = (list(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1))
+    at = {pair: p for p, pair in enumerate(result.pairs)}
+    cells = [[_cell(result, s, at[a, b]) if (a, b) in at else None for b in across] for a in down]
+    return Panel("l\\l*", _layers(down), _layers(across), cells, narrow=True)
+
+
+def _by_source(result: Result, n_rows: int) -> Panel:
+    """A row per source, a column per pair."""
+    corner, labels = _pair_labels(result)
+    rows = [readable(source) for source in result.sources[:n_rows]]
+    cells: list[list[Cell | None]] = [[_cell(result, s, p) for p in range(len(labels))] for s in range(n_rows)]
+    left_out = _left_out((len(result.sources), n_rows, "sources"))
+    return Panel(f"source \\ {corner}", rows, labels, cells, narrow=True, left_out=left_out)
+
+
+def _by_pair(result: Result, sources: list[int], n_rows: int) -> Panel:
+    """A row per pair, a column per source; a single source is the title."""
+    corner, labels = _pair_labels(result)
+    one = len(result.sources) == 1
+    columns = [""] if one else [readable(result.sources[s]) for s in sources]
+    cells: list[list[Cell | None]] = [[_cell(result, s, p) for s in sources] for p in range(n_rows)]
+    left_out = _left_out((len(labels), n_rows, "pairs"), (len(result.sources), len(sources), "sources"))
+    title = result.sources[0] if one else ""
+    return Panel(corner, labels[:n_rows], columns, cells, title=title, left_out=left_out)
+
+
+def _is_sweep(result: Result) -> bool:
+    """Many l, each with many l*: enough of the pairs to fill a matrix."""
+    down, across = ([pair[i] for pair in result.pairs] for i in (0, 1))
+    n_down, n_across, n = len(set(down)), len(set(across)), len(set(result.pairs))
+    return n > n_down > 1 and n > n_across > 1 and n >= _FULL * n_down * n_across
+
+
+def _pair_labels(result: Result) -> tuple[str, list[str]]:
+    """What the rows are, and a label for each: `3` where l* = l or where there is no l, else `3 → 5`."""
+    down, across = (list(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1))
+    short_down = dict(zip(down, _layers(down), strict=True))
+    short_across = dict(zip(across, _layers(across), strict=True))
+    if all(a is None for a, _ in result.pairs):
+        return "l*", [short_across[b] for _, b in result.pairs]
+    if all(a == b for a, b in result.pairs):
+        return "layer", [short_across[b] for _, b in result.pairs]
+    return "l → l*", [f"{short_down[a]} → {short_across[b]}" for a, b in result.pairs]
+
+
+def _layers(layers: list[Any]) -> list[str]:
+    return row_labels(tuple("–" if layer is None else layer for layer in layers))
+
+
+def _cell(result: Result, s: int, p: int) -> Cell:
+    a, b = result.pairs[p]
+    top = zip(result.top_ids[s, p, :_TOP].tolist(), result.top_probs[s, p, :_TOP].tolist(), strict=True)
+    where = f"l* = {b}" if a is None else f"layer {a}" if a == b else f"l = {a} → l* = {b}"
+    return Cell(where, [(token(result, i), w) for i, w in top], None if result.text is None else result.text[s][p])
+
+
+def _prompt(result: Result) -> str:
+    """The target prompt in quotes and on one line, its token ids where it was given as such, or nothing."""
+    target = result.settings.get("target", "")
+    return (f'"{_whole(target)}"' if target else "") if isinstance(target, str) else f"token ids {list(target)}"
+
+
+def _notes(result: Result) -> list[str]:
+    """Settings that are not the default ones."""
+    settings = result.settings
+    notes = []
+    if settings.get("mode", "replace") != "replace":
+        notes.append(f"mode {settings['mode']}")
+    if settings.get("when", "prompt") != "prompt" and result.text is not None:
+        notes.append(f"patched at {str(settings['when']).replace('_', ' ')}")
+    if settings.get("do_sample") and result.text is not None:
+        notes.append(f"sampled, seed {settings.get('seed')}")
+    return notes
+
+
+# --- text
+
+
+def _whole(text: str) -> str:
+    """Text on one line with its spaces: newlines and what else would not be seen as marks."""
+    return "".join(" " * len(piece) if faint else piece for piece, faint in parts(text)) if text else ""
+
+
+def _quoted(text: str, room: int) -> str:
+    """`"text"` in at most `room` cells, cut in the middle of a prompt, whose two ends say most."""
+    return f'"{_shorten(_whole(text), room - 2)}"'
+
+
+def _cut(text: str, room: int) -> str:
+    """`"text"` in at most `room` cells, cut at the end."""
+    whole = f'"{_whole(text)}"'
+    return whole if cell_width(whole) <= room else clip(whole[:-1], room - 1) + '"' if room > 3 else clip(whole, room)
+
+
+def _shorten(text: str, room: int) -> str:
+    """At most `room` cells, "…" in the middle."""
+    if cell_width(text) <= room:
+        return text
+    head = clip(text, max(room - room // 2, 1)).removesuffix("…")
+    tail = text[::-1]
+    tail = clip(tail, room // 2 + 1).removesuffix("…")[::-1] if room > 1 else ""
+    return f"{head}…{tail}"
+
+
+def _distinct(labels: list[str], room: int) -> list[str]:
+    """Labels in at most `room` cells, cut first where all say the same: "…of Japan is…", "…of Peru is…"."""
+    if len(set(labels)) > 1 and any(cell_width(label) > room for label in labels):
+        head = os.path.commonprefix(labels)
+        tail = os.path.commonprefix([label[len(head) :][::-1] for label in labels])[::-1]
+        longest = max(len(label) for label in labels) - len(head) - len(tail)
+        spare = max(room - longest - 2, 0) // 2
+        before, after = max(len(head) - spare, 0), max(len(tail) - spare, 0)
+        cut = (label[before : len(label) - after] for label in labels)
+        labels = ["…" * (before > 0) + label + "…" * (after > 0) for label in cut]
+    return [_shorten(label, room) for label in labels]
+
+
+# --- terminal
+
+
+def _layout(view: ScopeView, width: int, plain: bool) -> Group:
+    title = "patchscope" + (f" into {_shorten(view.prompt, max(width - 16, 12))}" if view.prompt else "")
+    lines = [Text(clip(title, width), style="bold")]
+    lines += [Text(clip(", ".join(view.notes), width))] if view.notes else []
+    lines.append(_legend(view, width, plain))
+    for panel in view.panels:
+        lines.append(Text(""))
+        if panel.title:
+            lines.append(Text(clip("source ", width)).append(_quoted(panel.title, max(width - 7, 4)), "bold"))
+        lines += _panel(view, panel, width, plain)
+        if panel.left_out:
+            lines.append(Text(clip(panel.left_out, width), style="dim"))
+    for line in lines:
+        line.no_wrap, line.overflow = True, "crop"
+    return Group(*lines)
+
+
+def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]:
+    """Blocks of columns that fit the width, one below the other."""
+    most, of_sources = max(6, width // 3), panel.corner.startswith("source")
+    labels = _distinct(panel.rows, most)
+    stub = min(max(cell_width(label) for label in [panel.corner, *labels]), most)
+    gap = 1 if panel.narrow else 2  # of which the cell next to a token has its colour
+    room = max(width - stub - (2 - gap), _NARROWEST + gap + 1 + _NUMBER)
+    share = max(_TEXT, room // len(panel.columns) - gap) if view.with_text else _TEXT
+    columns = _distinct(panel.columns, room if panel.narrow else share)
+    needs = [_need(view, panel, c, cell_width(columns[c]), plain) for c in range(len(columns))]
+    lines: list[Text] = []
+    for block in (_text_blocks if view.with_text else _blocks)(needs, room, gap):
+        if lines:
+            lines.append(Text(""))
+        side = pad if of_sources else _right
+        lines.append(Text(side(panel.corner, stub) + " " * (2 - gap), style="bold"))
+        for c, w in block:
+            lines[-1].append(" " * gap + pad(_shorten(columns[c], w), w))
+        lines[-1].rstrip()
+        for label, row in zip(labels, panel.cells, strict=True):
+            line = Text(side(label, stub) + " " * (2 - gap))
+            for c, w in block:
+                line.append(" " * (gap - 1)).append_text(_drawn(view, row[c], w, plain, panel.narrow))
+            if plain or view.with_text:
+                line.rstrip()
+            lines.append(line)
+    return lines
+
+
+def _need(view: ScopeView, panel: Panel, column: int, head: int, plain: bool) -> int:
+    """Cells that a column would take if there were room; `head` is its heading's width."""
+    cells = [row[column] for row in panel.cells if row[column] is not None]
+    if view.with_text:
+        return max([cell_width(_whole(c.text or "")) + 2 for c in cells if c] + [_NARROWEST, head])
+    numbered = plain or not panel.narrow
+    tokens = [min(cell_width(readable(c.top[0][0])), 2 * _WIDEST) for c in cells if c]
+    widest = max([*tokens, _NARROWEST])
+    if panel.narrow:
+        return min(max(widest, head - _NUMBER * numbered), _WIDEST) + _NUMBER * numbered
+    return max(widest + _NUMBER, min(head, _TEXT))
+
+
+def _blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]]:
+    """Columns with their widths in blocks that fit the room, in reading order."""
+    blocks: list[list[tuple[int, int]]] = []
+    used = room
+    for column, need in enumerate(needs):
+        need = min(need, room - gap)
+        if used + need + gap > room:
+            blocks.append([])
+            used = 0
+        blocks[-1].append((column, need))
+        used += need + gap
+    return blocks
+
+
+def _text_blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]]:
+    """Columns of texts: as many side by side as get `_TEXT` cells each; short ones leave their room to long ones."""
+    per_block = max(1, room // (_TEXT + gap))
+    if sum(needs) + gap * len(needs) <= room:
+        per_block = len(needs)
+    blocks = []
+    for first in range(0, len(needs), per_block):
+        block = range(first, min(first + per_block, len(needs)))
+        left, widths = room - gap * len(block), {}
+        for rank, c in enumerate(sorted(block, key=needs.__getitem__)):
+            widths[c] = min(needs[c], left // (len(block) - rank))
+            left -= widths[c]
+        blocks.append([(c, widths[c]) for c in block])
+    return blocks
+
+
+def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: bool) -> Text:
+    """A cell filled to its width and the space before it."""
+    if cell is None:
+        return Text(" " * (width + 1))
+    if view.with_text:
+        return Text(" " + pad(_cut(cell.text or "", width), width))
+    numbered = plain or not narrow
+    shown = number(view.scale.stat, cell.prob).rjust(_NUMBER) if numbered else ""
+    name = pad(readable(cell.top[0][0]), width - len(shown))
+    color = None if plain else view.scale.color(cell.prob)
+    style = Style(color=ink(color), bgcolor=color) if color else Style()
+    return Text(f" {name}{shown}", style=style)
+
+
+def _right(label: str, width: int) -> str:
+    label = _shorten(label, width)
+    return " " * (width - cell_width(label)) + label
+
+
+def _legend(view: ScopeView, width: int, plain: bool) -> Text:
+    if view.with_text:
+        return Text(clip("in each cell: what the prompt goes on with", width))
+    matrix = view.panels[0].corner == "l\\l*"
+    what = "l down, l* across; " if matrix else ""
+    if plain:
+        return Text(clip(f"{what}in each cell: the top token and its probability", width))
+    dark, _, bright = view.scale.labels()
+    legend = Text(f"{what}{view.scale.stat.title}: {dark} ")
+    for i in range(12):
+        legend.append(" ", Style(bgcolor=ramp(i / 11)))
+    legend.append(f" {bright} ({view.scale.stat.bright})")
+    legend.truncate(width, overflow="ellipsis")
+    return legend
+
+
+# --- html
+
+# Every rule starts with our class; "!important" against the table styles that notebooks bring.
+_CSS = """
+.tl-lenses-scope { font: 13px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+.tl-lenses-scope p { margin: 6px 0; }
+.tl-lenses-scope .wide { overflow-x: auto; margin: 6px 0; }
+.tl-lenses-scope table { border-collapse: separate; border-spacing: 1px; border: 0; margin: 0;
+  width: auto; table-layout: auto; font: inherit; }
+.tl-lenses-scope caption { caption-side: top; text-align: left; padding: 4px 0; color: inherit; }
+.tl-lenses-scope th, .tl-lenses-scope td { text-align: left !important; vertical-align: top !important; white-space: pre;
+  padding: 2px 8px; border: 0; background: none; unicode-bidi: isolate; }
+.tl-lenses-scope tr { background: none !important; }
+.tl-lenses-scope th { font-weight: 600; }
+.tl-lenses-scope tbody th { font-weight: 500; opacity: .7; font-variant-numeric: tabular-nums; }
+.tl-lenses-scope tbody th.r { text-align: right !important; }
+.tl-lenses-scope td, .tl-lenses-scope code, .tl-lenses-scope b { font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.tl-lenses-scope code { background: none; color: inherit; padding: 0; }
+.tl-lenses-scope b { font-weight: 600; }
+.tl-lenses-scope td { border-radius: 2px; }
+.tl-lenses-scope td.text { white-space: pre-wrap; min-width: 12em; max-width: 42em; border-bottom: 1px solid #8883; }
+.tl-lenses-scope i { font-style: normal; opacity: .55; }
+.tl-lenses-scope .p { opacity: .8; padding-left: .7em; font-variant-numeric: tabular-nums; }
+.tl-lenses-scope .note { font-size: 12px; }
+.tl-lenses-scope .bar { display: inline-block; width: 120px; height: 10px; border-radius: 2px; vertical-align: -1px; }
+"""
+
+
+def _panel_html(panel: Panel, s: Scale) -> str:
+    caption = f"<caption>source <b>{_quoted_html(panel.title)}</b></caption>" if panel.title else ""
+    numbered = not panel.narrow
+    side = "" if panel.corner.startswith("source") else "r"
+    heads = "".join(f"<th>{_marked(label)}</th>" for label in panel.columns)
+    body = "".join(
+        f'<tr><th class="{side}">{_marked(label)}</th>{"".join(_cell_html(c, s, numbered) for c in row)}</tr>'
+        for label, row in zip(panel.rows, panel.cells, strict=True)
+    )
+    left_out = f'<p class="note">{escape(panel.left_out)}</p>' if panel.left_out else ""
+    corner = {"l\\l*": "l ↓ &nbsp;l* →"}.get(panel.corner, escape(panel.corner))
+    head = f"<thead><tr><th>{corner}</th>{heads}</tr></thead>"
+    return f'<div class="wide"><table>{caption}{head}<tbody>{body}</tbody></table></div>{left_out}'
+
+
+def _cell_html(cell: Cell | None, s: Scale, numbered: bool) -> str:
+    if cell is None:
+        return "<td></td>"
+    title = escape("\n".join([cell.where, *_likeliest(cell)]))
+    if cell.text is not None:
+        return f'<td class="text" title="{title}">{_quoted_html(cell.text)}</td>'
+    color = s.color(cell.prob)
+    style = f' style="background:{color} !important;color:{ink(color)} !important"' if color else ""
+    shown = f'<span class="p">{number(s.stat, cell.prob)}</span>' if numbered else ""
+    return f'<td{style} title="{title}">{_marked(cell.top[0][0])}{shown}</td>'
+
+
+def _likeliest(cell: Cell) -> list[str]:
+    return [f"{100 * w:6.2f}%  {readable(t)}" for t, w in cell.top]
+
+
+def _marked(text: str) -> str:
+    """A token or label, its edge spaces faint."""
+    return "".join(
+        f"<i>{escape(piece)}</i>" if faint else escape(piece) for piece, faint in clip_parts(parts(text), 48)
+    )
+
+
+def _quoted_html(text: str) -> str:
+    return f'"{escape(_whole(text))}"'
+
+
+def _legend_html(result: Result, s: Scale) -> str:
+    if result.text is not None:
+        return '<p class="note">in each cell: what the prompt goes on with; hover for the likeliest next tokens</p>'
+    stops = ",".join(ramp(i / 8) for i in range(9))
+    dark, _, bright = s.labels()
+    bar = f'<span class="bar" style="background:linear-gradient(90deg,{stops})"></span>'
+    return f'<p class="note">{escape(s.stat.title)}: {dark} {bar} {bright}; hover for the likeliest tokens</p>'
+
+
+def _plotly(text: str) -> str:
+    """Escaped for plotly's labels, which know some tags and "&lt;" but no "&quot;"."""
+    return escape(text, quote=False)
+
+
+def _hover(cell: Cell) -> str:
+    """What plotly shows over a cell: it breaks lines at <br> and drops spaces."""
+    lines = [_plotly(cell.where), *(_plotly(line).replace(" ", "\u00a0") for line in _likeliest(cell))]
+    return "<br>".join([*lines, *([_plotly(_quoted(cell.text, 60))] if cell.text is not None else [])])
