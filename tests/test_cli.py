@@ -113,7 +113,7 @@ def test_check_passes_or_leaves_with_1(model, monkeypatch):
     assert done.exit_code == 0 and "the last row is the model" in done.stdout, done.stderr
     from tl_lenses.invariants import Check, Report
 
-    broken = Report("tiny", "raw", [Check("holds", 0, "<= 0", True), Check("does not", 1, "<= 0", False)])
+    broken = Report("tiny", "raw", [Check("holds", 0.0, "<= 0", True), Check("does not", 1.0, "<= 0", False)])
     monkeypatch.setattr(tll, "check", lambda *args: broken)
     assert "1 of 2 invariants fail" in refused("check", "--model", model)
 
@@ -140,7 +140,9 @@ def test_demo_runs_the_whole_job(tmp_path):
 
 def test_the_bundled_model_needs_no_data(tmp_path):
     done = run("fit", "--method", "regression", "--limit-tokens", 512, "--layers", "0", "--output", tmp_path / "lens")
-    assert done.exit_code == 1 and "at least" in done.stderr or done.exit_code == 0
+    assert done.exit_code == 0, done.stderr
+    done = run("eval", "--lens", tmp_path / "lens", "--limit-tokens", 256)
+    assert done.exit_code == 0, done.stderr
 
 
 def test_help_gives_examples_and_is_light():
@@ -218,10 +220,11 @@ def test_data_that_cannot_be_read(model, tmp_path):
     assert "is not UTF-8 at byte 3" in fit(tmp_path / "latin.txt")
     (tmp_path / "rows.jsonl").write_text('{"body": "some text"}\n' * 10)
     assert "no column 'text', only ['body']. Pass --text-column" in fit(tmp_path / "rows.jsonl")
-    assert "too few" in fit(tmp_path / "rows.jsonl", "--text-column", "body", "--seq-len", 64)
+    (tmp_path / "short.txt").write_text("the cat")
+    assert "too few" in fit(tmp_path / "short.txt")
     (tmp_path / "text.pdf").write_text("text")
     assert "expected one of .txt" in fit(tmp_path / "text.pdf")
-    assert "no splits" in fit("lab", "--split", "test") or True
+    assert "expected a split, one of" in fit("lab", "--split", "test")
     assert not (tmp_path / "lens").exists() and not list(tmp_path.glob("lens*"))
 
 

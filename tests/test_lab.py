@@ -81,20 +81,16 @@ def test_loading_leaves_the_random_state_alone():
 
 def test_loading_is_silent_and_needs_no_network():
     code = """if 1:
-        import socket
+        import socket, sys
         def refuse(*args, **kwargs): raise OSError("network")
         socket.socket.connect = refuse
         from tl_lenses import lab
+        assert not {"transformer_lens", "transformers"} & set(sys.modules)
         lab.load(); lab.text("train")
+        assert {"transformer_lens", "transformers"} <= set(sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_importing_lab_imports_no_transformer_lens():
-    code = "import sys, tl_lenses.lab; print([m for m in ('transformer_lens', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("split,n_bytes,n_documents", [("train", 464_096, 133), ("heldout", 121_406, 34)])
@@ -110,7 +106,7 @@ def test_text(split, n_bytes, n_documents):
 
 def test_no_passage_is_in_both_splits():
     paragraphs = [{p for d in lab.text(split) for p in d.split("\n") if len(p) > 60} for split in ("train", "heldout")]
-    assert min(map(len, paragraphs)) > 200 and not paragraphs[0] & paragraphs[1]
+    assert min(map(len, paragraphs)) > 100 and not paragraphs[0] & paragraphs[1]
 
 
 def test_a_damaged_file_is_named(tmp_path, monkeypatch):

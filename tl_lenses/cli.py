@@ -100,6 +100,10 @@ class Commands(TyperGroup):
             sys.exit(code if isinstance(code, int) else 0)
         return code
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """No arguments are a question."""
+        return super().parse_args(ctx, args or ["--help"])
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command inside the guard."""
         debug = bool(ctx.params.get("debug"))
@@ -120,7 +124,7 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -130,15 +134,12 @@ def main() -> None:
 
 @app.callback()
 def _global(
-    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error, and what libraries say.")] = False,
 ) -> None:
     """Tuned lenses and patchscopes for the models that TransformerLens loads.
 
     Start with: tl-lenses demo
     """
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
 
 
 @app.command()

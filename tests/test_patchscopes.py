@@ -1,0 +1,168 @@
+"""Patchscopes against the direct computation."""
+
+import pytest
+import torch
+import zoo
+from test_lens import _random
+
+import tl_lenses as tll
+from tl_lenses.translators import Affine
+
+KINDS = zoo.FEW_KINDS
+PROMPT, TARGET = "the cat sat on the mat", "a bird sang in the tree"
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def model(request):
+    return zoo.build("gpt2", request.param)
+
+
+@torch.no_grad()
+def _direct(model, source, i, layer, target, j, target_layer, f=lambda v: v):
+    """One cell, by TransformerLens alone."""
+    tokens = lambda text: model.to_tokens(text, prepend_bos=True) if isinstance(text, str) else text[None]
+    kept = {}
+
+    def keep(x, hook):
+        kept["v"] = x[0, i].clone()
+
+    def put(x, hook):
+        x = x.clone()
+        x[0, j] = f(kept["v"])
+        return x
+
+    model.run_with_hooks(tokens(source), fwd_hooks=[(tll.site(model, layer), keep)])
+    return model.run_with_hooks(tokens(target), fwd_hooks=[(tll.site(model, target_layer), put)])[0, -1]
+
+
+def test_every_cell_equals_the_direct_computation(model):
+    result = tll.patchscope(model, tll.Source(PROMPT, pos=3), tll.Target(TARGET, pos=-2), layers=range(4), target_layers=[0, 2, 3], batch_size=5)
+    assert result.pairs == [(a, b) for a in range(4) for b in (0, 2, 3)] and result.logits.shape == (1, 12, 320)
+    for c, (a, b) in enumerate(result.pairs):
+        assert torch.allclose(result.logits[0, c], _direct(model, PROMPT, 3, a, TARGET, -2, b), atol=1e-4), (a, b)
+    assert (result.logits[0, 0] - result.logits[0, 3]).abs().max() > 1e-3
+
+
+def test_the_diagonal_is_the_default_and_pairs_are_exact(model):
+    scope = tll.Target(TARGET)
+    diagonal = tll.patchscope(model, tll.Source(PROMPT), scope)
+    assert diagonal.pairs == [(i, i) for i in range(4)]
+    picked = tll.patchscope(model, tll.Source(PROMPT), scope, pairs=[(-1, 1), (2, 2)])
+    assert picked.pairs == [(3, 1), (2, 2)] and torch.allclose(picked.logits[0, 1], diagonal.logits[0, 2], atol=1e-5)
+
+
+def test_the_logit_lens_is_a_patchscope(model):
+    # l* = L: whatever the target, its last residual becomes the source's, and is read out
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.scopes.token_identity(), target_layers=[-1])
+    resid = {}
+    tll.run(model, PROMPT, [tll.read(tll.site(model, i), resid, key=i, pos=-1) for i in range(4)])
+    lens = tll.Lens(model)
+    for i in range(4):
+        assert torch.allclose(result.logits[0, i], lens[i](resid[i])[0, 0], atol=1e-4)
+
+
+def test_same_prompt_same_place_is_a_no_op(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(PROMPT))
+    with torch.no_grad():
+        plain = model(model.to_tokens(PROMPT, prepend_bos=True))[0, -1]
+    assert torch.allclose(result.logits[0], plain.expand(4, -1), atol=1e-5)
+
+
+def test_maps_modes_and_several_sources(model):
+    a = Affine(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 6, torch.ones(32))
+    mapped = tll.patchscope(model, [tll.Source(PROMPT), tll.Source("a dog ran", pos="dog")], tll.Target(TARGET), layers=[1], target_layers=[2], map=a)
+    assert mapped.logits.shape[:2] == (2, 1) and mapped.sources == [PROMPT, "a dog ran"]
+    assert torch.allclose(mapped.logits[0, 0], _direct(model, PROMPT, -1, 1, TARGET, -1, 2, a), atol=1e-4)
+    t = _random(model)
+    by_row = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[1], target_layers=[3], map=t)
+    assert torch.allclose(by_row.logits[0, 0], _direct(model, PROMPT, -1, 1, TARGET, -1, 3, t[1]), atol=1e-4)
+    added = tll.patchscope(model, tll.Source(torch.zeros(32)), tll.Target(TARGET), mode="add")
+    with torch.no_grad():
+        plain = model(model.to_tokens(TARGET, prepend_bos=True))[0, -1]
+    assert torch.allclose(added.logits[0], plain.expand(4, -1), atol=1e-5) and added.pairs == [(None, i) for i in range(4)]
+
+
+def test_vectors_ids_and_spans(model):
+    ids = model.to_tokens(PROMPT, prepend_bos=True)[0]
+    resid = {}
+    tll.run(model, ids, [tll.read(tll.site(model, i), resid, key=i, pos=-1) for i in range(4)])
+    by_text = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET))
+    by_ids = tll.patchscope(model, tll.Source(ids), tll.Target(TARGET))
+    stacked = torch.stack([resid[i][0, 0] for i in range(4)])[None]
+    by_layer = tll.patchscope(model, tll.Source(stacked), tll.Target(TARGET))
+    assert torch.allclose(by_text.logits, by_ids.logits) and torch.allclose(by_text.logits, by_layer.logits, atol=1e-5)
+    two = tll.patchscope(model, tll.Source(stacked[0, 1:3]), tll.Target(TARGET), target_layers=[1])
+    assert two.logits.shape == (2, 1, 320) and two.pairs == [(None, 1)]
+    span = tll.patchscope(model, tll.Source(PROMPT, pos=[2, 3]), tll.Target(TARGET, pos=[4, 5]), layers=[1])
+    assert span.logits.shape == (1, 1, 320)
+    both = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=[4, 5]), layers=[1])  # one vector into several placeholders
+    assert (both.logits - span.logits).abs().max() > 1e-4
+
+
+def test_generation_and_stop(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0, 2], max_new_tokens=6)
+    assert len(result.text) == 1 and len(result.text[0]) == 2 and result.tokens.shape[:2] == (1, 2)
+    for c, layer in enumerate((0, 2)):
+        resid = {}
+        tll.run(model, PROMPT, [tll.read(tll.site(model, layer), resid, key=0, pos=-1)])
+        n = model.to_tokens(TARGET, prepend_bos=True).shape[1]
+        alone = tll.generate(model, TARGET, [tll.patch(layer, tll.edits.replace(resid[0][0, 0]), pos=-1)], 6)[0, n:]
+        assert result.tokens[0, c][: len(alone)].tolist() == alone.tolist()
+        assert int(result.top_k(1).ids[0, c, 0]) == int(alone[0])
+    whole = result.text[0][0]
+    stopped = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0], max_new_tokens=6, stop=[whole[2:4]])
+    assert stopped.text[0][0] == whole[: whole.index(whole[2:4])]
+
+
+def test_results_keep_what_was_asked_and_print(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=2)
+    few = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), keep="top_k")
+    assert torch.equal(few.top_k(5).ids, result.top_k(5).ids) and torch.allclose(few.top_k(5).probs, result.top_k(5).probs, atol=1e-6)
+    with pytest.raises(ValueError, match="keep='logits'"):
+        _ = few.logits
+    with pytest.raises(ValueError, match="only the top 10"):
+        few.top_k(11)
+    frame = result.to_frame()
+    assert list(frame.columns) == ["source", "layer", "target_layer", "token", "prob", "text"] and len(frame) == 4
+    top = result.top_k(3)
+    assert top.tokens[0][0][0] == frame["token"][0] and top.probs[0, 0, 0] == pytest.approx(frame["prob"][0], rel=1e-5)
+    assert result.probability(5).shape == (1, 4)
+
+
+def test_hooks_on_either_run(model):
+    zero = [tll.patch(0, tll.edits.zero)]
+    plain = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2])
+    source_cut = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2], source_hooks=zero)
+    target_cut = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2], target_hooks=zero)
+    assert not torch.allclose(plain.logits, source_cut.logits, atol=1e-3) and not torch.allclose(plain.logits, target_cut.logits, atol=1e-3)
+
+
+def test_another_model_as_target(model):
+    other = zoo.build("neox", KINDS[0])
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[1], to=other)
+    assert result.pairs == [(1, 1)] and result.logits.shape == (1, 1, 320)
+
+
+def test_refusals(model, unchecked):
+    S, T = tll.Source, tll.Target
+    cases = [
+        (dict(source=S(PROMPT, pos="dog"), target=T(TARGET)), "'dog' is not in the prompt; its tokens are"),
+        (dict(source=S(PROMPT, pos=99), target=T(TARGET)), "position 99 is not there"),
+        (dict(source=S(PROMPT), target=T(TARGET), layers=[9]), "no layer 9"),
+        (dict(source=S(PROMPT), target=T(TARGET), layers=[]), "no pair of layers"),
+        (dict(source=S(PROMPT), target=T(TARGET), layers=[1], pairs=[(1, 1)]), "either pairs"),
+        (dict(source=S(PROMPT, pos=[1, 2]), target=T(TARGET)), "gives 2 positions and the target takes 1"),
+        (dict(source=S(torch.zeros(3, 16)), target=T(TARGET)), "width 16 does not fit the target model"),
+        (dict(source=S(torch.zeros(3, 32)), target=T(TARGET), layers=[1]), "have no layer"),
+        (dict(source=S(torch.zeros(3, 2, 32)), target=T(TARGET)), r"need 4 layers, got \[3, 2, 32\]"),
+        (dict(source=S(PROMPT), target=T(TARGET), pairs=[(None, 1)]), "is None for vectors"),
+        (dict(source=[], target=T(TARGET)), "empty list of sources"),
+        (dict(source=[S(PROMPT), S(torch.zeros(32))], target=T(TARGET)), "cannot share a call"),
+        (dict(source=S(PROMPT), target=T(TARGET), mode="swap"), "mode must be"),
+        (dict(source=S(PROMPT), target=T(TARGET), keep="all"), "keep must be"),
+        (dict(source=S(PROMPT), target=T(TARGET), read=slice(0, 2)), "selects 2 positions, expected one"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=60), "more than the context"),
+    ]
+    for kwargs, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            tll.patchscope(model, **kwargs)
