@@ -127,6 +127,9 @@ def test_regression_of_other_sites_and_targets():
     resid = {}
     tll.run(model, tokens, [tll.read("blocks.1.attn.hook_z", resid, key="z", fn=lambda x: x.flatten(2)), tll.read("blocks.1.hook_attn_out", resid, key="out")])
     assert torch.allclose(heads["blocks.1.attn.hook_z"](resid["z"]), resid["out"], atol=1e-3)  # attn_out is linear in z
+    z = "blocks.2.attn.hook_z"  # heads are flattened on the way into a lens too
+    lens = tll.Lens(model, tll.fit_regression(model, tokens, layers=[z]))
+    assert tll.trajectory(model, lens, tokens[:2]).layers == (z, 3) and tll.evaluate(model, lens, tokens[:2]).rows[0]["layer"] == z
     skip = tll.fit_regression(model, tokens, layers=[0, 1], to=2, method="shift")
     assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre") and torch.equal(skip[0].weight, torch.eye(32))
     turned = tll.fit_regression(model, tokens, layers=[1], method="procrustes")[1].weight

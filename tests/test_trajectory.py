@@ -149,6 +149,8 @@ def test_text_pads_and_targets(model):
     alone = tll.trajectory(model, tll.Lens(model), prompts[1])
     assert torch.allclose(traj.kl[:, 1, -int(n[1]) :], alone.kl[:, 0], atol=1e-4)
     assert (traj.targets[1][~traj.mask[1]] == -1).all() and (traj.targets[:, -1] == -1).all()
+    bare = tll.trajectory(model, tll.Lens(model), prompts[1], prepend_bos=False)
+    assert torch.equal(bare.tokens, alone.tokens[:, 1:])
     one = tll.trajectory(model, tll.Lens(model), prompts[0], targets=" the", anti_targets=7)
     wanted = model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
     assert (one.targets == wanted).all() and (one.anti_targets == 7).all() and one.logprob_diff.isfinite().all()

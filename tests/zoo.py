@@ -149,7 +149,9 @@ def unavailable(arch: str, kind: str) -> str | None:
     if arch not in ARCHS or kind not in _ALL_KINDS:
         raise ValueError(f"expected an architecture of {ARCHS} and a kind of {_ALL_KINDS}, got {arch!r}, {kind!r}")
     if kind not in KINDS:
-        return f"TransformerLens {version('transformer-lens')} has no {'HookedTransformer' if 'ht' in kind else 'bridge'}"
+        return (
+            f"TransformerLens {version('transformer-lens')} has no {'HookedTransformer' if 'ht' in kind else 'bridge'}"
+        )
     for bad_arch, kinds, first, below, why in _IMPOSSIBLE:
         if arch == bad_arch and kind in kinds and first <= TL_VERSION < below:
             return why
@@ -163,9 +165,7 @@ def available(arch: str, kind: str) -> bool:
 
 def cases(archs: Sequence[str] = ARCHS, kinds: Sequence[str] = KINDS) -> list[Any]:
     """Parameters (arch, kind) of everything that the installed version can build."""
-    return [
-        pytest.param(arch, kind, id=f"{arch}-{kind}") for arch in archs for kind in kinds if available(arch, kind)
-    ]
+    return [pytest.param(arch, kind, id=f"{arch}-{kind}") for arch in archs for kind in kinds if available(arch, kind)]
 
 
 # --- models

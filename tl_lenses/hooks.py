@@ -294,6 +294,8 @@ def run(
     hooks: Iterable[Hook] = (),
     return_type: str | None = "logits",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    *,
+    prepend_bos: bool = True,
 ) -> Any:
     """One forward pass with hooks, refusing unknown names and hooks that never fired.
 
@@ -304,6 +306,7 @@ def run(
         hooks: `(name, fn)` pairs; at one site they run in the order of the list.
         return_type: as TransformerLens takes it: "logits", "loss", "both" or None.
         attention_mask: 0/1 `[batch, pos]` for padded token ids.
+        prepend_bos: for text; ids are never changed.
 
     Returns:
         What the model returns, logits `[batch, pos, d_vocab]` by default.
@@ -315,7 +318,7 @@ def run(
     Example:
         >>> logits = tll.run(model, "Hello", [tll.patch(3, tll.edits.scale(0.5))])      # doctest: +SKIP
     """
-    batch = prepare(model, tokens, attention_mask)
+    batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     with installed(model, hooks), _marked(0, batch.tokens.shape[1]):
         return forward(model, batch, return_type)
 
@@ -332,6 +335,7 @@ def generate(
     seed: int = 0,
     stop_at_eos: bool = True,
     use_cache: bool = True,
+    prepend_bos: bool = True,
     first_logits: list[Tensor] | None = None,
 ) -> Int[Tensor, "batch pos_plus_new"]:
     """Continue prompts under hooks: greedy unless asked, the prompt's pass marked so that patches know it.
@@ -343,6 +347,7 @@ def generate(
         max_new_tokens: how many tokens to add; a row that has met EOS goes on with EOS.
         do_sample: draw from `softmax(logits / temperature)` with a generator seeded by `seed`.
         use_cache: keep keys and values rather than run the whole sequence each step.
+        prepend_bos: for text; ids are never changed.
         first_logits: a list that receives the logits `[batch, d_vocab]` after the prompt.
 
     Returns:
@@ -351,7 +356,7 @@ def generate(
     Raises:
         ValueError: as `run`; a continuation longer than the context.
     """
-    batch = prepare(model, tokens, attention_mask)
+    batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     n_prompt = batch.tokens.shape[1]
     context = getattr(model.cfg, "n_ctx", None)
     if max_new_tokens < 1:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import einops
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,14 +25,17 @@ class LayerLens:
     readout: Readout
     affine: Affine | None
 
-    def translate(self, resid: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_model"]:
+    def translate(self, resid: Float[Tensor, "*any"]) -> Float[Tensor, "*batch d_model"]:
         """Into the basis of the final residual; the identity for the logit lens and for layer `n_layers`."""
         if self.affine is None:
             return resid
+        d_in = self.affine.weight.shape[1]
+        if resid.shape[-1] != d_in and resid.ndim > 1 and resid.shape[-2] * resid.shape[-1] == d_in:
+            resid = einops.rearrange(resid, "... head d_head -> ... (head d_head)")  # hook_z: heads are flattened
         # Half-precision residuals are translated in fp32: the maps are fp32, and W - I is small beside I.
         return self.affine(resid if resid.dtype == torch.float64 else resid.float())
 
-    def __call__(self, resid: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_vocab"]:
+    def __call__(self, resid: Float[Tensor, "*any"]) -> Float[Tensor, "*batch d_vocab"]:
         return self.readout(self.translate(resid))
 
 

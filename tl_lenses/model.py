@@ -94,7 +94,11 @@ def check_model(model: LensModel, *, what: str = "this") -> None:
 
 
 def prepare(
-    model: LensModel, prompt: str | list[str] | Tensor, attention_mask: Int[Tensor, "batch pos"] | None = None
+    model: LensModel,
+    prompt: str | list[str] | Tensor,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    *,
+    prepend_bos: bool = True,
 ) -> Batch:
     """Text or token ids as the batch that will run: checked, on the model's device, BOS prepended to text.
 
@@ -108,7 +112,8 @@ def prepare(
     elif isinstance(prompt, (str, list, tuple)) and attention_mask is not None:
         raise ValueError("attention_mask goes with token ids; text makes its own mask")
     elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt)):
-        tokens, attention_mask, _ = tokenize(tokenizer_of(model), prompt if isinstance(prompt, str) else list(prompt))
+        texts = prompt if isinstance(prompt, str) else list(prompt)
+        tokens, attention_mask, _ = tokenize(tokenizer_of(model), texts, prepend_bos=prepend_bos)
     else:
         raise TypeError(f"expected text, a list of texts or a LongTensor [batch, pos], got {type(prompt).__name__}")
     tokens = check_tokens(tokens, int(model.cfg.d_vocab), getattr(model.cfg, "n_ctx", None)).to(device_of(model))

@@ -54,16 +54,6 @@ def site_layer(name: str, n_layers: int) -> int | None:
     return None
 
 
-def canonical(layer_or_site: LayerOrSite, n_layers: int) -> str:
-    """One name per place, without looking at a model: `blocks.2.hook_resid_post` is `blocks.3.hook_resid_pre`."""
-    layer = layer_or_site if isinstance(layer_or_site, int) else site_layer(layer_or_site, n_layers)
-    return (
-        layer_or_site
-        if layer is None or (isinstance(layer_or_site, str) and layer > n_layers)
-        else layer_site(layer, n_layers)
-    )
-
-
 def site(model: LensModel, layer_or_site: LayerOrSite) -> str:
     """The hook name of a layer or a site of this model.
 
@@ -140,6 +130,8 @@ def positions(
     tokens: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
     pos: Position,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    *,
+    prepend_bos: bool = True,
 ) -> Int[Tensor, "batch k"]:
     """Positions as columns of the tensor that will run, one row per prompt.
 
@@ -153,7 +145,7 @@ def positions(
         ValueError: a position or substring that is not there (the tokens are shown), several matches, rows of
         different length.
     """
-    batch = prepare(model, tokens, attention_mask)
+    batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     rows, width = batch.tokens.shape
     if isinstance(pos, Tensor):
         if pos.is_floating_point() or pos.dtype == torch.bool:

@@ -252,6 +252,7 @@ def trajectory(
     cache: Any = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     *,
+    prepend_bos: bool = True,
     chunk_size: int | None = None,
 ) -> Any:
     """What a lens (or several, from one forward pass) says at every layer and position of a prompt.
@@ -267,6 +268,7 @@ def trajectory(
         teacher: "clean" compares with one more run without `hooks`.
         cache: an `ActivationCache` to read residuals from instead of running the model; `prompt` must be its token ids.
         attention_mask: for padded token ids; pads enter no statistic.
+        prepend_bos: for text; ids are never changed.
         chunk_size: positions decoded at a time; by default as many as fit 12 MiB of logits.
 
     Returns:
@@ -296,7 +298,7 @@ def trajectory(
         raise ValueError("cache= holds a run that is over: hooks and teacher have nothing to act on")
     depth = n_layers(model)
     rows = layers_of(lenses, layers, depth)
-    batch = prepare(model, prompt, attention_mask)
+    batch = prepare(model, prompt, attention_mask, prepend_bos=prepend_bos)
     mask = (
         torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
     )

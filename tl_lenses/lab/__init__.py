@@ -5,6 +5,7 @@ the folders that `path` names.
 """
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,11 +103,11 @@ def load(name: str = "lab-gpt2", *, device: str | torch.device = "cpu", dtype: t
     config = GPT2Config.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
-        hf_model = GPT2LMHeadModel(config).to(dtype)
+        hf_model: Any = GPT2LMHeadModel(config)
         # The unembedding is tied to the embedding and not stored twice.
         hf_model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         hf_model.tie_weights()
-        hf_model.eval()
+        hf_model.to(dtype).eval()
         try:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError:
@@ -139,13 +140,13 @@ def verify(folder: Path) -> None:
 
 def _hooked_transformer(folder: Path, hf_model: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
     """TransformerLens 2.x, whose `from_pretrained` takes no local folder: its loading steps, without processing."""
-    import transformer_lens.loading_from_pretrained as loading  # pyright: ignore[reportMissingImports]
-    from transformer_lens import HookedTransformer
+    loading: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
+    hooked_transformer: Any = importlib.import_module("transformer_lens").HookedTransformer
 
     config = loading.get_pretrained_model_config(str(folder), fold_ln=False, device=str(device), dtype=dtype)
     config.model_name = folder.name  # otherwise the whole path
     state = loading.get_pretrained_state_dict(str(folder), config, hf_model=hf_model, dtype=dtype)
-    model = HookedTransformer(config, tokenizer)
+    model = hooked_transformer(config, tokenizer)
     model.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )

@@ -72,6 +72,7 @@ def patchscope(
     *,
     source_hooks: Iterable[Hook] = (),
     target_hooks: Iterable[Hook] = (),
+    prepend_bos: bool = True,
     show_progress: bool | None = None,
 ) -> PatchscopeResult:
     """Put `f(h)` of a source run into a target run at (l*, i*) and see what it says next: `hbar[i*, l*] <- f(h[i, l])`.
@@ -92,6 +93,7 @@ def patchscope(
         batch_size: cells per forward pass, 32 by default.
         keep: "auto" keeps logits up to 256 MB and the top 10 tokens beyond.
         source_hooks, target_hooks: your interventions on either run; they run before ours.
+        prepend_bos: for text on either side; ids are never changed.
 
     Returns:
         `PatchscopeResult` with `pairs`, `logits [source, pair, d_vocab]` at the read position, and
@@ -123,11 +125,11 @@ def patchscope(
     vectors: list[dict[Any, Float[Tensor, "k d"]]] = []
     labels: list[str] = []
     for one in sources:
-        for label, by_layer in _vectors(model, one, [layer for layer, _ in wanted], source_hooks):
+        for label, by_layer in _vectors(model, one, [layer for layer, _ in wanted], source_hooks, prepend_bos):
             labels.append(label)
             vectors.append(by_layer)
 
-    batch = prepare(target_model, _ids(target.prompt))
+    batch = prepare(target_model, _ids(target.prompt), prepend_bos=prepend_bos)
     place = positions(target_model, batch.tokens, target.pos)[0]
     read_at = positions(target_model, batch.tokens, read)[0]
     if len(read_at) != 1:
@@ -244,9 +246,7 @@ def _pairs(
     return found
 
 
-def _vectors(
-    model: LensModel, one: Source, layers: list[Any], hooks: list[Hook]
-) -> list[tuple[str, dict[Any, Tensor]]]:
+def _vectors(model: LensModel, one: Source, layers: list[Any], hooks: list[Hook], prepend_bos: bool) -> list[tuple[str, dict[Any, Tensor]]]:
     """Per source on the source axis: a label and `{layer: [k, d]}`."""
     if _is_vectors(one):
         vectors: Tensor = one.prompt  # type: ignore[assignment]
@@ -265,7 +265,7 @@ def _vectors(
             )
         rows = vectors[None] if vectors.ndim == 1 else vectors
         return [(f"vector {i}", {None: v[None]}) for i, v in enumerate(rows)]
-    batch = prepare(model, _ids(one.prompt))  # type: ignore[arg-type]
+    batch = prepare(model, _ids(one.prompt), prepend_bos=prepend_bos)  # type: ignore[arg-type]
     if len(batch.tokens) != 1:
         raise ValueError("a Source is one prompt: pass a list of Sources for several")
     place = positions(model, batch.tokens, one.pos)

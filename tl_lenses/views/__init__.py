@@ -50,7 +50,7 @@ __all__ = [
 
 def save(
     traj: Trajectory | Mapping[str, Trajectory],
-    path: str | os.PathLike[str],
+    path: str | Path,
     *,
     stat: str | None = None,
     overwrite: bool = True,
