@@ -38,10 +38,10 @@ class _Fused(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         for part in S.chunks(n, w_u.shape[1], chunk_size):
             if teacher.ndim == 2:
-                logp = teacher[part].to(wide).log_softmax(-1)
-                p = logp.exp()
-                constant = torch.where(p > 0, p * logp, 0.0).sum()
-                del logp
+                t = teacher[part].to(wide)
+                p = t.softmax(-1)
+                constant = (torch.linalg.vecdot(p, t) - _logsumexp(t, p)).sum()  # sum p log p
+                del t
             else:
                 p, constant = teacher[part], torch.zeros((), dtype=wide, device=hidden.device)
             for row in range(rows):
@@ -49,12 +49,9 @@ class _Fused(torch.autograd.Function):
                 z = z.to(wide)
                 raw = z
                 z = raw if transform is None else transform(raw)
-                lse = z.logsumexp(-1)
-                if p.ndim == 2:
-                    losses[row] += constant + lse.sum() - torch.linalg.vecdot(p, z).sum()
-                else:
-                    losses[row] += lse.sum() - z.gather(-1, p[:, None]).sum()
-                g = (z - lse[:, None]).exp_()  # q, then q - p in its place
+                g = z.softmax(-1)  # q, then q - p in its place
+                said = torch.linalg.vecdot(p, z) if p.ndim == 2 else z.gather(-1, p[:, None])
+                losses[row] += constant + _logsumexp(z, g).sum() - said.sum()
                 if p.ndim == 2:
                     g -= p
                 else:
@@ -71,6 +68,11 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
         return grad * grads[0][:, None, None].to(grad), None, None, None, None, None
+
+
+def _logsumexp(z: Tensor, q: Tensor) -> Tensor:
+    """`logsumexp z` from `q = softmax z`: at the largest entry `log q = z - logsumexp z`, so no second exponential is needed."""
+    return z.amax(-1) - q.amax(-1).log()
 
 
 def _check(hidden: Tensor, n: int) -> None:
