@@ -128,6 +128,20 @@ def test_gradients_flow_and_grad_mode_is_left_alone(model):
     assert not seen[2].requires_grad and seen["graph"].requires_grad
 
 
+@torch.no_grad()
+def test_patterns_have_heads_before_positions(model):
+    few = TOKENS[:, :3]  # fewer tokens than heads
+    seen, name = {}, "blocks.0.attn.hook_pattern"
+    plain = tll.run(model, few, [tll.read(name, seen)])
+    assert seen[name].shape == (2, 4, 3, 3)
+    assert torch.equal(tll.run(model, few, [tll.patch(name, lambda x: x)]), plain)
+    assert not torch.equal(tll.run(model, few, [tll.patch(name, edits.zero)]), plain)
+    for when in ("prompt", "every_step"):
+        hooks = [tll.patch(name, edits.scale(0.3), when=when)]
+        cached = tll.generate(model, few, hooks, 5, stop_at_eos=False)
+        assert torch.equal(cached, tll.generate(model, few, hooks, 5, stop_at_eos=False, use_cache=False))
+
+
 # --- loud
 
 

@@ -96,10 +96,22 @@ def _spread(x: Tensor, columns: Int[Tensor, "batch k"] | None, new: Tensor) -> T
     return out
 
 
-def _prompt_part(x: Tensor) -> int:
-    """How many of the pass's columns belong to the prompt."""
+def _position_axis(name: str) -> int:
+    """1, but for attention patterns `[batch, head, query, key]`, which count queries."""
+    return 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
+
+
+def _prompt_part(x: Tensor, axis: int) -> int:
+    """How many of the pass's positions belong to the prompt."""
     mark = _MARK.get()
-    return x.shape[1] if mark is None else max(min(mark[1] - mark[0], x.shape[1]), 0)
+    return x.shape[axis] if mark is None else max(min(mark[1] - mark[0], x.shape[axis]), 0)
+
+
+def _prompt(x: Tensor, axis: int, n: int) -> Tensor:
+    """The first n positions; of a pattern, their keys too: in a pass that goes on behind the prompt they see no others."""
+    if n == x.shape[axis]:
+        return x
+    return x[:, :n] if axis == 1 else x[:, :, :n, :n]
 
 
 def read(
@@ -133,17 +145,15 @@ def read(
     key = site if key is None else key
 
     def hook_fn(x: Tensor, hook: Any = None) -> None:
-        n = _prompt_part(x) if pos is not None or _MARK.get() is not None else x.shape[1]
-        if n == 0:
+        axis = _position_axis(name)
+        n = _prompt_part(x, axis)
+        if n == 0:  # a generated step
             return
-        value: Any = (
-            _select(x, _columns(pos, n, x.shape[0], name)) if pos is not None else (x if n == x.shape[1] else x[:, :n])
-        )
+        value: Any = _select(_prompt(x, axis, n), _columns(pos, n, x.shape[0], name))
         if detach:
             value = value.detach()
         value = value if fn is None else fn(value)
         into[key] = value.detach() if detach and isinstance(value, Tensor) else value
-        return
 
     return (name, hook_fn)
 
@@ -191,20 +201,24 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
         return new.to(part)  # a bridge refuses another dtype, HookedTransformer would spread it
 
     def hook_fn(x: Tensor, hook: Any = None) -> Tensor:
-        n = _prompt_part(x)
-        if n == x.shape[1]:
-            columns = _columns(pos, n, x.shape[0], name)
+        axis = _position_axis(name)
+        n, length = _prompt_part(x, axis), x.shape[axis]
+        columns = _columns(pos, n, x.shape[0], name) if n else None
+        if n == length:
             return _spread(x, columns, apply(_select(x, columns)))
-        # The pass holds generated columns: all of them (with a cache), or after the prompt (without).
-        parts = []
+        # The pass holds generated positions: nothing else (with a cache), or behind the prompt (without).
+        out = x.clone()
         if n:
-            prompt = x[:, :n]
-            columns = _columns(pos, n, x.shape[0], name)
-            parts.append(_spread(prompt, columns, apply(_select(prompt, columns))))
-        for i in range(n, x.shape[1]):
-            column = x[:, i : i + 1]
-            parts.append(apply(column) if when == "every_step" else column)
-        return torch.cat(parts, 1)
+            prompt = _prompt(x, axis, n)
+            _prompt(out, axis, n).copy_(_spread(prompt, columns, apply(_select(prompt, columns))))
+        if when == "every_step":
+            for i in range(n, length):
+                if axis == 1:
+                    out[:, i : i + 1] = apply(x[:, i : i + 1])
+                else:  # query i sees the keys up to itself
+                    keys = x.shape[-1] - length + i + 1
+                    out[:, :, i : i + 1, :keys] = apply(x[:, :, i : i + 1, :keys])
+        return out
 
     return (name, hook_fn)
 
