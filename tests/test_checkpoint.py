@@ -121,7 +121,12 @@ def test_states_round_trip_and_are_written_whole(tmp_path, monkeypatch):
     file = tmp_path / "deep" / "state"
     checkpoint.save_state(file, tree)
     back = checkpoint.load_state(file)
-    assert torch.equal(back["a"], tree["a"]) and back["b"][0][5] is None and back["b"][1:] == ["text", 1.5] and back["empty"] == {}
+    assert (
+        torch.equal(back["a"], tree["a"])
+        and back["b"][0][5] is None
+        and back["b"][1:] == ["text", 1.5]
+        and back["empty"] == {}
+    )
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         checkpoint.save_state(file, {"a": torch.zeros(3)})

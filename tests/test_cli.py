@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import tl_lenses as tll
 import tl_lenses.fit.tuned
-from tl_lenses.cli import _layers, _lens_names, _ranges, app
+from tl_lenses.cli import app
+from tl_lenses.cli_inputs import lens_names, parse_layers, ranges
 
 TEXT = "the cat sat on the mat. the dog ran to the king of France and a bird sang in Paris.\n"
 
@@ -87,24 +88,67 @@ def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     assert "logit" in done.stdout and "reg" in done.stdout
     content = json.loads((tmp_path / "s.json").read_text())
-    assert {(row["lens"], row["layer"]) for row in content["rows"]} == {(a, b) for a in ("logit", "reg") for b in range(4)}
+    assert {(row["lens"], row["layer"]) for row in content["rows"]} == {
+        (a, b) for a in ("logit", "reg") for b in range(4)
+    }
     assert content["model"] == model and content["versions"]["torch"]
     done = run("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
     assert done.exit_code == 1 and "b=" in done.stderr  # the name ends at the first equals sign
     done = run(
-        "eval", "--model", model, "--lens", f"mine={fitted}", "--data", data, "--layers", "1,-1", "--output", tmp_path / "s.csv"
+        "eval",
+        "--model",
+        model,
+        "--lens",
+        f"mine={fitted}",
+        "--data",
+        data,
+        "--layers",
+        "1,-1",
+        "--output",
+        tmp_path / "s.csv",
     )
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
-    assert [(row["lens"], row["layer"]) for row in rows] == [("logit", "1"), ("logit", "3"), ("mine", "1"), ("mine", "3")]
+    assert [(row["lens"], row["layer"]) for row in rows] == [
+        ("logit", "1"),
+        ("logit", "3"),
+        ("mine", "1"),
+        ("mine", "3"),
+    ]
 
 
 def test_show_prints_and_saves(model, fitted, tmp_path):
     done = run("show", "the cat sat", "--model", model)
     assert done.exit_code == 0 and "logit lens: 4 layers" in done.stdout
-    done = run("show", "the cat sat", "--model", model, "--lens", fitted, "--layers", "0,-1", "--stat", "entropy", "--save", tmp_path / "a.html")
+    done = run(
+        "show",
+        "the cat sat",
+        "--model",
+        model,
+        "--lens",
+        fitted,
+        "--layers",
+        "0,-1",
+        "--stat",
+        "entropy",
+        "--save",
+        tmp_path / "a.html",
+    )
     assert done.exit_code == 0 and "reg lens: 2 layers" in done.stdout and "entropy" in done.stdout, done.stderr
     assert "<html" in (tmp_path / "a.html").read_text()
-    done = run("show", "the cat", "--model", model, "--stat", "logprob_diff", "--target", "a", "--anti-target", "b", "--save", tmp_path / "b.csv")
+    done = run(
+        "show",
+        "the cat",
+        "--model",
+        model,
+        "--stat",
+        "logprob_diff",
+        "--target",
+        "a",
+        "--anti-target",
+        "b",
+        "--save",
+        tmp_path / "b.csv",
+    )
     assert done.exit_code == 0 and (tmp_path / "b.csv").stat().st_size, done.stderr
 
 
@@ -230,18 +274,24 @@ def test_data_that_cannot_be_read(model, tmp_path):
 
 def test_output_that_cannot_be_written(model, data, fitted, tmp_path, monkeypatch):
     """Found before a model is loaded."""
-    monkeypatch.setattr("tl_lenses.cli._load", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("tl_lenses.cli.load_model", lambda *args: pytest.fail("the model was loaded first"))
     file = tmp_path / "file"
     file.write_text("x")
     fit = ("fit", "--model", model, "--data", data)
     assert "exists and is not empty" in (message := refused(*fit, "--output", fitted)) and "--overwrite" in message
     assert "not a writable folder" in refused(*fit, "--output", file / "lens")
     assert "is a file" in refused(*fit, "--output", file)
-    assert "not a writable folder" in refused(*fit, "--output", tmp_path / "lens", "--checkpoint", file / "deep" / "state")
-    assert "not a writable folder" in refused("eval", "--model", model, "--data", data, "--output", file / "deep" / "s.csv")
+    assert "not a writable folder" in refused(
+        *fit, "--output", tmp_path / "lens", "--checkpoint", file / "deep" / "state"
+    )
+    assert "not a writable folder" in refused(
+        "eval", "--model", model, "--data", data, "--output", file / "deep" / "s.csv"
+    )
     assert "use one of .csv, .json" in refused("eval", "--model", model, "--data", data, "--output", tmp_path / "s.txt")
     assert "use one of .html" in refused("show", "the cat", "--save", tmp_path / "heat")
-    assert "is a directory" in refused("show", "the cat", "--save", (tmp_path / "d.html").mkdir() or tmp_path / "d.html")
+    assert "is a directory" in refused(
+        "show", "the cat", "--save", (tmp_path / "d.html").mkdir() or tmp_path / "d.html"
+    )
 
 
 def test_models_that_are_not_there(tmp_path):
@@ -260,7 +310,9 @@ def test_lenses_layers_and_statistics_that_are_not_there(model, data, fitted, tm
     assert "no layer 99" in refused(*show, "--layers", "99")
     assert "no hook 'blocks.9.hook_resid_pre'" in refused(*show, "--layers", "blocks.9.hook_resid_pre")
     assert "selects nothing" in refused(*show, "--layers", "7:9")
-    assert "no layer 99" in refused("fit", "--model", model, "--data", data, "--output", tmp_path / "lens", "--layers", "99")
+    assert "no layer 99" in refused(
+        "fit", "--model", model, "--data", data, "--output", tmp_path / "lens", "--layers", "99"
+    )
     message = refused(*show, "--stat", "perplexity")
     assert "no statistic 'perplexity'" in message and "cross_entropy" in message
     assert "--anti-target" in refused(*show, "--stat", "logprob_diff")
@@ -286,7 +338,7 @@ def test_an_error_of_ours_names_its_type(monkeypatch):
     def fails(*args):
         raise AssertionError("impossible")
 
-    monkeypatch.setattr("tl_lenses.cli._load", fails)
+    monkeypatch.setattr("tl_lenses.cli.load_model", fails)
     assert refused("check") == "AssertionError: impossible (tl-lenses --debug ... shows where)"
 
 
@@ -294,7 +346,11 @@ def test_an_error_of_ours_names_its_type(monkeypatch):
 
 
 def test_layers_names_and_ranges():
-    assert _layers("0, 2:4,-1,blocks.0.hook_resid_mid", 9) == [0, 2, 3, -1, "blocks.0.hook_resid_mid"]
-    assert _layers("::4", 9) == [0, 4, 8] and _layers("6:", 9) == [6, 7, 8]
-    assert _lens_names(["a/b", "x=c/d"]) == {"b": "a/b", "x": "c/d"} and _lens_names(None) == {}
-    assert _ranges((0, 1, 2)) == "0..2" and _ranges((0, 2)) == "0, 2" and _ranges((1, "blocks.1.hook_resid_mid")) == "1, blocks.1.hook_resid_mid"
+    assert parse_layers("0, 2:4,-1,blocks.0.hook_resid_mid", 9) == [0, 2, 3, -1, "blocks.0.hook_resid_mid"]
+    assert parse_layers("::4", 9) == [0, 4, 8] and parse_layers("6:", 9) == [6, 7, 8]
+    assert lens_names(["a/b", "x=c/d"]) == {"b": "a/b", "x": "c/d"} and lens_names(None) == {}
+    assert (
+        ranges((0, 1, 2)) == "0..2"
+        and ranges((0, 2)) == "0, 2"
+        and ranges((1, "blocks.1.hook_resid_mid")) == "1, blocks.1.hook_resid_mid"
+    )

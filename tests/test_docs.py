@@ -5,6 +5,7 @@ import doctest
 import functools
 import inspect
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
@@ -72,19 +73,20 @@ def test_the_signatures_of_the_api_are_those_of_the_code():
         place = tll
         for part in name.split("."):
             place = getattr(place, part)
-        parameters = inspect.signature(place).parameters.values()
-        spec = ast.parse(f"def f{written}: pass").body[0].args  # type: ignore[attr-defined]
-        assert [a.arg for a in [*spec.args, *spec.kwonlyargs]] == [p.name for p in parameters], name
-        assert [a.arg for a in spec.kwonlyargs] == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY], name
-        defaults = [*spec.defaults, *(d for d in spec.kw_defaults if d is not None)]
-        assert [ast.literal_eval(d) for d in defaults] == [p.default for p in parameters if p.default is not p.empty], (
-            name
-        )
+        bare = [p.replace(annotation=p.empty) for p in inspect.signature(place).parameters.values()]
+        now = str(inspect.Signature(bare))
+        assert _parsed(written) == _parsed(now), f"tll.{name}{now}"
+
+
+def _parsed(signature):
+    return ast.dump(ast.parse(f"def f{signature}: pass"))
 
 
 @page_by_page
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```|^    .*?$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"```.*?```|^    .*?$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         if re.match(r"[a-z]+:", path):
@@ -95,6 +97,22 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings], target
+
+
+@page_by_page
+def test_commands_exist(page):
+    from typer.main import get_command
+
+    from tl_lenses.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"^tl-lenses (\w[^\n]*)$", text, re.MULTILINE):
+        name, *words = shlex.split(line, comments=True)
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
 
 
 def test_every_page_is_in_the_navigation_and_on_the_map():

@@ -65,7 +65,10 @@ def test_contract(name, kind):
     assert not got.delta.requires_grad and got.delta.dtype == torch.float32
     # same seed, same result
     few = dict(tokens=ONE_TOKEN[:60], skip_first=False)
-    again = [fit_tuned(model, steps=3, init="identity", **few) if name == "tuned" else _regression(model, **few) for _ in range(2)]
+    again = [
+        fit_tuned(model, steps=3, init="identity", **few) if name == "tuned" else _regression(model, **few)
+        for _ in range(2)
+    ]
     assert torch.equal(again[0].delta, again[1].delta) and torch.equal(again[0].biases, again[1].biases)
 
 
@@ -125,13 +128,25 @@ def test_regression_of_other_sites_and_targets():
     tokens = zoo.tokens(40, 12)
     heads = tll.fit_regression(model, tokens, layers=["blocks.1.attn.hook_z"], to="blocks.1.hook_attn_out", ridge=0.0)
     resid = {}
-    tll.run(model, tokens, [tll.read("blocks.1.attn.hook_z", resid, key="z", fn=lambda x: x.flatten(2)), tll.read("blocks.1.hook_attn_out", resid, key="out")])
+    tll.run(
+        model,
+        tokens,
+        [
+            tll.read("blocks.1.attn.hook_z", resid, key="z", fn=lambda x: x.flatten(2)),
+            tll.read("blocks.1.hook_attn_out", resid, key="out"),
+        ],
+    )
     assert torch.allclose(heads["blocks.1.attn.hook_z"](resid["z"]), resid["out"], atol=1e-3)  # attn_out is linear in z
     z = "blocks.2.attn.hook_z"  # heads are flattened on the way into a lens too
     lens = tll.Lens(model, tll.fit_regression(model, tokens, layers=[z]))
-    assert tll.trajectory(model, lens, tokens[:2]).layers == (z, 3) and tll.evaluate(model, lens, tokens[:2]).rows[0]["layer"] == z
+    assert (
+        tll.trajectory(model, lens, tokens[:2]).layers == (z, 3)
+        and tll.evaluate(model, lens, tokens[:2]).rows[0]["layer"] == z
+    )
     skip = tll.fit_regression(model, tokens, layers=[0, 1], to=2, method="shift")
-    assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre") and torch.equal(skip[0].weight, torch.eye(32))
+    assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre") and torch.equal(
+        skip[0].weight, torch.eye(32)
+    )
     turned = tll.fit_regression(model, tokens, layers=[1], method="procrustes")[1].weight
     assert torch.allclose(turned @ turned.T, torch.eye(32), atol=1e-4)
 
@@ -141,11 +156,16 @@ def test_hooks_and_masks_reach_a_fit():
     tokens = zoo.tokens(24, 12)
     plain = tll.fit_regression(model, tokens)
     hooked = tll.fit_regression(model, tokens, hooks=[tll.patch(2, edits.scale(0.5))])
-    assert torch.allclose(plain[0].bias, plain[0].bias) and not torch.allclose(plain[0].weight, hooked[0].weight, atol=1e-2)
+    assert torch.allclose(plain[0].bias, plain[0].bias) and not torch.allclose(
+        plain[0].weight, hooked[0].weight, atol=1e-2
+    )
     padded = torch.cat([torch.full((24, 3), zoo.PAD), tokens], 1)
     mask = torch.cat([torch.zeros(24, 3), torch.ones(24, 12)], 1).long()
     masked = tll.fit_regression(model, tll.Batch(padded, mask))
-    assert torch.allclose(plain.weights, masked.weights, atol=1e-3) and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
+    assert (
+        torch.allclose(plain.weights, masked.weights, atol=1e-3)
+        and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
+    )
 
 
 # --- tuned
@@ -253,7 +273,9 @@ def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path, error, optimize
     steps = []
     resumed = tll.fit_tuned(model, tokens, checkpoint=file, log=lambda e: steps.append(e["step"]), **settings)
     assert steps == [5, 6, 7, 8, 9]
-    assert torch.allclose(resumed.delta, whole.delta, atol=1e-6) and torch.allclose(resumed.biases, whole.biases, atol=1e-6)
+    assert torch.allclose(resumed.delta, whole.delta, atol=1e-6) and torch.allclose(
+        resumed.biases, whole.biases, atol=1e-6
+    )
     assert resumed.meta["tokens_seen"] == whole.meta["tokens_seen"]
     done = tll.fit_tuned(model, tokens, checkpoint=file, log=lambda e: pytest.fail("it was finished"), **settings)
     assert torch.equal(done.delta, resumed.delta)
@@ -276,12 +298,18 @@ def test_refusals(unchecked):
         (dict(layers=[1, 1]), "given twice"),
         (dict(layers=[3]), "is the target of the fit"),
         (dict(layers=["blocks.0.hook_nope"]), "no hook"),
-        (dict(lr=float("nan"), optimizer="sgd", init="identity", clip=None, weight_decay=0.0), r"loss is not finite at step \d+ for 'blocks.*lower lr"),
+        (
+            dict(lr=float("nan"), optimizer="sgd", init="identity", clip=None, weight_decay=0.0),
+            r"loss is not finite at step \d+ for 'blocks.*lower lr",
+        ),
         (dict(tokens=iter([tokens]), steps=3, init="identity"), "one pass"),
         (dict(tokens=iter([tokens])), "one pass"),
         (dict(tokens=zoo.tokens(8, 1), init="identity"), "no position to train on"),
         (dict(tokens="text.txt"), "not token ids"),
-        (dict(init_tokens=10, tokens=zoo.tokens(1, 8)), r"7 tokens are fewer than a covariance of width 32 needs \(at least 33\)"),
+        (
+            dict(init_tokens=10, tokens=zoo.tokens(1, 8)),
+            r"7 tokens are fewer than a covariance of width 32 needs \(at least 33\)",
+        ),
     ]
     for kwargs, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):

@@ -13,11 +13,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tl_lenses"
 # so, from files beside it.
 GROUPS: list[tuple[str, bool, list[str]]] = [
     ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence"]),
-    ("outside", True, ["texts", "token_text", "data", "model", "sites", "hooks", "unembed", "fingerprint", "checkpoint", "progress"]),
+    (
+        "outside",
+        True,
+        ["texts", "token_text", "data", "model", "sites", "hooks", "unembed", "fingerprint", "checkpoint", "progress"],
+    ),
     ("ideas", True, ["lens", "trajectory", "evaluation", "invariants", "patchscopes"]),
     ("methods", False, ["fit", "experiments"]),
     ("views", False, ["views"]),
-    ("faces", True, ["lab", "demo", "cli", "__main__", "__init__"]),
+    ("faces", True, ["lab", "demo", "cli_inputs", "cli", "__main__", "__init__"]),
 ]
 # Methods that hand over to a face of the value they belong to; imported when called and never at import.
 LATE = {"translators": {"checkpoint"}, "trajectory": {"views"}, "evaluation": {"views"}, "patchscopes": {"views"}}
@@ -29,8 +33,15 @@ SHARED = {"fit": {"fit.common", "fit.regression"}, "views": None, "patchscopes":
 def _imports(path: Path) -> list[tuple[str, bool]]:
     """`(module, at import time?)` for every import of a file, `tl_lenses.` stripped off ours (which start with a dot then)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
-    typing_only = {id(n) for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
+    }
+    typing_only = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
+        for n in ast.walk(f)
+    }
     found = []
     for node in ast.walk(tree):
         if id(node) in typing_only:
@@ -38,11 +49,15 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" if node.module == "tl_lenses" else node.module for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "tl_lenses" else node.module for alias in node.names
+            ]
         else:
             continue
         for name in names:
-            found.append((name.replace("tl_lenses.", ".", 1) if name.startswith("tl_lenses.") else name, id(node) not in inside))
+            found.append(
+                (name.replace("tl_lenses.", ".", 1) if name.startswith("tl_lenses.") else name, id(node) not in inside)
+            )
     return found
 
 
@@ -118,5 +133,7 @@ def test_import_is_light():
 
 
 def test_files_are_read_at_one_sitting():
-    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500
+    }
     assert not long

@@ -46,9 +46,13 @@ def test_architecture(arch, kind):
     padded = torch.cat([torch.full((1, 3), zoo.PAD), TOKENS[:1, :7]], 1)
     mask = torch.tensor([[0] * 3 + [1] * 7])
     single = tll.trajectory(model, lens, TOKENS[:1, :7])
-    both = tll.trajectory(model, lens, torch.cat([padded, TOKENS[1:]]), attention_mask=torch.cat([mask, torch.ones(1, 10).long()]))
+    both = tll.trajectory(
+        model, lens, torch.cat([padded, TOKENS[1:]]), attention_mask=torch.cat([mask, torch.ones(1, 10).long()])
+    )
     assert torch.allclose(both.entropy[:, :1, 3:], single.entropy, atol=1e-4)
-    assert both.kl[:, 0, :3].isnan().all() and (both.rank[:, 0, :3] == -1).all() and (both.top_ids[:, 0, :3] == -1).all()
+    assert (
+        both.kl[:, 0, :3].isnan().all() and (both.rank[:, 0, :3] == -1).all() and (both.top_ids[:, 0, :3] == -1).all()
+    )
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
@@ -162,10 +166,15 @@ def test_bases_do_not_mix_and_convert_exactly():
     raw, centred = _raw_and_centred()
     on_centred = _random(centred, basis="centered", fingerprint=fingerprint(centred))
     on_raw = _random(raw, basis="raw", fingerprint=fingerprint(raw))
-    with pytest.raises(ValueError, match=r"centered residual basis, this model's is raw: convert them with translators.to_raw\(\)"):
+    with pytest.raises(
+        ValueError, match=r"centered residual basis, this model's is raw: convert them with translators.to_raw\(\)"
+    ):
         tll.Lens(raw, on_centred)
     for check in ("strict", "warn"):  # never another basis
-        with pytest.raises(ValueError, match="raw residual basis, this model's is centered: load the model with center_writing_weights=False"):
+        with pytest.raises(
+            ValueError,
+            match="raw residual basis, this model's is centered: load the model with center_writing_weights=False",
+        ):
             tll.Lens(centred, on_raw, check=check)
     a = tll.trajectory(centred, tll.Lens(centred, on_centred), TOKENS)
     b = tll.trajectory(raw, tll.Lens(raw, on_centred.to_raw()), TOKENS)
@@ -184,7 +193,9 @@ def test_translators_of_another_model_are_refused():
     for check in ("strict", "warn"):  # never another width
         with pytest.raises(ValueError, match=r"\(d_model 16, 3 layers\); this model is .*\(d_model 32, 3 layers\)"):
             tll.Lens(model, wide, check=check)
-    inner = Translators([(tll.site(model, 0), tll.site(model, 2))], torch.zeros(1, 32, 32), torch.zeros(1, 32), n_layers=3)
+    inner = Translators(
+        [(tll.site(model, 0), tll.site(model, 2))], torch.zeros(1, 32, 32), torch.zeros(1, 32), n_layers=3
+    )
     with pytest.raises(ValueError, match="maps into the final residual"):
         tll.Lens(model, inner)
 
@@ -194,7 +205,12 @@ def test_a_model_in_train_mode_or_quantised_is_refused():
 
     model = copy.deepcopy(zoo.build("gpt2", zoo.KINDS[0]))
     model.train()
-    for call in (lambda: tll.Lens(model), lambda: tll.fit_regression(model, TOKENS), lambda: tll.fit_tuned(model, TOKENS), lambda: tll.check(model)):
+    for call in (
+        lambda: tll.Lens(model),
+        lambda: tll.fit_regression(model, TOKENS),
+        lambda: tll.fit_tuned(model, TOKENS),
+        lambda: tll.check(model),
+    ):
         with pytest.raises(ValueError, match=r"train mode.*call model.eval\(\)"):
             call()
     assert model.training  # not switched in silence

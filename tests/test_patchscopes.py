@@ -36,7 +36,14 @@ def _direct(model, source, i, layer, target, j, target_layer, f=lambda v: v):
 
 
 def test_every_cell_equals_the_direct_computation(model):
-    result = tll.patchscope(model, tll.Source(PROMPT, pos=3), tll.Target(TARGET, pos=-2), layers=range(4), target_layers=[0, 2, 3], batch_size=5)
+    result = tll.patchscope(
+        model,
+        tll.Source(PROMPT, pos=3),
+        tll.Target(TARGET, pos=-2),
+        layers=range(4),
+        target_layers=[0, 2, 3],
+        batch_size=5,
+    )
     assert result.pairs == [(a, b) for a in range(4) for b in (0, 2, 3)] and result.logits.shape == (1, 12, 320)
     for c, (a, b) in enumerate(result.pairs):
         assert torch.allclose(result.logits[0, c], _direct(model, PROMPT, 3, a, TARGET, -2, b), atol=1e-4), (a, b)
@@ -70,7 +77,14 @@ def test_same_prompt_same_place_is_a_no_op(model):
 
 def test_maps_modes_and_several_sources(model):
     a = Affine(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 6, torch.ones(32))
-    mapped = tll.patchscope(model, [tll.Source(PROMPT), tll.Source("a dog ran", pos="dog")], tll.Target(TARGET), layers=[1], target_layers=[2], map=a)
+    mapped = tll.patchscope(
+        model,
+        [tll.Source(PROMPT), tll.Source("a dog ran", pos="dog")],
+        tll.Target(TARGET),
+        layers=[1],
+        target_layers=[2],
+        map=a,
+    )
     assert mapped.logits.shape[:2] == (2, 1) and mapped.sources == [PROMPT, "a dog ran"]
     assert torch.allclose(mapped.logits[0, 0], _direct(model, PROMPT, -1, 1, TARGET, -1, 2, a), atol=1e-4)
     t = _random(model)
@@ -79,7 +93,9 @@ def test_maps_modes_and_several_sources(model):
     added = tll.patchscope(model, tll.Source(torch.zeros(32)), tll.Target(TARGET), mode="add")
     with torch.no_grad():
         plain = model(model.to_tokens(TARGET, prepend_bos=True))[0, -1]
-    assert torch.allclose(added.logits[0], plain.expand(4, -1), atol=1e-5) and added.pairs == [(None, i) for i in range(4)]
+    assert torch.allclose(added.logits[0], plain.expand(4, -1), atol=1e-5) and added.pairs == [
+        (None, i) for i in range(4)
+    ]
 
 
 def test_vectors_ids_and_spans(model):
@@ -95,7 +111,9 @@ def test_vectors_ids_and_spans(model):
     assert two.logits.shape == (2, 1, 320) and two.pairs == [(None, 1)]
     span = tll.patchscope(model, tll.Source(PROMPT, pos=[2, 3]), tll.Target(TARGET, pos=[4, 5]), layers=[1])
     assert span.logits.shape == (1, 1, 320)
-    both = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=[4, 5]), layers=[1])  # one vector into several placeholders
+    both = tll.patchscope(
+        model, tll.Source(PROMPT), tll.Target(TARGET, pos=[4, 5]), layers=[1]
+    )  # one vector into several placeholders
     assert (both.logits - span.logits).abs().max() > 1e-4
 
 
@@ -110,14 +128,18 @@ def test_generation_and_stop(model):
         assert result.tokens[0, c][: len(alone)].tolist() == alone.tolist()
         assert int(result.top_k(1).ids[0, c, 0]) == int(alone[0])
     whole = result.text[0][0]
-    stopped = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0], max_new_tokens=6, stop=[whole[2:4]])
+    stopped = tll.patchscope(
+        model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0], max_new_tokens=6, stop=[whole[2:4]]
+    )
     assert stopped.text[0][0] == whole[: whole.index(whole[2:4])]
 
 
 def test_results_keep_what_was_asked_and_print(model):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=2)
     few = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), keep="top_k")
-    assert torch.equal(few.top_k(5).ids, result.top_k(5).ids) and torch.allclose(few.top_k(5).probs, result.top_k(5).probs, atol=1e-6)
+    assert torch.equal(few.top_k(5).ids, result.top_k(5).ids) and torch.allclose(
+        few.top_k(5).probs, result.top_k(5).probs, atol=1e-6
+    )
     with pytest.raises(ValueError, match="keep='logits'"):
         _ = few.logits
     with pytest.raises(ValueError, match="only the top 10"):
@@ -134,7 +156,9 @@ def test_hooks_on_either_run(model):
     plain = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2])
     source_cut = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2], source_hooks=zero)
     target_cut = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[2], target_hooks=zero)
-    assert not torch.allclose(plain.logits, source_cut.logits, atol=1e-3) and not torch.allclose(plain.logits, target_cut.logits, atol=1e-3)
+    assert not torch.allclose(plain.logits, source_cut.logits, atol=1e-3) and not torch.allclose(
+        plain.logits, target_cut.logits, atol=1e-3
+    )
 
 
 def test_another_model_as_target(model):

@@ -45,7 +45,9 @@ def test_every_statistic_equals_the_naive_one(model):
     assert torch.allclose(traj.cross_entropy[:, :, :-1], -gathered, atol=1e-5)
     picked = z[:, :, :-1].gather(-1, targets.expand(4, -1, -1)[..., None])
     assert torch.equal(traj.rank[:, :, :-1], (z[:, :, :-1] > picked).sum(-1) + 1)
-    assert traj.cross_entropy[:, :, -1].isnan().all() and (traj.rank[:, :, -1] == -1).all()  # nothing follows the last token
+    assert (
+        traj.cross_entropy[:, :, -1].isnan().all() and (traj.rank[:, :, -1] == -1).all()
+    )  # nothing follows the last token
     other = logp[:, :, :-1].gather(-1, anti[:, :-1].expand(4, -1, -1)[..., None])[..., 0]
     assert torch.allclose(traj.logprob_diff[:, :, :-1], gathered - other, atol=1e-5)
     assert torch.equal(traj.top_ids[..., 0], z.argmax(-1))
@@ -65,7 +67,9 @@ def test_chunked_equals_unchunked(model, chunk_size):
 def test_several_lenses_share_a_pass_and_compare(model):
     a, b = tll.Lens(model), tll.Lens(model, _random(model))
     passes = []
-    both = tll.trajectory(model, {"logit": a, "tuned": b}, TOKENS, hooks=[("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))])
+    both = tll.trajectory(
+        model, {"logit": a, "tuned": b}, TOKENS, hooks=[("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]
+    )
     assert passes == [1] and list(both) == ["logit", "tuned"]
     for name, lens in (("logit", a), ("tuned", b)):
         alone = tll.trajectory(model, lens, TOKENS)
@@ -89,7 +93,11 @@ def test_slicing_and_strides(model):
     assert small.layers == (1, 2, 3) and small.tokens.tolist() == [[int(TOKENS[0, 2]), int(TOKENS[0, 9])]]
     assert torch.equal(small.kl, traj.kl[1:, :1][:, :, [2, 9]]) and small.top_ids.shape == (3, 1, 2, 10)
     assert torch.equal(traj[-1].kl, traj.kl[-1:])
-    assert tll.trajectory(model, tll.Lens(model), TOKENS, layers=slice(0, None, 2)).layers == (0, 2, 3)  # the model stays
+    assert tll.trajectory(model, tll.Lens(model), TOKENS, layers=slice(0, None, 2)).layers == (
+        0,
+        2,
+        3,
+    )  # the model stays
     assert torch.equal(traj.delta("kl"), traj.kl[1:] - traj.kl[:-1])
     assert traj.delta("rank")[:, :, -1].isnan().all()
     with pytest.raises(IndexError, match="three axes"):
@@ -113,7 +121,9 @@ def test_under_intervention(model):
     clean = tll.trajectory(model, lens, TOKENS)
     against_clean = tll.trajectory(model, lens, TOKENS, hooks=hooks, teacher="clean")
     assert (hooked.kl[-1] == 0).all()  # the teacher is the same hooked run
-    assert torch.equal(hooked.entropy[:, :, :4], clean.entropy[:, :, :4]) and not torch.equal(hooked.entropy[1:, :, 4:], clean.entropy[1:, :, 4:])
+    assert torch.equal(hooked.entropy[:, :, :4], clean.entropy[:, :, :4]) and not torch.equal(
+        hooked.entropy[1:, :, 4:], clean.entropy[1:, :, 4:]
+    )
     assert (against_clean.kl[-1, :, :4] == 0).all() and (against_clean.kl[-1, :, 4:] > 0).all()
     # an intervention on the final norm reaches the last row, which is the model
     scaled = tll.trajectory(model, lens, TOKENS, hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
@@ -122,7 +132,9 @@ def test_under_intervention(model):
     assert torch.allclose(scaled.entropy[-1], S.entropy(own.log_softmax(-1)), atol=1e-5)
     # at a site that both use, the user's hook runs first
     zeroed = tll.trajectory(model, lens, TOKENS, hooks=[tll.patch(2, edits.zero)])
-    assert zeroed.kl[2, :, 1:].var() >= 0 and torch.allclose(zeroed.entropy[2], zeroed.entropy[2, 0, 0].expand(2, 10), atol=1e-5)
+    assert zeroed.kl[2, :, 1:].var() >= 0 and torch.allclose(
+        zeroed.entropy[2], zeroed.entropy[2, 0, 0].expand(2, 10), atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -184,7 +196,10 @@ def test_refusals(model, unchecked):
         (dict(lens={}, prompt=TOKENS), "empty mapping"),
         (dict(lens={"a": fitted, "b": other}, prompt=TOKENS), "different layers"),
         (dict(lens=lens, prompt=TOKENS, teacher="dirty"), "teacher must be"),
-        (dict(lens=lens, prompt=TOKENS, targets=TOKENS[:, :4]), r"targets has shape \[2, 4\], expected that of the tokens, \[2, 10\]"),
+        (
+            dict(lens=lens, prompt=TOKENS, targets=TOKENS[:, :4]),
+            r"targets has shape \[2, 4\], expected that of the tokens, \[2, 10\]",
+        ),
         (dict(lens=lens, prompt=TOKENS, targets=TOKENS.float()), "must be token ids"),
         (dict(lens=lens, prompt=TOKENS, anti_targets=TOKENS + 400), "ids outside -1..319"),
         (dict(lens=lens, prompt=TOKENS.float()), "integer|int64|token ids"),

@@ -147,7 +147,7 @@ def test_golden_text_of_vectors_and_sites():
         " 3  ↵      0.80  日本   0.60",
     ]
     assert plain(CASES["sites"])[4:] == [
-        "                   l → l*",
+        "                   l → l*  top token",
         "0 resid_mid → 0 resid_mid  ·Tokyo 0.90",
         "             1 attn.z → 2  ↵      0.80",
     ]

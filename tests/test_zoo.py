@@ -31,11 +31,10 @@ def test_readout_of_the_last_residual_is_the_logits(arch, kind):
         assert torch.equal(zoo.readout(model, resid), logits)
 
 
-@pytest.mark.parametrize("arch,kind", zoo.cases())
-def test_every_parameter_of_the_reference_is_random(arch, kind):
-    del kind
+@pytest.mark.parametrize("arch", zoo.ARCHS)
+def test_every_parameter_of_the_reference_is_random(arch):
     for name, parameter in zoo.reference(arch).named_parameters():
-        assert parameter.std() > 0.02 and parameter.abs().min() >= 0, name
+        assert parameter.std() > 0.02, name
         assert parameter.flatten().unique().numel() > 0.9 * parameter.numel(), name
 
 

@@ -241,8 +241,8 @@ def _randomise(model: Any, seed: int = 0) -> None:
 
 def _hooked(hf_model: Any, *, processed: bool, dtype: torch.dtype) -> Any:
     """HookedTransformer from a transformers model; its own `from_pretrained` would ask the hub for a config."""
-    import transformer_lens.loading_from_pretrained as loading  # pyright: ignore[reportMissingImports]
-    from transformer_lens import HookedTransformer, HookedTransformerConfig  # pyright: ignore
+    import transformer_lens.loading_from_pretrained as loading
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     hf_config = hf_model.config
     architecture = hf_config.architectures[0]
@@ -351,7 +351,7 @@ def affine_model(kind: str = AFFINE_KINDS[-1], dtype: torch.dtype = torch.float3
     )
     with torch.random.fork_rng(devices=[]), _quiet():
         if kind == "ht":
-            from transformer_lens import HookedTransformer, HookedTransformerConfig  # pyright: ignore
+            from transformer_lens import HookedTransformer, HookedTransformerConfig
 
             model = HookedTransformer(HookedTransformerConfig(**settings), tokenizer())
         else:

@@ -76,7 +76,9 @@ def run(
     regression = tll.fit_regression(model, training, show_progress=bar)
     regression.save(folder / "regression", overwrite=True)
 
-    announce(f"Training the tuned lens from it: {steps} steps of {tokens_per_step} tokens that minimise KL(model || lens)")
+    announce(
+        f"Training the tuned lens from it: {steps} steps of {tokens_per_step} tokens that minimise KL(model || lens)"
+    )
     history: list[dict[str, Any]] = []
     tuned = tll.fit_tuned(
         model, training, steps, tokens_per_step, init=regression, seed=seed, log=history, show_progress=bar
@@ -97,7 +99,9 @@ def run(
     say(f"\n{trajectories['tuned']}")
 
     scope = tll.scopes.token_identity()
-    announce("Decoding hidden states with the token-identity patchscope: a vector from the last token of a question replaces the")
+    announce(
+        "Decoding hidden states with the token-identity patchscope: a vector from the last token of a question replaces the"
+    )
     say(f"          `?` of {scope.prompt!r} at the same layer, and the model goes on")
     decoded = tll.patchscope(
         model,

@@ -164,10 +164,10 @@ def rank(folder: Path, windows_per_book: int = 60) -> None:
 
     model = lab.load()
     tokenizer, context, bos = model.tokenizer, model.cfg.n_ctx - 1, model.tokenizer.bos_token_id
-    ids = {
-        title: tokenizer(passages(path.read_text(encoding="utf-8")), add_special_tokens=False, verbose=False)["input_ids"]
-        for title, path in books(folder).items()
-    }
+    ids = {}
+    for title, path in books(folder).items():
+        texts = passages(path.read_text(encoding="utf-8"))
+        ids[title] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     pairs = {title: Counter(pair for row in rows for pair in pairwise(row)) for title, rows in ids.items()}
     everywhere: Counter[tuple[int, int]] = sum(pairs.values(), Counter())
     # " word" after anything is no own word of two pieces; what continues a word, or opens a line, can be.

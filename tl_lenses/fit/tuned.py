@@ -93,10 +93,8 @@ def fit_tuned(
     recipe.
 
     Example:
-        >>> tuned = tll.fit_tuned(model, tll.token_batches("text.txt", model.tokenizer, seq_len=128, batch_size=16))
-            # doctest: +SKIP
-        >>> tuned.save("my-lens")
-          # doctest: +SKIP
+        >>> text = tll.token_batches("text.txt", model.tokenizer, seq_len=128, batch_size=16)      # doctest: +SKIP
+        >>> tll.fit_tuned(model, text).save("my-lens")      # doctest: +SKIP
     """
     check_model(model, what="a fit")
     if loss not in ("kl", "ce"):

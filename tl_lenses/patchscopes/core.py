@@ -105,10 +105,8 @@ def patchscope(
     Source: Ghandeharioun et al. 2024 (Patchscopes), section 3.1.
 
     Example:
-        >>> result = tll.patchscope(model, tll.Source("Diana, Princess of Wales"), tll.scopes.token_identity())
-        # doctest: +SKIP
-        >>> print(result)                                                                                          #
-        doctest: +SKIP
+        >>> source, target = tll.Source("Diana, Princess of Wales"), tll.scopes.token_identity()      # doctest: +SKIP
+        >>> print(tll.patchscope(model, source, target))      # doctest: +SKIP
     """
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
@@ -246,7 +244,9 @@ def _pairs(
     return found
 
 
-def _vectors(model: LensModel, one: Source, layers: list[Any], hooks: list[Hook], prepend_bos: bool) -> list[tuple[str, dict[Any, Tensor]]]:
+def _vectors(
+    model: LensModel, one: Source, layers: list[Any], hooks: list[Hook], prepend_bos: bool
+) -> list[tuple[str, dict[Any, Tensor]]]:
     """Per source on the source axis: a label and `{layer: [k, d]}`."""
     if _is_vectors(one):
         vectors: Tensor = one.prompt  # type: ignore[assignment]

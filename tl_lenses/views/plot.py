@@ -1,6 +1,7 @@
 """The plotly view: an interactive heat map for people who script figures. Plotly is an extra, imported when asked."""
 
 import math
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -10,6 +11,7 @@ from tl_lenses.views.glyphs import clip, readable
 from tl_lenses.views.grid import Grid, Trajectory, grid, heading, pick, values
 from tl_lenses.views.style import Scale, Stat, change, number, scale_of
 
+_escape = partial(escape, quote=False)  # plotly shows `&quot;` as it is written
 _WIDEST = 10  # cells for a token inside the map; the hover shows it whole
 _MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
 
@@ -59,19 +61,19 @@ def figure(traj: Trajectory, stat: str | None = None, *, batch: int = 0, delta: 
     )
     fig = go.Figure(heatmap)
     fig.update_layout(
-        title={"text": escape(heading(traj)), "font": {"size": 16}},
+        title={"text": _escape(heading(traj)), "font": {"size": 16}},
         width=max(520, 68 * len(g.positions) + 190),
         height=max(300, 25 * len(rows) + 170),
         margin={"l": 60, "r": 20, "t": 60, "b": 80},
         plot_bgcolor="rgba(0,0,0,0)",
     )
     plain = {"tickmode": "array", "showgrid": False, "zeroline": False}
-    ticks = [escape(clip(readable(t), _WIDEST)) for t in g.tokens]
+    ticks = [_escape(clip(readable(t), _WIDEST)) for t in g.tokens]
     fig.update_xaxes(
         tickvals=list(range(len(ticks))), ticktext=ticks, tickangle=-40, tickfont={"family": _MONO}, **plain
     )
     fig.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=[escape(g.labels[r]) for r in rows], title="layer", **plain
+        tickvals=list(range(len(rows))), ticktext=[_escape(g.labels[r]) for r in rows], title="layer", **plain
     )
     return fig
 
@@ -92,7 +94,7 @@ def _colorscale(s: Scale) -> list[tuple[float, str]]:
 
 
 def _colorbar(s: Scale) -> dict[str, Any]:
-    bar: dict[str, Any] = {"title": {"text": escape(s.stat.title), "side": "right"}, "thickness": 14}
+    bar: dict[str, Any] = {"title": {"text": _escape(s.stat.title), "side": "right"}, "thickness": 14}
     if s.stat.curve == "log":
         powers = range(math.ceil(math.log10(s.low)), math.floor(math.log10(s.high)) + 1)
         bar |= {"tickmode": "array", "tickvals": list(powers), "ticktext": [number(s.stat, 10**p) for p in powers]}
@@ -101,19 +103,17 @@ def _colorbar(s: Scale) -> dict[str, Any]:
 
 def _cell(g: Grid, layer: int, column: int) -> str:
     """The top token, bold where it is the target. Plotly picks the ink that reads on the colour."""
-    text = escape(clip(readable(g.top[layer][column][0][0]), _WIDEST))
+    text = _escape(clip(readable(g.top[layer][column][0][0]), _WIDEST))
     return f"<b>{text}</b>" if g.hits[layer][column] else text
 
 
 def _hover(g: Grid, layer: int, column: int, info: Stat, value: float) -> str:
     target = g.targets[column]
-    where = (
-        f"layer {escape(g.labels[layer])}, position {g.positions[column]}: <b>{escape(readable(g.tokens[column]))}</b>"
-    )
+    where = f"layer {_escape(g.labels[layer])}, position {g.positions[column]}: <b>{_escape(readable(g.tokens[column]))}</b>"
     shown = "–" if math.isnan(value) else f"{value:.4g}" + " nats" * (info.unit == "nats")
     lines = [
-        where + (f" → <b>{escape(readable(target))}</b>" if target is not None else ""),
-        f"{escape(info.label)}: {shown}",
-        *(f"{100 * p:6.2f}%  {escape(readable(t))}".replace(" ", "\u00a0") for t, p in g.top[layer][column]),
+        where + (f" → <b>{_escape(readable(target))}</b>" if target is not None else ""),
+        f"{_escape(info.label)}: {shown}",
+        *(f"{100 * p:6.2f}%  {_escape(readable(t))}".replace(" ", "\u00a0") for t, p in g.top[layer][column]),
     ]
     return "<br>".join(lines)

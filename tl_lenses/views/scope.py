@@ -8,7 +8,7 @@ A result is known here only by its attributes (`sources, pairs, top_ids, top_pro
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tl_lenses.views.glyphs import cell_width, clip, clip_parts, pad, parts, readable
 from tl_lenses.views.grid import row_labels, token
-from tl_lenses.views.style import STATS, Scale, ink, number, ramp, scale_of
+from tl_lenses.views.style import STATS, ink, number, ramp, scale_of
 
 Result = Any  # duck-typed: a view never imports what it draws
 
@@ -29,6 +29,8 @@ _TEXT = 24  # terminal cells that a column of texts gets at least
 _NUMBER = 5  # a space and a probability
 _TERMINAL, _PAGE = (600, 200), (10_000, 10_000)  # cells and rows that are drawn; what is left out is said
 _TOP = 5  # tokens on hover
+_SCALE = scale_of(STATS["max_prob"], [])  # from 0 to 1, whatever the values
+_MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,7 @@ class Cell:
     where: str
     top: list[tuple[str, float]]
     text: str | None
-
-    @property
-    def prob(self) -> float:
-        """Probability of the top token."""
-        return self.top[0][1]
+    prob: float  # of the top token
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ class ScopeView:
     notes: list[str]
     panels: list[Panel]
     with_text: bool
-    scale: Scale = field(default_factory=lambda: scale_of(STATS["max_prob"], []))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = console.no_color or console.color_system is None
@@ -93,14 +90,11 @@ def patchscope_html(result: Result) -> str:
     >>> IPython.display.HTML(patchscope_html(result))
     """
     panels = _panels(result, *_PAGE)
-    s = scale_of(STATS["max_prob"], [])
-    notes = "".join(f" · {escape(note)}" for note in _notes(result))
     prompt = _prompt(result)
-    what = f"patchscope into <code>{escape(_shorten(prompt, 400))}</code>" if prompt else "patchscope"
-    body = "".join(_panel_html(panel, s) for panel in panels)
-    return (
-        f'<div class="tl-lenses-scope"><style>{_CSS}</style><p>{what}{notes}</p>{body}{_legend_html(result, s)}</div>'
-    )
+    title = f"patchscope into <code>{escape(_shorten(prompt, 400))}</code>" if prompt else "patchscope"
+    title += "".join(f" · {escape(note)}" for note in _notes(result))
+    body = "".join(_panel_html(panel) for panel in panels)
+    return f'<div class="tl-lenses-scope"><style>{_CSS}</style><p>{title}</p>{body}{_legend_html(result)}</div>'
 
 
 def patchscope_figure(result: Result, source: int = 0) -> Any:
@@ -118,18 +112,15 @@ def patchscope_figure(result: Result, source: int = 0) -> Any:
     n = len(result.sources)
     if not -n <= source < n:
         raise ValueError(f"source={source} is out of range: this result has {n} source{'s' * (n > 1)} (0..{n - 1})")
-    s = scale_of(STATS["max_prob"], [])
     square = _is_sweep(result)
     panel = _matrix(result, source % n) if square else _by_pair(result, [source % n], len(result.pairs))
     cells = panel.cells
     heatmap = go.Heatmap(
         z=[[None if c is None else c.prob for c in row] for row in cells],
-        x=list(range(len(panel.columns))),  # places, not names: layers and hook names mix
-        y=list(range(len(panel.rows))),
-        zmin=s.low,
-        zmax=s.high,
-        colorscale=[(i / 64, s.color(i / 64)) for i in range(65)],
-        colorbar={"title": {"text": _plotly(s.stat.title), "side": "right"}, "thickness": 14},
+        zmin=_SCALE.low,
+        zmax=_SCALE.high,
+        colorscale=[(i / 64, _SCALE.color(i / 64)) for i in range(65)],
+        colorbar={"title": {"text": _plotly(_SCALE.stat.title), "side": "right"}, "thickness": 14},
         text=[["" if c is None else _plotly(clip(readable(c.top[0][0]), _WIDEST)) for c in row] for row in cells],
         texttemplate="%{text}",
         textfont={"size": 11, "family": _MONO},
@@ -150,8 +141,7 @@ def patchscope_figure(result: Result, source: int = 0) -> Any:
         fig.add_annotation(x=0.5, y=y, xshift=10, text=_plotly(text), **style)
     if beside:
         fig.update_xaxes(domain=[0, 130 / (130 + room)])
-    label = _shorten(readable(result.sources[source]), 60)
-    prompt = _prompt(result)
+    label, prompt = _shorten(readable(result.sources[source]), 60), _prompt(result)
     into = f"<br><sub>into {_plotly(_shorten(prompt, 70))}</sub>" if prompt else ""
     fig.update_layout(
         title={"text": f"patchscope of {_plotly(label)}{into}", "font": {"size": 16}},
@@ -160,22 +150,13 @@ def patchscope_figure(result: Result, source: int = 0) -> Any:
         margin={"l": left, "r": 20, "t": 80, "b": 60},
         plot_bgcolor="rgba(0,0,0,0)",
     )
+    across, down = ([_plotly(label) for label in labels] for labels in (panel.columns if square else [""], panel.rows))
     plain = {"tickmode": "array", "showgrid": False, "zeroline": False, "tickfont": {"family": _MONO}}
-    across = [_plotly(label) for label in panel.columns] if square else [""]
-    fig.update_xaxes(
-        tickvals=list(range(len(across))), ticktext=across, title="target layer l*" if square else None, **plain
-    )
-    fig.update_yaxes(
-        tickvals=list(range(len(panel.rows))),
-        ticktext=[_plotly(label) for label in panel.rows],
-        title="source layer l" if square else panel.corner,
-        autorange="reversed",
-        **plain,
-    )
+    fig.update_xaxes(tickvals=list(range(len(across))), ticktext=across, **plain)
+    fig.update_yaxes(tickvals=list(range(len(down))), ticktext=down, autorange="reversed", **plain)
+    fig.update_layout(xaxis_title="target layer l*" if square else None)
+    fig.update_layout(yaxis_title="source layer l" if square else panel.corner)
     return fig
-
-
-_MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
 
 
 # --- from a result to panels
@@ -205,10 +186,10 @@ def _left_out(*counts: tuple[int, int, str]) -> str:
 
 def _matrix(result: Result, s: int) -> Panel:
     """l down, l* across, for one source."""
-    down, across = (list(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1))
+    down, across = _axes(result)
     at = {pair: p for p, pair in enumerate(result.pairs)}
     cells = [[_cell(result, s, at[a, b]) if (a, b) in at else None for b in across] for a in down]
-    return Panel("l\\l*", _layers(down), _layers(across), cells, narrow=True)
+    return Panel("l\\l*", row_labels(down), row_labels(across), cells, narrow=True)
 
 
 def _by_source(result: Result, n_rows: int) -> Panel:
@@ -224,41 +205,42 @@ def _by_pair(result: Result, sources: list[int], n_rows: int) -> Panel:
     """A row per pair, a column per source; a single source is the title."""
     corner, labels = _pair_labels(result)
     one = len(result.sources) == 1
-    columns = [""] if one else [readable(result.sources[s]) for s in sources]
+    columns = (
+        ["top token" if result.text is None else "text"] if one else [readable(result.sources[s]) for s in sources]
+    )
     cells: list[list[Cell | None]] = [[_cell(result, s, p) for s in sources] for p in range(n_rows)]
     left_out = _left_out((len(labels), n_rows, "pairs"), (len(result.sources), len(sources), "sources"))
     title = result.sources[0] if one else ""
     return Panel(corner, labels[:n_rows], columns, cells, title=title, left_out=left_out)
 
 
+def _axes(result: Result) -> list[tuple[Any, ...]]:
+    """The different l and the different l*, in order of appearance."""
+    return [tuple(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1)]
+
+
 def _is_sweep(result: Result) -> bool:
     """Many l, each with many l*: enough of the pairs to fill a matrix."""
-    down, across = ([pair[i] for pair in result.pairs] for i in (0, 1))
-    n_down, n_across, n = len(set(down)), len(set(across)), len(set(result.pairs))
+    n_down, n_across, n = *map(len, _axes(result)), len(set(result.pairs))
     return n > n_down > 1 and n > n_across > 1 and n >= _FULL * n_down * n_across
 
 
 def _pair_labels(result: Result) -> tuple[str, list[str]]:
     """What the rows are, and a label for each: `3` where l* = l or where there is no l, else `3 → 5`."""
-    down, across = (list(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1))
-    short_down = dict(zip(down, _layers(down), strict=True))
-    short_across = dict(zip(across, _layers(across), strict=True))
-    if all(a is None for a, _ in result.pairs):
-        return "l*", [short_across[b] for _, b in result.pairs]
-    if all(a == b for a, b in result.pairs):
-        return "layer", [short_across[b] for _, b in result.pairs]
-    return "l → l*", [f"{short_down[a]} → {short_across[b]}" for a, b in result.pairs]
-
-
-def _layers(layers: list[Any]) -> list[str]:
-    return row_labels(tuple("–" if layer is None else layer for layer in layers))
+    down, across = _axes(result)
+    into = dict(zip(across, row_labels(across), strict=True))
+    if down == (None,) or all(a == b for a, b in result.pairs):
+        return "l*" if down == (None,) else "layer", [into[b] for _, b in result.pairs]
+    of = dict(zip(down, row_labels(down), strict=True))
+    return "l → l*", [f"{of[a]} → {into[b]}" for a, b in result.pairs]
 
 
 def _cell(result: Result, s: int, p: int) -> Cell:
     a, b = result.pairs[p]
-    top = zip(result.top_ids[s, p, :_TOP].tolist(), result.top_probs[s, p, :_TOP].tolist(), strict=True)
+    ids, probs = result.top_ids[s, p, :_TOP].tolist(), result.top_probs[s, p, :_TOP].tolist()
     where = f"l* = {b}" if a is None else f"layer {a}" if a == b else f"l = {a} → l* = {b}"
-    return Cell(where, [(token(result, i), w) for i, w in top], None if result.text is None else result.text[s][p])
+    text = None if result.text is None else result.text[s][p]
+    return Cell(where, [(token(result, i), w) for i, w in zip(ids, probs, strict=True)], text, probs[0])
 
 
 def _prompt(result: Result) -> str:
@@ -269,15 +251,14 @@ def _prompt(result: Result) -> str:
 
 def _notes(result: Result) -> list[str]:
     """Settings that are not the default ones."""
-    settings = result.settings
-    notes = []
-    if settings.get("mode", "replace") != "replace":
-        notes.append(f"mode {settings['mode']}")
-    if settings.get("when", "prompt") != "prompt" and result.text is not None:
-        notes.append(f"patched at {str(settings['when']).replace('_', ' ')}")
-    if settings.get("do_sample") and result.text is not None:
-        notes.append(f"sampled, seed {settings.get('seed')}")
-    return notes
+    settings, generated = result.settings, result.text is not None
+    notes = {
+        f"mode {settings.get('mode')}": settings.get("mode", "replace") != "replace",
+        f"patched at {settings.get('when')}".replace("_", " "): generated
+        and settings.get("when", "prompt") != "prompt",
+        f"sampled, seed {settings.get('seed')}": generated and settings.get("do_sample"),
+    }
+    return [note for note, said in notes.items() if said]
 
 
 # --- text
@@ -288,15 +269,10 @@ def _whole(text: str) -> str:
     return "".join(" " * len(piece) if faint else piece for piece, faint in parts(text)) if text else ""
 
 
-def _quoted(text: str, room: int) -> str:
-    """`"text"` in at most `room` cells, cut in the middle of a prompt, whose two ends say most."""
-    return f'"{_shorten(_whole(text), room - 2)}"'
-
-
-def _cut(text: str, room: int) -> str:
-    """`"text"` in at most `room` cells, cut at the end."""
-    whole = f'"{_whole(text)}"'
-    return whole if cell_width(whole) <= room else clip(whole[:-1], room - 1) + '"' if room > 3 else clip(whole, room)
+def _quoted(text: str, room: int, *, end: bool = False) -> str:
+    """`"text"` in at most `room` cells, cut in the middle (the two ends of a prompt say most) or at the `end`."""
+    text, room = _whole(text), max(room - 2, 1)
+    return f'"{clip(text, room) if end else _shorten(text, room)}"'
 
 
 def _shorten(text: str, room: int) -> str:
@@ -353,7 +329,10 @@ def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]
     columns = _distinct(panel.columns, room if panel.narrow else share)
     needs = [_need(view, panel, c, cell_width(columns[c]), plain) for c in range(len(columns))]
     lines: list[Text] = []
-    for block in (_text_blocks if view.with_text else _blocks)(needs, room, gap):
+    if view.with_text:
+        most_text = max(_TEXT, _level(needs, room - gap * len(needs)))
+        needs = [min(need, most_text) for need in needs]
+    for block in _blocks(needs, room, gap):
         if lines:
             lines.append(Text(""))
         side = pad if of_sources else _right
@@ -384,6 +363,16 @@ def _need(view: ScopeView, panel: Panel, column: int, head: int, plain: bool) ->
     return max(widest + _NUMBER, min(head, _TEXT))
 
 
+def _level(needs: list[int], room: int) -> int:
+    """The largest width that columns may have side by side; short ones leave their room to long ones."""
+    for rank, need in enumerate(sorted(needs)):
+        share = room // (len(needs) - rank)
+        if need > share:
+            return share
+        room -= need
+    return max(needs)
+
+
 def _blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]]:
     """Columns with their widths in blocks that fit the room, in reading order."""
     blocks: list[list[tuple[int, int]]] = []
@@ -398,32 +387,15 @@ def _blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]
     return blocks
 
 
-def _text_blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]]:
-    """Columns of texts: as many side by side as get `_TEXT` cells each; short ones leave their room to long ones."""
-    per_block = max(1, room // (_TEXT + gap))
-    if sum(needs) + gap * len(needs) <= room:
-        per_block = len(needs)
-    blocks = []
-    for first in range(0, len(needs), per_block):
-        block = range(first, min(first + per_block, len(needs)))
-        left, widths = room - gap * len(block), {}
-        for rank, c in enumerate(sorted(block, key=needs.__getitem__)):
-            widths[c] = min(needs[c], left // (len(block) - rank))
-            left -= widths[c]
-        blocks.append([(c, widths[c]) for c in block])
-    return blocks
-
-
 def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: bool) -> Text:
     """A cell filled to its width and the space before it."""
     if cell is None:
         return Text(" " * (width + 1))
     if view.with_text:
-        return Text(" " + pad(_cut(cell.text or "", width), width))
-    numbered = plain or not narrow
-    shown = number(view.scale.stat, cell.prob).rjust(_NUMBER) if numbered else ""
+        return Text(" " + pad(_quoted(cell.text or "", width, end=True), width))
+    shown = number(_SCALE.stat, cell.prob).rjust(_NUMBER) if plain or not narrow else ""
     name = pad(readable(cell.top[0][0]), width - len(shown))
-    color = None if plain else view.scale.color(cell.prob)
+    color = None if plain else _SCALE.color(cell.prob)
     style = Style(color=ink(color), bgcolor=color) if color else Style()
     return Text(f" {name}{shown}", style=style)
 
@@ -436,15 +408,14 @@ def _right(label: str, width: int) -> str:
 def _legend(view: ScopeView, width: int, plain: bool) -> Text:
     if view.with_text:
         return Text(clip("in each cell: what the prompt goes on with", width))
-    matrix = view.panels[0].corner == "l\\l*"
-    what = "l down, l* across; " if matrix else ""
+    what = "l down, l* across; " if view.panels[0].corner == "l\\l*" else ""
     if plain:
         return Text(clip(f"{what}in each cell: the top token and its probability", width))
-    dark, _, bright = view.scale.labels()
-    legend = Text(f"{what}{view.scale.stat.title}: {dark} ")
+    dark, _, bright = _SCALE.labels()
+    legend = Text(f"{what}{_SCALE.stat.title}: {dark} ")
     for i in range(12):
         legend.append(" ", Style(bgcolor=ramp(i / 11)))
-    legend.append(f" {bright} ({view.scale.stat.bright})")
+    legend.append(f" {bright} ({_SCALE.stat.bright})")
     legend.truncate(width, overflow="ellipsis")
     return legend
 
@@ -454,21 +425,17 @@ def _legend(view: ScopeView, width: int, plain: bool) -> Text:
 # Every rule starts with our class; "!important" against the table styles that notebooks bring.
 _CSS = """
 .tl-lenses-scope { font: 13px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-.tl-lenses-scope p { margin: 6px 0; }
-.tl-lenses-scope .wide { overflow-x: auto; margin: 6px 0; }
-.tl-lenses-scope table { border-collapse: separate; border-spacing: 1px; border: 0; margin: 0;
-  width: auto; table-layout: auto; font: inherit; }
-.tl-lenses-scope caption { caption-side: top; text-align: left; padding: 4px 0; color: inherit; }
-.tl-lenses-scope th, .tl-lenses-scope td { text-align: left !important; vertical-align: top !important; white-space: pre;
-  padding: 2px 8px; border: 0; background: none; unicode-bidi: isolate; }
+.tl-lenses-scope p, .tl-lenses-scope .wide { margin: 6px 0; overflow-x: auto; }
+.tl-lenses-scope table { border-collapse: separate; border-spacing: 1px; border: 0; margin: 0; width: auto; font: inherit; }
 .tl-lenses-scope tr { background: none !important; }
-.tl-lenses-scope th { font-weight: 600; }
+.tl-lenses-scope th, .tl-lenses-scope td { text-align: left !important; vertical-align: top !important; white-space: pre;
+  padding: 2px 8px; border: 0; border-radius: 2px; background: none; unicode-bidi: isolate; }
+.tl-lenses-scope th, .tl-lenses-scope b { font-weight: 600; }
 .tl-lenses-scope tbody th { font-weight: 500; opacity: .7; font-variant-numeric: tabular-nums; }
 .tl-lenses-scope tbody th.r { text-align: right !important; }
-.tl-lenses-scope td, .tl-lenses-scope code, .tl-lenses-scope b { font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.tl-lenses-scope td, .tl-lenses-scope code, .tl-lenses-scope b {
+  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
 .tl-lenses-scope code { background: none; color: inherit; padding: 0; }
-.tl-lenses-scope b { font-weight: 600; }
-.tl-lenses-scope td { border-radius: 2px; }
 .tl-lenses-scope td.text { white-space: pre-wrap; min-width: 12em; max-width: 42em; border-bottom: 1px solid #8883; }
 .tl-lenses-scope i { font-style: normal; opacity: .55; }
 .tl-lenses-scope .p { opacity: .8; padding-left: .7em; font-variant-numeric: tabular-nums; }
@@ -477,30 +444,29 @@ _CSS = """
 """
 
 
-def _panel_html(panel: Panel, s: Scale) -> str:
-    caption = f"<caption>source <b>{_quoted_html(panel.title)}</b></caption>" if panel.title else ""
-    numbered = not panel.narrow
+def _panel_html(panel: Panel) -> str:
+    source = f'<p>source <b>"{escape(_whole(panel.title))}"</b></p>' if panel.title else ""
     side = "" if panel.corner.startswith("source") else "r"
     heads = "".join(f"<th>{_marked(label)}</th>" for label in panel.columns)
     body = "".join(
-        f'<tr><th class="{side}">{_marked(label)}</th>{"".join(_cell_html(c, s, numbered) for c in row)}</tr>'
+        f'<tr><th class="{side}">{_marked(label)}</th>{"".join(_cell_html(c, not panel.narrow) for c in row)}</tr>'
         for label, row in zip(panel.rows, panel.cells, strict=True)
     )
     left_out = f'<p class="note">{escape(panel.left_out)}</p>' if panel.left_out else ""
     corner = {"l\\l*": "l ↓ &nbsp;l* →"}.get(panel.corner, escape(panel.corner))
     head = f"<thead><tr><th>{corner}</th>{heads}</tr></thead>"
-    return f'<div class="wide"><table>{caption}{head}<tbody>{body}</tbody></table></div>{left_out}'
+    return f'{source}<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>{left_out}'
 
 
-def _cell_html(cell: Cell | None, s: Scale, numbered: bool) -> str:
+def _cell_html(cell: Cell | None, numbered: bool) -> str:
     if cell is None:
         return "<td></td>"
     title = escape("\n".join([cell.where, *_likeliest(cell)]))
     if cell.text is not None:
-        return f'<td class="text" title="{title}">{_quoted_html(cell.text)}</td>'
-    color = s.color(cell.prob)
+        return f'<td class="text" title="{title}">"{escape(_whole(cell.text))}"</td>'
+    color = _SCALE.color(cell.prob)
     style = f' style="background:{color} !important;color:{ink(color)} !important"' if color else ""
-    shown = f'<span class="p">{number(s.stat, cell.prob)}</span>' if numbered else ""
+    shown = f'<span class="p">{number(_SCALE.stat, cell.prob)}</span>' if numbered else ""
     return f'<td{style} title="{title}">{_marked(cell.top[0][0])}{shown}</td>'
 
 
@@ -510,22 +476,16 @@ def _likeliest(cell: Cell) -> list[str]:
 
 def _marked(text: str) -> str:
     """A token or label, its edge spaces faint."""
-    return "".join(
-        f"<i>{escape(piece)}</i>" if faint else escape(piece) for piece, faint in clip_parts(parts(text), 48)
-    )
+    return "".join(f"<i>{escape(p)}</i>" if faint else escape(p) for p, faint in clip_parts(parts(text), 48))
 
 
-def _quoted_html(text: str) -> str:
-    return f'"{escape(_whole(text))}"'
-
-
-def _legend_html(result: Result, s: Scale) -> str:
+def _legend_html(result: Result) -> str:
     if result.text is not None:
         return '<p class="note">in each cell: what the prompt goes on with; hover for the likeliest next tokens</p>'
     stops = ",".join(ramp(i / 8) for i in range(9))
-    dark, _, bright = s.labels()
+    dark, _, bright = _SCALE.labels()
     bar = f'<span class="bar" style="background:linear-gradient(90deg,{stops})"></span>'
-    return f'<p class="note">{escape(s.stat.title)}: {dark} {bar} {bright}; hover for the likeliest tokens</p>'
+    return f'<p class="note">{escape(_SCALE.stat.title)}: {dark} {bar} {bright}; hover for the likeliest tokens</p>'
 
 
 def _plotly(text: str) -> str:

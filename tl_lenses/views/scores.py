@@ -116,14 +116,16 @@ def scores_figure(rows: Iterable[Row], value: str = "kl") -> Any:
             go.Scatter(
                 x=x,
                 y=[by.get((layer, name)) for layer in layers],
-                name=escape(str(name)),
+                name=escape(str(name), quote=False),
                 mode="lines+markers",
                 line={"color": LINES[i % len(LINES)]},
             )
             for i, name in enumerate(names)
         ]
     )
-    fig.update_xaxes(title="layer", tickmode="array", tickvals=x, ticktext=[escape(str(layer)) for layer in layers])
+    fig.update_xaxes(
+        title="layer", tickmode="array", tickvals=x, ticktext=[escape(str(layer), quote=False) for layer in layers]
+    )
     fig.update_yaxes(title=f"{heading}, {unit}", rangemode="tozero", tickformat=".0%" if value == "top1" else None)
     fig.update_layout(
         template="plotly_white", width=720, height=420, margin={"l": 70, "r": 20, "t": 30, "b": 60}, showlegend=True

@@ -124,7 +124,7 @@ class Scale:
         """`#rrggbb`, or None for NaN.
 
         >>> Scale(STATS["kl"], 0, 10).color(10)
-        '#440154'
+        '#081d58'
         """
         t = self.position(value)
         return None if t is None else ramp(t, self.stat.diverging)
