@@ -151,8 +151,8 @@ def _global(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the lenses and the heat map.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Steps of the tuned lens, 512 tokens each.")] = 96,
-    heldout_tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 8192,
+    steps: Annotated[int, typer.Option(help="Steps of the tuned lens, 512 tokens each.")] = 48,
+    heldout_tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
 ) -> None:
     """Fit, measure and draw lenses of the bundled model, offline, in about two minutes.

@@ -65,10 +65,10 @@ def _from_transformers(name: str, local: bool, device: str, dtype: Any) -> Any:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:  # TransformerLens 2.x
-        from transformer_lens import HookedTransformer
+        from transformer_lens import HookedTransformer  # pyright: ignore
 
         if not local:
-            return HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype).eval()
+            return HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype).eval()  # pyright: ignore
         from tl_lenses.lab import _hooked_transformer
 
         hf_model = transformers.AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype).eval()
@@ -212,12 +212,9 @@ def interrupted(state: Path, history: list[dict[str, Any]], steps: int) -> str:
 def ranges(sources: Sequence[int | str]) -> str:
     """`0..7` where the layers follow each other, else a list."""
     whole = list(sources)
-    if (
-        len(whole) > 2
-        and all(isinstance(s, int) for s in whole)
-        and whole == list(range(whole[0], whole[0] + len(whole)))
-    ):  # type: ignore[arg-type]
-        return f"{whole[0]}..{whole[-1]}"
+    first = whole[0] if whole else None
+    if isinstance(first, int) and len(whole) > 2 and whole == list(range(first, first + len(whole))):
+        return f"{first}..{whole[-1]}"
     return ", ".join(map(str, whole))
 
 

@@ -13,6 +13,7 @@ import tl_lenses as tll
 
 MODEL = "lab-gpt2"
 SEQ_LEN = 128
+REGRESSION_TOKENS = 2**14  # 64 per dimension
 # A fact that the model learned, with its answer, so that the position before the answer has it as target.
 PROMPT = "The capital of Japan is the city of Tokyo."
 # Unfinished facts: what does the vector at their last token say, layer by layer?
@@ -22,9 +23,9 @@ QUESTIONS = ("The capital of Japan is the city of", "Pizza originates from the c
 def run(
     output: str | Path = "demo",
     *,
-    steps: int = 96,
+    steps: int = 48,
     tokens_per_step: int = 512,
-    heldout_tokens: int = 8192,
+    heldout_tokens: int = 4096,
     seed: int = 0,
     show_progress: bool | None = None,
     say: Callable[[str], Any] = print,
@@ -33,7 +34,7 @@ def run(
 
     Args:
         output: folder for the lenses and the heat map; files of an earlier run are replaced.
-        steps, tokens_per_step: of the tuned lens; the regression reads as many tokens.
+        steps, tokens_per_step: of the tuned lens.
         heldout_tokens: how much of the books that no lens was fitted on is measured.
         seed: of the order of the text.
         show_progress: progress bars; None decides by where the output goes.
@@ -73,7 +74,7 @@ def run(
     training = text("train", max(steps * tokens_per_step, 2 * SEQ_LEN))
 
     announce("Fitting the regression lens: the closed-form least-squares map from each layer to the last one")
-    regression = tll.fit_regression(model, training, show_progress=bar)
+    regression = tll.fit_regression(model, training, limit_tokens=REGRESSION_TOKENS, show_progress=bar)
     regression.save(folder / "regression", overwrite=True)
 
     announce(

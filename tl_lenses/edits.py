@@ -6,6 +6,7 @@ functions do; none writes in place.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,7 +56,7 @@ def scale(factor: float | Tensor) -> Edit:
     return lambda x: x * _like(factor, x)
 
 
-def zero(x: Tensor | None = None) -> Tensor | Edit:  # type: ignore[return]
+def zero(x: Tensor | None = None) -> Any:
     """`x -> 0`: zero ablation. The edit itself, so `patch(site, zero)`; `zero()` gives it too.
 
     >>> zero(torch.ones(1, 1, 2))

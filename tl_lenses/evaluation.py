@@ -149,18 +149,18 @@ def evaluate(
                 )
         for part in S.chunks(len(own), d_vocab, chunk_size):
             logp_model = S.log_probs(own[part])
-            top = logp_model.argmax(-1)
-            marginals["model"] = marginals.get("model", 0) + logp_model.exp().sum(0, dtype=torch.float64)
+            p_model, top = logp_model.exp(), logp_model.argmax(-1)
+            marginals["model"] = marginals.get("model", 0) + p_model.sum(0, dtype=torch.float64)
             for name in lenses:
                 for i, row in enumerate(rows):
                     # The last row is the model's own output, interventions on the final norm included.
                     logp = logp_model if row == depth else S.log_probs(decoders[name][i](hidden[row][part]))
-                    total = sums[name, i]
-                    total["kl"] += float(S.kl(logp_model, logp).double().sum())
-                    total["entropy"] += float(S.entropy(logp).double().sum())
+                    q, total = logp.exp(), sums[name, i]
+                    total["kl"] += float(S.kl(logp_model, logp, p_model).double().sum())
+                    total["entropy"] += float(S.entropy(logp, q).double().sum())
                     total["top1"] += int((logp.argmax(-1) == top).sum())
                     total["cross_entropy"] -= float(S.target_logprob(logp, goal[part]).double().nansum())
-                    marginals[name, i] = marginals.get((name, i), 0) + logp.exp().sum(0, dtype=torch.float64)
+                    marginals[name, i] = marginals.get((name, i), 0) + q.sum(0, dtype=torch.float64)
         n, n_targets = n + len(own), n_targets + int((goal >= 0).sum())
 
     if n == 0:

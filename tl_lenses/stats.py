@@ -26,19 +26,29 @@ def log_probs(logits: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos d_vo
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
-def entropy(logp: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
-    """`H(p) = -sum p log p`."""
-    p = logp.exp()
-    return -torch.where(p > 0, p * logp, 0.0).sum(-1)
+def expectation(p: Float[Tensor, "*pos d_vocab"], x: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+    """`sum p x`, where a probability of 0 gives 0 whatever x is (0 times infinity is not a number)."""
+    value = torch.linalg.vecdot(p, x)
+    return torch.where(p > 0, p * x, 0.0).sum(-1) if value.isnan().any() else value
 
 
-def kl(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
+def entropy(
+    logp: Float[Tensor, "*pos d_vocab"], p: Float[Tensor, "*pos d_vocab"] | None = None
+) -> Float[Tensor, "*pos"]:
+    """`H(p) = -sum p log p`; `p` saves the exponential where it is at hand."""
+    return -expectation(logp.exp() if p is None else p, logp)
+
+
+def kl(
+    logp: Float[Tensor, "*pos d_vocab"],
+    logq: Float[Tensor, "*pos d_vocab"],
+    p: Float[Tensor, "*pos d_vocab"] | None = None,
+) -> Float[Tensor, "*pos"]:
     """`KL(p || q) = sum p (log p - log q)`; p is the model, q the lens, for the tuned lens' loss.
 
     Source: Belrose et al. 2023 (Tuned Lens), equation 5.
     """
-    p = logp.exp()
-    return torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
+    return expectation(logp.exp() if p is None else p, logp - logq)
 
 
 def js(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:

@@ -159,7 +159,8 @@ class Trajectories(Mapping[str, Trajectory]):
         """KL(a || b) or Jensen-Shannon divergence in nats, or total variation, between two lenses."""
         if kind not in S.PAIRWISE:
             raise ValueError(f"no divergence {kind!r}; there are {', '.join(S.PAIRWISE)}")
-        self[a], self[b]
+        for name in (a, b):
+            self[name]  # an unknown name raises  # noqa: B018
         if a == b:
             return torch.where(self[a].mask, 0.0, torch.nan).expand(len(self[a].layers), -1, -1).clone()
         return self.pairs[a, b, kind]
@@ -349,6 +350,7 @@ def trajectory(
         at = where[part]
         teacher_logits = any_lens.readout(flat(final)[at]) if reference is None else flat(reference)[at]
         logp_teacher = S.log_probs(teacher_logits)
+        p_teacher = logp_teacher.exp()
         target, other = flat(goal)[at], None if anti is None else flat(anti)[at]
         for i, row in enumerate(rows):
             seen: dict[str, Tensor] = {}
@@ -361,7 +363,7 @@ def trajectory(
                 put = out[name]
                 put["rank"][i, part] = S.rank(logits, target).cpu()
                 put["entropy"][i, part] = S.entropy(logp).cpu()
-                put["kl"][i, part] = S.kl(logp_teacher, logp).float().cpu()
+                put["kl"][i, part] = S.kl(logp_teacher, logp, p_teacher).float().cpu()
                 score = S.target_logprob(logp, target)
                 put["target_logprob"][i, part] = score.cpu()
                 put["cross_entropy"][i, part] = -score.cpu()

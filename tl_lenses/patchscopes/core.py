@@ -287,8 +287,12 @@ def _decode(model: LensModel, batch: Batch) -> str:
 def _mapped(map: Any, v: Tensor, pair: Pair) -> Tensor:
     if map is None:
         return v
-    f = map[pair] if isinstance(map, Translators) else map
-    return f(v)
+    if isinstance(map, Translators):
+        layer, target_layer = pair
+        if layer is None:
+            raise ValueError("vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]")
+        return map[layer, target_layer](v)
+    return map(v)
 
 
 def _texts(model: LensModel, cells: list[list[int]], shape: tuple[int, int], stop: Sequence[str]) -> list[list[str]]:

@@ -117,9 +117,9 @@ def scale(stat: Stat, *trajs: Trajectory) -> Scale:
 
 def lenses(traj: Trajectory | Mapping[str, Trajectory]) -> dict[str, Trajectory]:
     """A trajectory or a mapping of them as a dict by lens name. ValueError where their layers or tokens differ."""
-    if not hasattr(traj, "keys"):
+    if not isinstance(traj, Mapping):
         return {traj.name or "lens": traj}
-    found = {str(name): traj[name] for name in traj.keys()}  # noqa: SIM118 (any mapping-like object will do)
+    found = {str(name): one for name, one in traj.items()}
     if not found:
         raise ValueError("expected at least one trajectory, got an empty mapping")
     first_name, first = next(iter(found.items()))

@@ -88,9 +88,9 @@ def _axis(s: Scale, value: float) -> float | None:
 def _colorscale(s: Scale) -> list[tuple[float, str]]:
     """Our colours at even steps of the colour axis. A sqrt curve so bends the colours and leaves the axis linear."""
     n = 128
-    low, high = _axis(s, s.low), _axis(s, s.high)
+    low, high = _axis(s, s.low) or 0.0, _axis(s, s.high) or 0.0
     at = (low + i / n * (high - low) for i in range(n + 1))
-    return [(i / n, s.color(10**v if s.stat.curve == "log" else v)) for i, v in enumerate(at)]
+    return [(i / n, s.color(10**v if s.stat.curve == "log" else v) or "#000000") for i, v in enumerate(at)]
 
 
 def _colorbar(s: Scale) -> dict[str, Any]:

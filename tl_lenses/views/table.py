@@ -26,7 +26,7 @@ def frame(traj: Trajectory | Mapping[str, Trajectory]) -> Any:
     """
     import pandas as pd
 
-    if hasattr(traj, "keys"):
+    if isinstance(traj, Mapping):
         found = lenses(traj)
         return pd.concat([frame(t).assign(lens=name) for name, t in found.items()], ignore_index=True)[
             ["lens", *frame(next(iter(found.values()))).columns]
@@ -94,4 +94,5 @@ def _numbers(x: Tensor) -> Any:
         return x.tolist()
     flat = x.detach().float().cpu().numpy()
     shortest = flat.astype(np.str_).astype(np.float64).astype(object)
-    return np.where(np.isfinite(flat), shortest, None).tolist()
+    shortest[~np.isfinite(flat)] = None
+    return shortest.tolist()
