@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 SESSIONS ?= tests-2.18 tests-3.9 tests-4.3
 ARGS ?=
+# Two processes: the models of the tests are too small for a second thread each.
+WORKERS ?= 2
 
 .PHONY: demo test test-all lint clean
 
@@ -22,10 +24,10 @@ demo: $(VENV)/.installed-plot
 	$(BIN)/tl-lenses demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m nox --sessions $(SESSIONS) -- $(ARGS)
+	$(BIN)/python -m nox --sessions $(SESSIONS) -- -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

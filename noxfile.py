@@ -18,7 +18,7 @@ VERSIONS = {
     "4.3": ["transformer-lens==4.3.0"],
 }
 # The other pins of constraints.txt are for the newest TransformerLens.
-TOOLS = ("torch", "jaxtyping", "plotly", "kaleido", "pytest", "pytest-timeout", "hypothesis")
+TOOLS = ("torch", "jaxtyping", "plotly", "kaleido", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
 
 
 def pinned(names: tuple[str, ...]) -> list[str]:
@@ -40,6 +40,8 @@ def add_session(name: str, requirements: list[str]) -> None:
 
     @nox.session(name=f"tests-{name}")
     def tests(session: nox.Session) -> None:
+        # uv leaves compiling to the first import, of which every worker and subprocess would do its own.
+        session.env["UV_COMPILE_BYTECODE"] = "1"
         tools = pinned(TOOLS)
         session.install(*find_links(), *(tool for tool in tools if tool.startswith("torch==")))
         session.install(*find_links(), *tools, *requirements, "beartype", "-e", ".[plot,detect]")

@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--plain-runs", type=int, default=3, help="of the plain forward; the smallest peak counts")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--case", choices=[*CASES, "answer"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -50,8 +51,10 @@ def main() -> int:
     if checked["last_row_kl"] > 1e-6 or checked["chunked"] > 1e-4:
         print("the answer is wrong: nothing is measured", file=sys.stderr)
         return 1
-    found = {case: child(case, args) for case in CASES}
-    plain = found["plain"]
+    # The allocator does not give the same peak twice: the smallest plain one against one of each lens.
+    runs = [child("plain", args) for _ in range(max(1, args.plain_runs))]
+    plain = min(runs, key=lambda one: one["peak_mb"])
+    found = {case: plain if case == "plain" else child(case, args) for case in CASES}
     print(f"\n{'':<34}{'peak MB':>9}{'above plain':>13}{'maps MB':>9}{'seconds':>9}")
     for case, text in CASES.items():
         one = found[case]
@@ -66,7 +69,8 @@ def main() -> int:
     if args.json:
         result = {
             "shape": shape, "top_k": args.top_k, "threads": args.threads, "full_tensor_mb": full, "limit_mb": LIMIT_MB,
-            "passed": passed, "answer": checked, "cases": found, **machine(),
+            "passed": passed, "answer": checked, "cases": found, "plain_peaks_mb": [one["peak_mb"] for one in runs],
+            **machine(),
         }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if passed else 1

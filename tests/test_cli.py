@@ -172,7 +172,7 @@ def test_version():
 def test_demo_runs_the_whole_job(tmp_path):
     done = run("demo", "--output", tmp_path / "demo", "--steps", 2, "--heldout-tokens", 256)
     assert done.exit_code == 0 and done.stderr == "", done.stderr
-    for part in ("logit", "regression", "tuned", "bits/byte", "top-1", "token identity", "heatmap.html"):
+    for part in ("logit", "regression", "tuned", "bits/B", "top-1", "token identity", "heatmap.html"):
         assert part in done.stdout
     page = (tmp_path / "demo" / "heatmap.html").read_text(encoding="utf-8")
     assert "regression" in page and "Tokyo" in page

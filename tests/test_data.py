@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 import tl_lenses.data
+import tl_lenses.texts
 from tl_lenses.data import Batch, TokenBatches, as_batches, check_tokens, token_batches, tokenize
 
 TEXTS = [
@@ -128,6 +129,7 @@ def test_long_documents_give_no_warning(tokenizer, caplog):
     logger = logging.getLogger("transformers")
     before = logger.propagate
     logger.propagate = True
+    caplog.set_level(logging.WARNING, logger="transformers")  # another library may have turned it down
     try:
         list(token_batches(["the cat " * 50], tokenizer, seq_len=5, batch_size=2))
         tokenize(tokenizer, "the cat " * 50)
@@ -360,7 +362,7 @@ def test_a_dataset_name_is_streamed(tokenizer, monkeypatch, name, arguments):
 
 
 def documents(path):
-    return list(tl_lenses.data._documents(path))
+    return list(tl_lenses.texts._documents(path))
 
 
 def test_text_without_separators_is_cut_at_blank_lines_into_passages(tmp_path):

@@ -470,7 +470,7 @@ def test_scores_table():
     Console(file=out, width=80, color_system=None).print(views.scores_table(ROWS))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert lines[0] == ["logit", "tuned"]
-    assert lines[1] == ["layer", "KL", "bits/byte", "top-1", "KL", "bits/byte", "top-1"]
+    assert lines[1] == ["layer", "KL", "bits/B", "top-1", "KL", "bits/B", "top-1"]
     assert lines[3] == ["0", "2.000", "1.500", "25.0%", "1.000", "1.250", "50.0%"]
     assert views.to_text(views.scores_table(ROWS), width=80, color=False) == out.getvalue().rstrip("\n")
     assert lines[4] == ["1", "–", "–", "–", "0.500", "–", "–"]

@@ -80,12 +80,8 @@ def run(
     announce(
         f"Training the tuned lens from it: {steps} steps of {tokens_per_step} tokens that minimise KL(model || lens)"
     )
-    history: list[dict[str, Any]] = []
-    tuned = tll.fit_tuned(
-        model, training, steps, tokens_per_step, init=regression, seed=seed, log=history, show_progress=bar
-    )
+    tuned = tll.fit_tuned(model, training, steps, tokens_per_step, init=regression, seed=seed, show_progress=bar)
     tuned.save(folder / "tuned", overwrite=True)
-    say(f"        KL in nats, mean of the first and last tenth of the steps: {_progress(history)}")
 
     lenses = {"logit": tll.Lens(model), "regression": tll.Lens(model, regression), "tuned": tll.Lens(model, tuned)}
     heldout = text("heldout", max(heldout_tokens, 2 * SEQ_LEN))
@@ -128,19 +124,6 @@ def _folder(output: str | Path) -> Path:
     folder = check_output(output, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _progress(history: list[dict[str, Any]]) -> str:
-    """`layer 0 2.52 -> 1.93, ...` for the first, the middle and the last layer."""
-    if not history:
-        return "no steps"
-    tenth = max(1, len(history) // 10)
-    sites = list(history[0]["loss"])
-    mean = lambda part, site: sum(entry["loss"][site] for entry in part) / len(part)
-    shown = sorted({0, len(sites) // 2, len(sites) - 1})
-    return ", ".join(
-        f"layer {i} {mean(history[:tenth], sites[i]):.3f} -> {mean(history[-tenth:], sites[i]):.3f}" for i in shown
-    )
 
 
 def _print_patchscope(decoded: Any, logit: dict[str, Any], say: Callable[[str], Any]) -> None:

@@ -290,7 +290,9 @@ def _mapped(map: Any, v: Tensor, pair: Pair) -> Tensor:
     if isinstance(map, Translators):
         layer, target_layer = pair
         if layer is None:
-            raise ValueError("vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]")
+            raise ValueError(
+                "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
+            )
         return map[layer, target_layer](v)
     return map(v)
 

@@ -16,14 +16,16 @@ Row = Mapping[str, Any]
 # name -> (heading, unit, which is better, format)
 _COLUMNS = {
     "kl": ("KL", "nats", "low", "{:.3f}"),
-    "bits_per_byte": ("bits/byte", "bits", "low", "{:.3f}"),
+    "bits_per_byte": ("bits/B", "bits per byte", "low", "{:.3f}"),
     "top1": ("top-1", "agreement with the model", "high", "{:.1%}"),
     "cross_entropy": ("cross entropy", "nats", "low", "{:.3f}"),
     "entropy": ("entropy", "nats", None, "{:.3f}"),
     "bias": ("bias", "nats", "low", "{:.3f}"),
 }
 _SHOWN = ("kl", "bits_per_byte", "top1")
-_NOTE = "KL to the model in nats; top-1: agreement with the model; bold: the best lens of the layer"
+_NOTE = (
+    "KL to the model in nats; bits/B: bits per byte; top-1: agreement with the model; bold: the best lens of the layer"
+)
 
 
 def scores_table(rows: Iterable[Row], title: str | None = None) -> Table:
