@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Bytes of one [positions, d_vocab] fp32 buffer. Several are alive at a time; measured in benchmarks/trajectory.py.
-CHUNK_BYTES = 12 * 2**20
+# Bytes of one [positions, d_vocab] fp32 buffer. Up to nine are alive at a time; measured in benchmarks/trajectory.py.
+CHUNK_BYTES = 6 * 2**20
 
 
 def chunks(n: int, d_vocab: int, size: int | None = None) -> Iterator[slice]:

@@ -270,7 +270,7 @@ def trajectory(
         cache: an `ActivationCache` to read residuals from instead of running the model; `prompt` must be its token ids.
         attention_mask: for padded token ids; pads enter no statistic.
         prepend_bos: for text; ids are never changed.
-        chunk_size: positions decoded at a time; by default as many as fit 12 MiB of logits.
+        chunk_size: positions decoded at a time; by default as many as fit 6 MiB of logits.
 
     Returns:
         `Trajectory`, or `Trajectories` for a mapping.
@@ -305,9 +305,9 @@ def trajectory(
     )
     goal = next_tokens(batch.tokens, mask) if targets is None else _ids(model, targets, batch.tokens, mask, "targets")
     anti = None if anti_targets is None else _ids(model, anti_targets, batch.tokens, mask, "anti_targets")
-    decoders = {
-        name: [one[row] for row in rows] for name, one in lenses.items()
-    }  # a layer that was not fitted raises here
+    for one in lenses.values():
+        for row in rows:
+            one[row]  # a layer that was not fitted raises here, before the run  # noqa: B018
 
     if cache is None:
         resid: dict[Any, Tensor] = {}
@@ -358,7 +358,7 @@ def trajectory(
             for name in lenses:
                 # The last row is the model's own output, interventions on the final norm included.
                 is_model = row == depth or (isinstance(row, str) and site_layer(row, depth) == depth)
-                logits = (teacher_logits if own is None else flat(own)[at]) if is_model else decoders[name][i](x)
+                logits = (teacher_logits if own is None else flat(own)[at]) if is_model else lenses[name][row](x)
                 logp = seen[name] = S.log_probs(logits)
                 put = out[name]
                 put["rank"][i, part] = S.rank(logits, target).cpu()
