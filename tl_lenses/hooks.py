@@ -294,7 +294,7 @@ def _switched_off(model: LensModel, name: str) -> str | None:
 
 
 @contextmanager
-def _marked(start: int, prompt: int) -> Iterator[None]:
+def marked(start: int, prompt: int) -> Iterator[None]:
     token = _MARK.set((start, prompt))
     try:
         yield
@@ -333,7 +333,7 @@ def run(
         >>> logits = tll.run(model, "Hello", [tll.patch(3, tll.edits.scale(0.5))])      # doctest: +SKIP
     """
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
-    with installed(model, hooks), _marked(0, batch.tokens.shape[1]):
+    with installed(model, hooks), marked(0, batch.tokens.shape[1]):
         return forward(model, batch, return_type)
 
 
@@ -386,7 +386,7 @@ def generate(
     done = torch.zeros(len(sequence), dtype=torch.bool, device=sequence.device)
     with torch.no_grad(), installed(model, hooks):
         for step in range(max_new_tokens):
-            with _marked(n_prompt + step - 1 if step and use_cache else 0, n_prompt):
+            with marked(n_prompt + step - 1 if step and use_cache else 0, n_prompt):
                 logits = decoder.start(batch) if step == 0 else decoder.step(sequence[:, -1])
             if step == 0 and first_logits is not None:
                 first_logits.append(logits)

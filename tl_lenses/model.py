@@ -5,6 +5,7 @@ that
 cannot be avoided (key-value caches, see `Decoder`) are told apart by the signature of `forward`, never by class.
 """
 
+import copy
 import importlib
 import inspect
 from typing import Any, Protocol, runtime_checkable
@@ -137,16 +138,17 @@ def forward(model: LensModel, batch: Batch, return_type: str | None = "logits") 
 
 
 class Decoder:
-    """Greedy or sampled decoding, one forward pass at a time, with or without a key-value cache.
+    """Decoding one forward pass at a time, with or without a key-value cache that rows of a batch can share.
 
     `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both
     return the
-    logits `[batch, d_vocab]` of the last column.
+    logits `[batch, d_vocab]` of the last column. `feed` adds several columns and returns the logits of each;
+    `repeated(n)` goes on with n copies of a single row, `select(rows)` with some of the rows.
     """
 
     def __init__(self, model: LensModel, *, use_cache: bool = True):
         self.model, self.use_cache = model, use_cache
-        self.batch: Batch
+        self.batch: Batch | None = None
         self.cache: Any = None
         # HookedTransformer takes `past_kv_cache`; a bridge swallows that name in **kwargs and runs uncached, so the
         # signature decides.
@@ -154,26 +156,76 @@ class Decoder:
         self.takes_own_cache = "past_kv_cache" in inspect.signature(forward_method).parameters
 
     def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+        """Run a prompt, padded or not."""
         self.batch = batch
         if self.use_cache and self.takes_own_cache:
             self.cache = _hooked_cache(self.model, batch.tokens.shape[0])
-        return self._run(batch.tokens)
+        return self._run(batch.tokens)[:, -1]
 
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        """Add one column."""
+        return self.feed(tokens[:, None])[:, -1]
+
+    def feed(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new d_vocab"]:
+        """Add columns (the first ones too, where there was no `start`) and return the logits of each."""
+        if self.batch is None:
+            self.batch = Batch(tokens, None)
+            if self.use_cache and self.takes_own_cache:
+                self.cache = _hooked_cache(self.model, tokens.shape[0])
+            return self._run(tokens)
         seen, mask, _ = self.batch
         if mask is not None:
-            mask = torch.cat([mask, torch.ones_like(tokens[:, None])], 1)
-        self.batch = Batch(torch.cat([seen, tokens[:, None]], 1), mask)
-        return self._run(tokens[:, None] if self.use_cache else self.batch.tokens)
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        self.batch = Batch(torch.cat([seen, tokens], 1), mask)
+        return self._run(tokens if self.use_cache else self.batch.tokens)[:, -tokens.shape[1] :]
 
-    def _run(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
+    def shareable(self) -> bool:
+        """Whether the cache holds the keys and values of every column and nothing else, so that rows can share it."""
+        if self.cache is None or self.batch is None:
+            return False
+        if self.takes_own_cache:
+            return True
+        # State-space and hybrid models keep states that cannot be repeated, sliding windows drop columns.
+        has_methods = all(hasattr(self.cache, name) for name in ("batch_repeat_interleave", "batch_select_indices"))
+        kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", [])}
+        return (
+            has_methods
+            and kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
+            and self.cache.get_seq_length() == self.batch.tokens.shape[1]
+        )
+
+    def repeated(self, n: int) -> "Decoder":
+        """A decoder of n rows that all continue this one's single row; this one stays as it is."""
+        assert self.batch is not None and len(self.batch.tokens) == 1 and self.batch.attention_mask is None
+        other = Decoder(self.model, use_cache=self.use_cache)
+        other.batch = Batch(self.batch.tokens.expand(n, -1), None)
+        if self.cache is not None:
+            other.cache = _repeat(self.cache, n, self.takes_own_cache)
+        return other
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows only."""
+        assert self.batch is not None
+        tokens, mask, _ = self.batch
+        self.batch = Batch(tokens[rows], None if mask is None else mask[rows])
+        if self.cache is None:
+            return
+        if not self.takes_own_cache:
+            self.cache.batch_select_indices(rows)
+            return
+        for entry in self.cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+        self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
+
+    def _run(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new d_vocab"]:
+        assert self.batch is not None
         mask = self.batch.attention_mask
         if not self.use_cache:
-            return forward(self.model, self.batch)[:, -1]
+            return forward(self.model, self.batch)
         if self.takes_own_cache:
             # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
             new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
-            return self.model(tokens, attention_mask=new, past_kv_cache=self.cache)[:, -1]  # type: ignore[operator]
+            return self.model(tokens, attention_mask=new, past_kv_cache=self.cache)  # type: ignore[operator]
         kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
         if mask is not None:
             # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
@@ -186,7 +238,20 @@ class Decoder:
             past_key_values=self.cache,
             **kwargs,
         )
-        return logits[:, -1]
+        return logits
+
+
+def _repeat(cache: Any, n: int, own: bool) -> Any:
+    """A copy of a one-row cache with n rows."""
+    cache = copy.deepcopy(cache)
+    if not own:
+        cache.batch_repeat_interleave(n)
+        return cache
+    for entry in cache.entries:
+        entry.past_keys = entry.past_keys.repeat_interleave(n, 0)
+        entry.past_values = entry.past_values.repeat_interleave(n, 0)
+    cache.previous_attention_mask = cache.previous_attention_mask.repeat_interleave(n, 0)
+    return cache
 
 
 def _hooked_cache(model: LensModel, batch_size: int) -> Any:

@@ -109,7 +109,7 @@ def at(text: str, occurrence: str | int = "only", span: bool = False) -> At:
 
     Args:
         text: the substring, matched on the decoded prompt.
-        occurrence: "only" (several matches are an error), "first", "last", or a number counted from 0.
+        occurrence: "only" (several matches are an error), "first", "last", "all", or a number counted from 0.
         span: every token that covers the substring rather than its last one.
 
     >>> at("Wales", occurrence="last")
@@ -117,8 +117,8 @@ def at(text: str, occurrence: str | int = "only", span: bool = False) -> At:
     """
     if not text:
         raise ValueError("expected a non-empty substring")
-    if not (isinstance(occurrence, int) or occurrence in ("only", "first", "last")):
-        raise ValueError(f"occurrence must be 'only', 'first', 'last' or a number, got {occurrence!r}")
+    if not (isinstance(occurrence, int) or occurrence in ("only", "first", "last", "all")):
+        raise ValueError(f"occurrence must be 'only', 'first', 'last', 'all' or a number, got {occurrence!r}")
     return At(text, occurrence, span)
 
 
@@ -221,19 +221,22 @@ def _find(tokenizer: Any, ids: list[int], wanted: At) -> list[int]:
             raise ValueError(
                 f"{wanted.text!r} occurs {len(starts)} times ({places}): say which with tll.at({wanted.text!r}, occurrence='last') or a number"
             )
-        start = starts[0]
+        chosen = starts
+    elif wanted.occurrence == "all":
+        chosen = starts
     else:
         index = {"first": 0, "last": -1}.get(wanted.occurrence, wanted.occurrence)  # type: ignore[arg-type]
         if not -len(starts) <= index < len(starts):
             raise ValueError(f"{wanted.text!r} occurs {len(starts)} times, so there is no occurrence {index}")
-        start = starts[index]
-    end = start + len(wanted.text)
+        chosen = [starts[index]]
     # A prefix can end inside a multi-byte character, which decodes to replacement marks: count only what agrees.
     ends = [_common_prefix(decode(ids[: k + 1]), text) for k in range(len(ids))]
-    last = next(k for k, e in enumerate(ends) if e >= end)
-    if not wanted.span:
-        return [last]
-    return list(range(next(k for k, e in enumerate(ends) if e > start), last + 1))
+    found: list[int] = []
+    for start in chosen:
+        last = next(k for k, e in enumerate(ends) if e >= start + len(wanted.text))
+        first = next(k for k, e in enumerate(ends) if e > start) if wanted.span else last
+        found += [k for k in range(first, last + 1) if k not in found]
+    return found
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -1,65 +1,44 @@
 """One vector from a source prompt, put into a target prompt, which then goes on: (S, i, M, l) -> (T, i*, f, M*, l*)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses import edits
-from tl_lenses.data import Batch
-from tl_lenses.hooks import Hook, generate, patch, run
-from tl_lenses.hooks import read as read_hook
-from tl_lenses.model import LensModel, check_model, d_model, n_layers, prepare, tokenizer_of
-from tl_lenses.patchscopes.result import Pair, PatchscopeResult, top_of
+from tl_lenses.hooks import Hook
+from tl_lenses.model import LensModel, check_model, tokenizer_of
+from tl_lenses.patchscopes.cells import Norm, all_pairs, cell, check_map, combiner, mean_norms, routes
+from tl_lenses.patchscopes.planner import (
+    Decoding,
+    Prompt,
+    batches,
+    prefix,
+    rows_per_batch,
+    run_cells,
+    why_not_shared,
+)
+from tl_lenses.patchscopes.result import Layers, PatchscopeResult, top_of
+from tl_lenses.patchscopes.sources import Source, collect
+from tl_lenses.patchscopes.targets import Target, ready_target, same_place
 from tl_lenses.progress import progress
-from tl_lenses.sites import At, LayerOrSite, Position, positions, resolve_layer, site
+from tl_lenses.sites import At, site
 from tl_lenses.token_text import token_text
 from tl_lenses.translators import Translators
 
 KEEP_BYTES = 256 * 10**6
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a vector comes from: text, token ids, or vectors.
-
-    Args:
-        prompt: text (BOS is prepended), token ids `[pos]`, or vectors: `[d_model]` and `[n, d_model]` have no layer,
-            `[n, n_layers + 1, d_model]`
-            are indexed by layer.
-        pos: int, substring, `tll.at(...)` or slice; -1 is the last token. A list is a span for as many target
-            positions.
-
-    Example:
-        >>> Source("Diana, Princess of Wales", pos="Wales")
-        Source(prompt='Diana, Princess of Wales', pos='Wales')
-    """
-
-    prompt: str | Tensor | Sequence[int]
-    pos: Position = -1
-
-
-@dataclass(frozen=True)
-class Target:
-    """The prompt that interprets a vector, and the position that receives it."""
-
-    prompt: str | Tensor | Sequence[int]
-    pos: Position = -1
-
-
 @torch.no_grad()
 def patchscope(
     model: LensModel,
-    source: Source | Sequence[Source],
-    target: Target,
-    layers: Iterable[LayerOrSite] | None = None,
-    target_layers: Iterable[LayerOrSite] | None = None,
-    pairs: Iterable[tuple[LayerOrSite | None, LayerOrSite]] | None = None,
+    source: Source | str | Sequence[Source | str],
+    target: Target | Sequence[Target] | None = None,
+    layers: Iterable[Layers] | None = None,
+    target_layers: Iterable[Layers] | None = None,
+    pairs: Iterable[tuple[Layers | None, Layers]] | None = None,
     map: Callable[[Tensor], Tensor] | Translators | None = None,
-    mode: Literal["replace", "add"] = "replace",
+    mode: Literal["replace", "add", "interpolate", "norm_add"] = "replace",
     to: LensModel | None = None,
     read: int | str | At = -1,
     max_new_tokens: int = 0,
@@ -70,39 +49,65 @@ def patchscope(
     batch_size: int | None = None,
     keep: Literal["auto", "logits", "top_k"] = "auto",
     *,
+    norm: Norm = None,
+    scale: float | Sequence[float] = 1.0,
+    alpha: float = 0.5,
+    isolate: bool = False,
+    ensemble: Literal["mean", "intersect"] = "mean",
+    ensemble_k: int = 1000,
+    temperature: float = 1.0,
     source_hooks: Iterable[Hook] = (),
     target_hooks: Iterable[Hook] = (),
     prepend_bos: bool = True,
+    share: bool = True,
     show_progress: bool | None = None,
 ) -> PatchscopeResult:
     """Put `f(h)` of a source run into a target run at (l*, i*) and see what it says next: `hbar[i*, l*] <- f(h[i, l])`.
 
+    A sweep repeats nothing that the patch cannot change: one source pass for all layers, one pass over the target before
+    the first patched position, and then only what follows it, many cells in a batch.
+
     Args:
         model: runs the source (and the target, unless `to`).
-        source: one `Source` or several (the source axis of the result).
-        layers: source layers, `0..n_layers` by default.
+        source: one `Source` or several (the source axis of the result); text alone means its last token.
+        target: one `Target`; several, whose distributions are combined (`ensemble`); or None for the source's own
+            prompt at the source's own place (found by characters where `to` has another tokenizer).
+        layers: source layers, `0..n_layers` by default. Wherever a layer is accepted a tuple is too: several at once.
         target_layers: None patches each layer into the same layer; a list, every l into every l*.
-        pairs: exactly these `(l, l*)` instead; l is None for vectors without a layer.
+        pairs: exactly these `(l, l*)` instead; l is None for vectors without a layer. `(l, (a, b))` puts the vector
+            into both layers, `((a, b), (c, d))` a into c and b into d in one run.
         map: f, a function of vectors `[k, d]`: an `Affine`, or `Translators` whose row (l, l*) is used.
-        mode: "replace" the target's vector, or "add" to it.
-        to: another model for the target (with a `map` where the widths differ).
+        mode: "replace" the target's vector h, "add" to it, "interpolate" `(1 - alpha) h + alpha v`, or "norm_add"
+            `h + |h| v / |v|`.
+        to: another model for the target (with a `map` where the widths differ). Vectors move to its device.
         read: position of the target whose next-token distribution is read.
         max_new_tokens: continue the target by this many tokens, greedily unless `do_sample`.
         when: "prompt" patches the prompt's pass only; "every_step" generated positions as well.
+        do_sample: draw from `softmax(logits / temperature)`, with a number per cell and step from `seed`.
         stop: strings that end a text (they are cut off).
-        batch_size: cells per forward pass, 32 by default.
+        batch_size: cells per forward pass; None takes what fits in half a gigabyte.
         keep: "auto" keeps logits up to 256 MB and the top 10 tokens beyond.
-        source_hooks, target_hooks: your interventions on either run; they run before ours.
+        norm: None keeps the vector's length; "replaced" gives it that of the vector it meets; "mean" the mean length of
+            the target prompt's own residuals at that layer (BOS left out); a number, or a tensor `[n_layers + 1]`, those.
+        scale: a factor on the vector, after `norm`; several make a sweep, which multiplies the source axis.
+        alpha: of "interpolate".
+        isolate: hide the keys and values that the placeholder has below the patch from later positions.
+        ensemble: of several targets: "mean" averages the probabilities, "intersect" also drops tokens that are not in
+            the top `ensemble_k` of every target.
+        source_hooks, target_hooks: your interventions on either run; they run before ours. With `target_hooks` whole
+            prompts run.
         prepend_bos: for text on either side; ids are never changed.
+        share: False runs one cell at a time, whole prompts, without a cache: slow, for comparison.
 
     Returns:
         `PatchscopeResult` with `pairs`, `logits [source, pair, d_vocab]` at the read position, and
         `text[source][pair]`.
 
     Raises:
-        ValueError: positions that are not there, counts that do not match, widths that differ without a map.
+        ValueError: positions that are not there, counts that do not match, widths that differ without a map, a map of
+            other models or layers, vectors that are not finite, stop strings that can never match.
 
-    Source: Ghandeharioun et al. 2024 (Patchscopes), section 3.1.
+    Source: Ghandeharioun et al. 2024 (Patchscopes), section 3.1; norm_add: Karvonen et al. 2025 (Activation Oracles).
 
     Example:
         >>> source, target = tll.Source("Diana, Princess of Wales"), tll.scopes.token_identity()      # doctest: +SKIP
@@ -111,190 +116,215 @@ def patchscope(
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
     check_model(target_model, what="a patchscope")
-    if mode not in ("replace", "add"):
-        raise ValueError(f"mode must be 'replace' or 'add', got {mode!r}")
-    if keep not in ("auto", "logits", "top_k"):
-        raise ValueError(f"keep must be 'auto', 'logits' or 'top_k', got {keep!r}")
-    sources = [source] if isinstance(source, Source) else list(source)
+    _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble, norm=norm, batch_size=batch_size)
+    sources = [Source(one) if isinstance(one, str) else one for one in _listed(source)]
     if not sources:
         raise ValueError("an empty list of sources has nothing to patch")
     source_hooks, target_hooks = list(source_hooks), list(target_hooks)
-    wanted = _pairs(model, target_model, sources, layers, target_layers, pairs)
-    vectors: list[dict[Any, Float[Tensor, "k d"]]] = []
-    labels: list[str] = []
-    for one in sources:
-        for label, by_layer in _vectors(model, one, [layer for layer, _ in wanted], source_hooks, prepend_bos):
-            labels.append(label)
-            vectors.append(by_layer)
+    wanted = all_pairs(model, target_model, sources, layers, target_layers, pairs)
+    scales = [float(s) for s in _listed(scale)]
+    decoding = _decoding(target_model, max_new_tokens, do_sample, temperature, seed, stop)
+    if isinstance(map, Translators):
+        check_map(map, model, target_model, wanted)
+    fixed = None
+    if target is not None:
+        fixed = [
+            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos) for one in _listed(target)
+        ]
+        if not fixed:
+            raise ValueError("an empty list of targets has nowhere to put a vector")
+        if len(fixed) > 1 and max_new_tokens:
+            raise ValueError("texts of several targets cannot be combined: use max_new_tokens=0, or one target a call")
+        if when == "every_step" and max(len(prompt.place) for prompt in fixed) > 1:
+            raise ValueError("when='every_step' patches one position a step: give a target of one position")
+    elif any(one.has_vectors for one in sources):
+        raise ValueError("target=None means the source's own prompt, and vectors have none: give a Target")
 
-    batch = prepare(target_model, _ids(target.prompt), prepend_bos=prepend_bos)
-    place = positions(target_model, batch.tokens, target.pos)[0]
-    read_at = positions(target_model, batch.tokens, read)[0]
-    if len(read_at) != 1:
-        raise ValueError(f"read={read!r} selects {len(read_at)} positions, expected one")
+    # Up to here nothing ran: what can be refused beforehand has been.
+    into_layers = list(dict.fromkeys(b for pair in wanted for _, b in routes(*pair)))
+    names = {layer: site(target_model, layer) for layer in into_layers}
+    vectors = collect(
+        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks, prepend_bos=prepend_bos
+    )
+    axis = [(one, s) for one in vectors for s in scales]
+    targets = [
+        same_place(model, target_model, one, read, max_new_tokens) if fixed is None else fixed for one, _ in axis
+    ]
+    relative = mode == "norm_add" or (isinstance(norm, str) and norm == "replaced")
+    combine = combiner("add" if mode == "norm_add" else mode, alpha, relative)
+
     d_vocab = int(target_model.cfg.d_vocab)
-    keep_logits = keep == "logits" or (keep == "auto" and 4 * len(labels) * len(wanted) * d_vocab <= KEEP_BYTES)
+    cells = [(s, p) for s in range(len(axis)) for p in range(len(wanted))]
+    keep_logits = keep == "logits" or (keep == "auto" and 4 * len(cells) * d_vocab <= KEEP_BYTES)
+    draws = None
+    if do_sample:
+        shape = (len(cells), max(max_new_tokens, 1))
+        draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    cells = [(s, p) for s in range(len(labels)) for p in range(len(wanted))]
     kept: list[Any] = [None] * len(cells)
     top: list[Any] = [None] * len(cells)
-    texts: list[list[int]] = [[] for _ in cells]
-    # Rows of one pass share the target layer, so one patch serves the whole batch, each row with its own vector.
-    cells_at: dict[Any, list[int]] = {}
-    for c, (_, p) in enumerate(cells):
-        cells_at.setdefault(wanted[p][1], []).append(c)
-    groups = [
-        (layer, group[i : i + (batch_size or 32)])
-        for layer, group in cells_at.items()
-        for i in range(0, len(group), batch_size or 32)
-    ]
-    for layer, group in progress(groups, desc="patchscope", show=show_progress):
-        chosen = []
-        for c in group:
-            s, p = cells[c]
-            v = vectors[s][wanted[p][0]]
-            v = _mapped(map, v, wanted[p])
-            if v.shape[-1] != d_model(target_model):
-                raise ValueError(
-                    f"a vector of width {v.shape[-1]} does not fit the target model (d_model {d_model(target_model)}): pass map=, an affine map between them"
-                )
-            if len(v) not in (1, len(place)):
-                raise ValueError(
-                    f"the source gives {len(v)} positions and the target takes {len(place)}: expected one for all, or as many"
-                )
-            chosen.append(v.expand(len(place), -1))
-        value = torch.stack(chosen)
-        edit = edits.replace(value) if mode == "replace" else edits.add(value)
-        tokens = batch.tokens.expand(len(group), -1)
-        hooks = [*target_hooks, patch(site(target_model, layer), edit, pos=place.tolist(), when=when)]
-        logits = run(target_model, tokens, hooks)[:, int(read_at[0])]
-        ids, probs = top_of(logits)
-        for i, c in enumerate(group):
-            kept[c] = logits[i].float().cpu() if keep_logits else None
-            top[c] = (ids[i], probs[i])
-        if max_new_tokens:
-            full = generate(target_model, tokens, hooks, max_new_tokens, do_sample=do_sample, seed=seed)
-            for i, c in enumerate(group):
-                texts[c] = full[i, tokens.shape[1] :].tolist()
+    ids: list[list[int]] = [[] for _ in cells]
+    notes: dict[str, None] = {}
+    with progress(total=len(cells), desc="patchscope", show=show_progress) as bar:
+        for mine in _by_target(cells, targets):
+            prompts = targets[cells[mine[0]][0]]
+            means = [
+                mean_norms(target_model, prompt, into_layers) if isinstance(norm, str) and norm == "mean" else {}
+                for prompt in prompts
+            ]
+            starts, size = _plan(target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes)
+            for part in batches(len(mine), size):
+                now = [mine[i] for i in part]
+                outs = []
+                for prompt, start, mean in zip(prompts, starts, means, strict=True):
+                    rows = [
+                        cell(
+                            target_model,
+                            prompt,
+                            *axis[cells[c][0]],
+                            wanted[cells[c][1]],
+                            map,
+                            norm,
+                            relative,
+                            mean,
+                            names,
+                        )
+                        for c in now
+                    ]
+                    logits, new = run_cells(
+                        target_model, prompt, rows, combine, start=start, hooks=target_hooks, when=when,
+                        isolate=isolate, decoding=decoding, draws=None if draws is None else draws[now], use_cache=share,
+                    )  # fmt: skip
+                    outs.append(logits)
+                logits = outs[0] if len(outs) == 1 else _combined(outs, ensemble, ensemble_k)
+                best, probs = top_of(logits)
+                for i, c in enumerate(now):
+                    kept[c] = logits[i].float().cpu() if keep_logits else None
+                    top[c], ids[c] = (best[i], probs[i]), new[i]
+                bar.update(len(now))
 
-    shape = (len(labels), len(wanted))
+    shape = (len(axis), len(wanted))
     tokenizer = getattr(target_model, "tokenizer", None)
-    top_ids = torch.stack([ids for ids, _ in top]).reshape(*shape, -1)
-    ids_seen = range(d_vocab) if keep_logits else {int(i) for i in top_ids.unique()}
+    top_ids = torch.stack([best for best, _ in top]).reshape(*shape, -1)
+    seen = {int(i) for i in top_ids.unique()}
     return PatchscopeResult(
-        sources=labels,
+        sources=[one.label if len(scales) == 1 else f"{one.label} x {s:g}" for one, s in axis],
         pairs=wanted,
         top_ids=top_ids,
         top_probs=torch.stack([probs for _, probs in top]).reshape(*shape, -1),
-        vocab={i: str(i) for i in ids_seen} if tokenizer is None else token_text(tokenizer, ids_seen),
+        vocab={i: str(i) for i in seen} if tokenizer is None else token_text(tokenizer, seen),
+        tokenizer=tokenizer,
         kept=torch.stack(kept).reshape(*shape, -1) if keep_logits else None,
-        text=_texts(target_model, texts, shape, stop) if max_new_tokens else None,
-        tokens=_padded(texts).reshape(*shape, -1) if max_new_tokens else None,
+        text=_texts(target_model, ids, shape, stop) if max_new_tokens else None,
+        tokens=_padded(ids).reshape(*shape, -1) if max_new_tokens else None,
+        scales=scales if len(scales) > 1 else None,
+        plan="; ".join(notes),
         settings={
-            "target": target.prompt if isinstance(target.prompt, str) else batch.tokens[0].tolist(), "mode": mode, "when": when,
-            "max_new_tokens": max_new_tokens, "do_sample": do_sample, "seed": seed, "stop": list(stop),
+            "target": _shown(target, fixed), "mode": mode, "when": when, "norm": norm if isinstance(norm, str) else None,
+            "max_new_tokens": max_new_tokens, "do_sample": do_sample, "seed": seed, "stop": list(stop), "isolate": isolate,
         },
     )  # fmt: skip
 
 
-def _ids(prompt: str | Tensor | Sequence[int]) -> str | Tensor:
-    return prompt if isinstance(prompt, (str, Tensor)) else torch.tensor(list(prompt), dtype=torch.long)
+def _listed(value: Any) -> list[Any]:
+    """One thing or several as a list."""
+    return [value] if isinstance(value, (Source, Target, str, int, float)) else list(value)
 
 
-def _is_vectors(one: Source) -> bool:
-    return isinstance(one.prompt, Tensor) and one.prompt.is_floating_point()
+def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> None:
+    """Refuse a word that is not one of those that an argument takes."""
+    allowed = {
+        "mode": ("replace", "add", "interpolate", "norm_add"), "keep": ("auto", "logits", "top_k"),
+        "when": ("prompt", "every_step"), "ensemble": ("mean", "intersect"),
+    }  # fmt: skip
+    for name, value in choices.items():
+        if value not in allowed[name]:
+            words = [repr(word) for word in allowed[name]]
+            raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
+    if isinstance(norm, str) and norm not in ("replaced", "mean"):
+        raise ValueError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def _pairs(
-    model: LensModel, target_model: LensModel, sources: list[Source], layers: Any, target_layers: Any, pairs: Any
-) -> list[Pair]:
-    """The cells `(l, l*)`, layers resolved."""
-    depth, target_depth = n_layers(model), n_layers(target_model)
-    bare = {_is_vectors(one) and one.prompt.ndim < 3 for one in sources}  # type: ignore[union-attr]
-    if len(bare) > 1:
-        raise ValueError("vectors without a layer and sources with layers cannot share a call: their pairs differ")
-    resolve = lambda layer, n: resolve_layer(layer, n) if isinstance(layer, int) else layer
-    if pairs is not None:
-        if layers is not None or target_layers is not None:
-            raise ValueError("give either pairs, or layers and target_layers")
-        found = [(None if a is None else resolve(a, depth), resolve(b, target_depth)) for a, b in pairs]
-        if any((a is None) != (True in bare) for a, _ in found):
-            raise ValueError("the source layer of a pair is None for vectors without a layer, and only for those")
-    elif True in bare:
-        if layers is not None:
+def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> list[list[int]]:
+    """Indices of the cells that share their target, so that they can share batches."""
+    key = lambda prompt: (prompt.tokens[0].tolist().__repr__(), prompt.place, prompt.read, id(prompt.soft))
+    found: dict[Any, list[int]] = {}
+    names: dict[int, Any] = {}
+    for c, (s, _) in enumerate(cells):
+        name = names.setdefault(s, tuple(key(prompt) for prompt in targets[s]))
+        found.setdefault(name, []).append(c)
+    return list(found.values())
+
+
+def _plan(
+    model: LensModel, prompts: list[Prompt], hooks: list[Hook], n_new: int, share: bool, batch_size: int | None,
+    notes: dict[str, None],
+) -> tuple[list[Any], int]:  # fmt: skip
+    """The shared prefix of every target (or None), and how many cells run together; says in `notes` what was planned."""
+    starts, sizes = [], []
+    for prompt in prompts:
+        reason = "share=False" if not share else why_not_shared(model, prompt, hooks)
+        start = None if reason else prefix(model, prompt)
+        reason = reason or "the cache of this model cannot be shared"
+        first = 0 if start is None else min(prompt.place)
+        notes[f"whole prompts ({reason})" if start is None else f"prefix of {first} tokens shared"] = None
+        starts.append(start)
+        sizes.append(rows_per_batch(model, prompt, first, n_new))
+    return starts, 1 if not share else batch_size or min(sizes)
+
+
+def _decoding(
+    model: LensModel, max_new_tokens: int, do_sample: bool, temperature: float, seed: int, stop: Sequence[str]
+) -> Decoding:
+    """How texts go on.
+
+    Raises:
+        ValueError: a temperature that is not positive, a stop string that no text can have.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if isinstance(stop, str):
+        raise ValueError(f"stop must be a list of strings, got the string {stop!r}: write [{stop!r}]")
+    if stop and not max_new_tokens:
+        raise ValueError("stop strings can never match: nothing is generated with max_new_tokens=0")
+    if not max_new_tokens:
+        return Decoding()
+    tokenizer = tokenizer_of(model)
+    for text in stop:
+        again = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
+        if not text or text not in again:
             raise ValueError(
-                "vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]"
-            )
-        found = [
-            (None, resolve(b, target_depth))
-            for b in (range(target_depth + 1) if target_layers is None else target_layers)
-        ]
-    else:
-        rows = [resolve(a, depth) for a in (range(depth + 1) if layers is None else layers)]
-        if target_layers is None:
-            found = [(a, resolve(a, target_depth)) for a in rows]
-        else:
-            found = [(a, resolve(b, target_depth)) for a in rows for b in target_layers]
-    if not found:
-        raise ValueError("no pair of layers to patch: layers, target_layers or pairs is empty")
-    for a, b in found:
-        if a is not None:
-            site(model, a)
-        site(target_model, b)
-    return found
+                f"the stop string {text!r} can never match: this tokenizer writes it as {again!r}" if text
+                else "an empty stop string would end every text before it starts"
+            )  # fmt: skip
+    stopped = None if not stop else lambda ids: any(text in tokenizer.decode(ids) for text in stop)
+    return Decoding(max_new_tokens, do_sample, temperature, tokenizer.eos_token_id, stopped)
 
 
-def _vectors(
-    model: LensModel, one: Source, layers: list[Any], hooks: list[Hook], prepend_bos: bool
-) -> list[tuple[str, dict[Any, Tensor]]]:
-    """Per source on the source axis: a label and `{layer: [k, d]}`."""
-    if _is_vectors(one):
-        vectors: Tensor = one.prompt  # type: ignore[assignment]
-        if vectors.ndim == 3:
-            if vectors.shape[1] != n_layers(model) + 1:
-                raise ValueError(
-                    f"vectors [n, n_layers + 1, d_model] need {n_layers(model) + 1} layers, got {list(vectors.shape)}"
-                )
-            return [
-                (f"vector {i}", {layer: v[layer][None] for layer in dict.fromkeys(layers)})
-                for i, v in enumerate(vectors)
-            ]
-        if vectors.ndim not in (1, 2):
-            raise ValueError(
-                f"expected vectors [d_model], [n, d_model] or [n, n_layers + 1, d_model], got {list(vectors.shape)}"
-            )
-        rows = vectors[None] if vectors.ndim == 1 else vectors
-        return [(f"vector {i}", {None: v[None]}) for i, v in enumerate(rows)]
-    batch = prepare(model, _ids(one.prompt), prepend_bos=prepend_bos)  # type: ignore[arg-type]
-    if len(batch.tokens) != 1:
-        raise ValueError("a Source is one prompt: pass a list of Sources for several")
-    place = positions(model, batch.tokens, one.pos)
-    seen: dict[Any, Tensor] = {}
-    reads = [
-        read_hook(site(model, layer), seen, key=layer, pos=place, fn=lambda x: x.flatten(2)[0])
-        for layer in dict.fromkeys(layers)
-    ]
-    run(model, batch.tokens, [*hooks, *reads])
-    label = one.prompt if isinstance(one.prompt, str) else _decode(model, batch)
-    return [(label, seen)]
+def _combined(outs: list[Tensor], ensemble: str, k: int) -> Tensor:
+    """Log of the mean probability over targets; with "intersect" only tokens in the top k of each."""
+    logits = torch.stack([out.float().log_softmax(-1) for out in outs]).logsumexp(0) - torch.tensor(len(outs)).log()
+    if ensemble == "mean":
+        return logits
+    k = min(k, logits.shape[-1])
+    inside = torch.stack([out >= out.topk(k, dim=-1).values[..., -1:] for out in outs]).all(0)
+    return logits.masked_fill(~inside, float("-inf"))
 
 
-def _decode(model: LensModel, batch: Batch) -> str:
-    tokenizer = getattr(model, "tokenizer", None)
-    return str(batch.tokens[0].tolist()) if tokenizer is None else tokenizer.decode(batch.tokens[0].tolist())
-
-
-def _mapped(map: Any, v: Tensor, pair: Pair) -> Tensor:
-    if map is None:
-        return v
-    if isinstance(map, Translators):
-        layer, target_layer = pair
-        if layer is None:
-            raise ValueError(
-                "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
-            )
-        return map[layer, target_layer](v)
-    return map(v)
+def _shown(target: Any, fixed: list[Prompt] | None) -> Any:
+    """The target as the settings of a result record it."""
+    if fixed is None:
+        return "the source's own prompt"
+    shown = [
+        one.prompt if isinstance(one.prompt, str) else f"soft prompt of {prompt.tokens.shape[1]} vectors"
+        if prompt.soft is not None else prompt.tokens[0].tolist()
+        for one, prompt in zip(_listed(target), fixed, strict=True)
+    ]  # fmt: skip
+    return shown[0] if len(shown) == 1 else shown
 
 
 def _texts(model: LensModel, cells: list[list[int]], shape: tuple[int, int], stop: Sequence[str]) -> list[list[str]]:
@@ -310,6 +340,6 @@ def _texts(model: LensModel, cells: list[list[int]], shape: tuple[int, int], sto
 
 
 def _padded(cells: list[list[int]]) -> Tensor:
-    """Generated ids as one tensor; -1 after the end of a batch that stopped early."""
+    """Generated ids as one tensor; -1 after the end of a text that stopped early."""
     width = max(len(ids) for ids in cells)
     return torch.tensor([ids + [-1] * (width - len(ids)) for ids in cells], dtype=torch.long)

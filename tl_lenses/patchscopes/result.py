@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Pair = tuple[int | str | None, int | str]
+from tl_lenses.token_text import token_text
+
+# A layer or site, or several at once.
+Layers = int | str | tuple[int | str, ...]
+Pair = tuple[Layers | None, Layers]
 
 
 class TopK(NamedTuple):
@@ -25,8 +29,11 @@ class PatchscopeResult:
     Attributes:
         sources: a label per source.
         pairs: `(l, l*)`: source layer (None for vectors without one) and target layer.
+        vocab: the text of every id in `top_ids`.
         text: `text[source][pair]`, the generated continuation; None without generation.
         tokens: generated ids `[source, pair, new]`, None without generation.
+        scales: the factors of a sweep of scales: source row `n * len(scales) + i` has the i-th of them. None without.
+        plan: what was shared between the cells, and why nothing was where nothing was.
         settings: mode, seed, decoding, target prompt and the like.
     """
 
@@ -38,7 +45,16 @@ class PatchscopeResult:
     kept: Float[Tensor, "source pair d_vocab"] | None = field(default=None, repr=False)
     text: list[list[str]] | None = None
     tokens: Int[Tensor, "source pair new"] | None = field(default=None, repr=False)
+    scales: list[float] | None = None
+    plan: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    def _names(self, ids: Tensor) -> dict[int, str]:
+        wanted = [int(i) for i in ids.unique()]
+        new = [i for i in wanted if i not in self.vocab]
+        more = {i: f"<{i}>" for i in new} if self.tokenizer is None else token_text(self.tokenizer, new)
+        return {i: self.vocab.get(i) or more[i] for i in wanted}
 
     @property
     def logits(self) -> Float[Tensor, "source pair d_vocab"]:
@@ -64,13 +80,30 @@ class PatchscopeResult:
             raise ValueError(
                 f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or patchscope(..., keep='logits')"
             )
-        return TopK(
-            ids, probs, [[[self.vocab.get(int(i), f"<{int(i)}>") for i in cell] for cell in row] for row in ids]
-        )
+        names = self._names(ids)
+        return TopK(ids, probs, [[[names[int(i)] for i in cell] for cell in row] for row in ids])
 
-    def probability(self, token: int) -> Float[Tensor, "source pair"]:
-        """Probability of a token id in every cell (needs the logits)."""
-        return self.logits.float().softmax(-1)[..., token]
+    def probability(self, token: int | str) -> Float[Tensor, "source pair"]:
+        """Probability of a token (an id, or a text of one token) in every cell (needs the logits)."""
+        return self.logits.float().softmax(-1)[..., self._id(token)]
+
+    def rank(self, token: int | str) -> Int[Tensor, "source pair"]:
+        """Rank of a token in every cell: 1 is the likeliest, ties count strictly larger logits (needs the logits)."""
+        logits = self.logits
+        return (logits > logits[..., self._id(token), None]).sum(-1) + 1
+
+    def _id(self, token: int | str) -> int:
+        if isinstance(token, int):
+            if not 0 <= token < self.logits.shape[-1]:
+                raise ValueError(f"expected a token id 0..{self.logits.shape[-1] - 1}, got {token}")
+            return token
+        if self.tokenizer is None:
+            raise ValueError("the target model has no tokenizer: give a token id")
+        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = [self.tokenizer.decode([i]) for i in ids]
+            raise ValueError(f"{token!r} is {len(ids)} tokens ({pieces}), expected one: mind the leading space")
+        return ids[0]
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row per source and pair: source, layer, target_layer, token, prob, text."""

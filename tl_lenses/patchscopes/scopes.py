@@ -1,6 +1,6 @@
 """Ready targets, with the published prompts."""
 
-from tl_lenses.patchscopes.core import Target
+from tl_lenses.patchscopes.targets import Target
 
 
 def token_identity() -> Target:
