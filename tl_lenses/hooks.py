@@ -6,16 +6,19 @@ with
 another `edit`. Nothing is written in place: a cached `resid_pre[l]` shares its storage with `resid_post[l-1]`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.model import Decoder, LensModel, forward, n_layers, prepare
+from tl_lenses.data import Batch
+from tl_lenses.model import Decoder, LensModel, device_of, forward, n_layers, prepare
 from tl_lenses.sites import LayerOrSite, check_names, resolve_layer, site
 
 Hook = tuple[Any, Callable[..., Any]]
@@ -220,7 +223,42 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
                     out[:, :, i : i + 1, :keys] = apply(x[:, :, i : i + 1, :keys])
         return out
 
+    hook_fn.edits = True  # type: ignore[attr-defined]
     return (name, hook_fn)
+
+
+# Whether a model uses an edited attention pattern; found once per model.
+_PATTERNS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def check_patterns(model: LensModel) -> None:
+    """Refuse a model whose attention ignores what a hook does to its pattern.
+
+    Some bridged attentions (GPT-Neo, GPT-J and OPT in TransformerLens 3.9 to 4.3) compute their output before the hook
+    point sees the pattern, so an edit there changes nothing. Told by behaviour: a uniform pattern in block 0 must
+    change the logits.
+
+    Raises:
+        RuntimeError: edits of patterns have no effect in this model.
+    """
+    if model not in _PATTERNS:
+        first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) or 0
+        other = (torch.arange(3, device=device_of(model)) * 7 + first) % int(model.cfg.d_vocab)
+        batch = Batch(other[None], None)
+        name, plain = "blocks.0.attn.hook_pattern", None
+        uniform = lambda pattern, hook: (
+            torch.ones_like(pattern).tril() / torch.ones_like(pattern).tril().sum(-1, keepdim=True)
+        )
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = forward(model, batch)
+            with model.hooks(fwd_hooks=[(name, uniform)]):
+                _PATTERNS[model] = not torch.equal(plain, forward(model, batch))
+    if not _PATTERNS[model]:
+        raise RuntimeError(
+            "this model's attention ignores edits of hook_pattern (a bridge that delegates attention to Hugging Face code): "
+            "the patch would change nothing. Patch hook_z or hook_attn_out instead, or load a HookedTransformer"
+        )
 
 
 @contextmanager
@@ -243,6 +281,8 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
 
         return hook_fn
 
+    if any(getattr(fn, "edits", False) and _position_axis(name) == 2 for name, fn in pairs):
+        check_patterns(model)
     off = [
         f"{name!r} is switched off; call model.{setter}(True)."
         for name, _ in pairs
@@ -300,6 +340,12 @@ def marked(start: int, prompt: int) -> Iterator[None]:
         yield
     finally:
         _MARK.reset(token)
+
+
+def pass_start() -> int:
+    """Index of the running pass's first column: 0 for a prompt, and in every pass that somebody else runs."""
+    mark = _MARK.get()
+    return 0 if mark is None else mark[0]
 
 
 def run(

@@ -8,14 +8,14 @@ the same code is the naive procedure that the tests compare with.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.hooks import Hook, installed, marked, patch
+from tl_lenses.hooks import Hook, installed, marked, pass_start, patch
 from tl_lenses.model import Decoder, LensModel, d_model, device_of, n_layers
 
 # What one batch of cells may take, and the most rows that still gain from being together.
@@ -84,9 +84,17 @@ def why_not_shared(model: LensModel, prompt: Prompt, target_hooks: Sequence[Hook
         return "the position that is read comes before the patch"
     if target_hooks:
         return "target_hooks see the whole prompt"
-    if any(getattr(point, "fwd_hooks", None) for point in set(model.hook_dict.values())):
+    if any(
+        _from_outside(handle) for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", [])
+    ):
         return "hooks on the model see the whole prompt"
     return ""
+
+
+def _from_outside(handle: Any) -> bool:
+    """Whether a hook on the model is the user's: bridges put some of their own on (OPT's, for one)."""
+    module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
+    return not module.startswith("transformer_lens")
 
 
 def prefix(model: LensModel, prompt: Prompt) -> Decoder | None:
@@ -149,7 +157,7 @@ def run_cells(
     place = [column - first for column in prompt.place]
     ours = [patch(name, _edit(rows, name, combine), pos=place, when=when) for name in names]
     if isolate:
-        ours += _isolated(rows, names, prompt.place)
+        ours += _isolated(rows, names, prompt.place, first)
     length = prompt.tokens.shape[1] - first
     suffix = prompt.tokens[:, first:].expand(n, -1)
     decoder = (
@@ -193,7 +201,7 @@ def _edit(rows: _Rows, name: str, combine: Combine) -> edits.Edit:
     return edit
 
 
-def _isolated(rows: _Rows, names: Sequence[str], place: tuple[int, ...]) -> list[Hook]:
+def _isolated(rows: _Rows, names: Sequence[str], place: tuple[int, ...], first: int) -> list[Hook]:
     """Per block, the hook that hides the placeholders from later positions in rows whose patch comes behind that block."""
     hidden: dict[int, Tensor] = {}  # block -> rows [cells]
     for name in names:
@@ -202,7 +210,7 @@ def _isolated(rows: _Rows, names: Sequence[str], place: tuple[int, ...]) -> list
     return [
         patch(
             f"blocks.{block}.attn.hook_pattern",
-            hide_keys(place, lambda mask=mask: mask[rows.active]),
+            hide_keys(place, lambda mask=mask: mask[rows.active], offset=first),
             when="every_step",
         )
         for block, mask in hidden.items()
@@ -221,7 +229,7 @@ def blocks_before(name: str) -> int:
     return int(parts[1]) + (parts[2] not in ("hook_resid_pre", "hook_in"))
 
 
-def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None) -> edits.Edit:
+def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None, *, offset: int = 0) -> edits.Edit:
     """An edit of an attention pattern: later queries no longer see these columns, the rest of their attention is rescaled.
 
     `p'[q, k] = p[q, k] [k not hidden] / sum of what is left`, which is the softmax without those keys.
@@ -229,18 +237,22 @@ def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None) 
     Args:
         columns: the keys to hide, counted from the start of the prompt.
         rows: says which rows of the batch are meant; None means all.
+        offset: columns of a shared prefix, which the pass does not count.
     """
 
     def edit(pattern: Tensor) -> Tensor:
         n_queries, n_keys = pattern.shape[-2:]
-        query = torch.arange(n_keys - n_queries, n_keys, device=pattern.device)
+        # A cache with a sliding window has dropped its first columns, so both axes are counted from their ends.
+        total = max(offset + pass_start() + n_queries, n_keys)
+        query = torch.arange(total - n_queries, total, device=pattern.device)[:, None]
+        key = torch.arange(total - n_keys, total, device=pattern.device)
         hidden = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=pattern.device)
         for column in columns:
-            if column < n_keys:
-                hidden[:, column] = query > column
+            hidden |= (key == column) & (query > column)
         new = pattern.masked_fill(hidden, 0.0)
         # A query that saw nothing but hidden keys is left with zeros rather than NaN.
         new = new / new.sum(-1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
+        new = torch.where(hidden.any(-1, keepdim=True), new, pattern)
         if rows is None:
             return new
         return torch.where(rows().to(pattern.device)[:, None, None, None], new, pattern)

@@ -1,0 +1,312 @@
+"""Each defect that the published patchscope code and its peers are known for, as a test on ours.
+
+The letters are those of the list in the project's notes on the Patchscopes code: what its procedure gets wrong, and what a
+correct one must do.
+"""
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.patchscopes import planner
+
+KINDS = zoo.FEW_KINDS
+PROMPT, TARGET = "the cat sat on the mat", "a bird sang in the tree"
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def model(request):
+    return zoo.build("gpt2", request.param)
+
+
+@pytest.fixture(scope="module")
+def fitted(model):
+    tokens = zoo.tokens(24, 12)
+    return tll.fit_regression(model, tokens)
+
+
+def residuals(model, prompt):
+    seen = {}
+    tll.run(model, prompt, tll.hooks.residual_reads(model, range(model.cfg.n_layers + 1), seen))
+    return seen
+
+
+def test_a_no_norm_is_applied_twice(model, fitted):
+    """A fitted lens as a patchscope (f affine, l* = L) is the lens: fitted to the state before the final norm, read through one norm."""
+    lens, depth = tll.Lens(model, fitted), model.cfg.n_layers
+    resid = residuals(model, PROMPT)
+    for layer in range(depth):
+        got = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(layer, depth)], map=fitted[layer])
+        torch.testing.assert_close(got.logits[0, 0], lens[layer](resid[layer][0, -1]), atol=1e-4, rtol=1e-4)
+
+
+def test_b_c_the_last_layer_is_read_before_the_norm(model):
+    """Layer L as a source is the residual that the last block wrote, not the normed state, wherever it is patched in."""
+    depth = model.cfg.n_layers
+    last = residuals(model, PROMPT)[depth][0, -1]
+    by_text = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[depth], target_layers=range(depth))
+    by_vector = tll.patchscope(model, tll.Source(last), tll.Target(TARGET), target_layers=range(depth))
+    torch.testing.assert_close(by_text.logits, by_vector.logits, atol=1e-5, rtol=0)
+
+
+def test_d_positions_of_short_prompts_are_their_own(model):
+    """Prompts of different lengths in one call: each gives the vector that it gives alone, from either end."""
+    texts = ["the cat", "a bird sang in the old tree by the bridge", "the dog ran far away", "a dog"]
+    for pos in (1, 2, -1, -2):
+        sources = [tll.Source(text, pos=pos) for text in texts]
+        together = tll.patchscope(model, sources, tll.Target(TARGET), layers=[2])
+        for i, source in enumerate(sources):
+            alone = tll.patchscope(model, source, tll.Target(TARGET), layers=[2])
+            torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-4, rtol=0)
+
+
+def test_e_pads_are_not_attended(model):
+    """Texts of a batch are those of each prompt alone, padded prompts in `generate` included."""
+    texts = ["the cat", "a bird sang in the old tree"]
+    both = tll.generate(model, texts, max_new_tokens=4)[:, -4:]
+    for i, text in enumerate(texts):
+        assert both[i].tolist() == tll.generate(model, text, max_new_tokens=4)[0, -4:].tolist()
+
+
+def test_f_no_cell_is_dropped(model):
+    """A number of cells that the batch size does not divide, and one that it does."""
+    for batch_size in (3, 4, 5, 16):
+        result = tll.patchscope(
+            model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), batch_size=batch_size
+        )
+        whole = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4))
+        assert result.logits.shape[:2] == (1, 16)
+        torch.testing.assert_close(result.logits, whole.logits, atol=1e-5, rtol=0)
+
+
+def test_g_a_target_of_one_token_is_patched(model):
+    ids = model.to_tokens("tree", prepend_bos=False)[0, :1]
+    got = tll.patchscope(model, tll.Source(PROMPT), tll.Target(ids), layers=[2], max_new_tokens=2)
+    with torch.no_grad():
+        plain = model(ids[None])[0, -1]
+    assert (got.logits[0, 0] - plain).abs().max() > 1e-3
+
+
+def test_h_maps_are_used_between_their_own_layers(model, fitted):
+    with pytest.raises(KeyError):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, 2)], map=fitted)  # fitted to L
+
+
+def test_i_bos_is_left_out_of_fits(model):
+    tokens = zoo.tokens(24, 12)
+    without, with_bos = (
+        tll.fit_regression(model, tokens, skip_first=skip).meta["tokens_seen"] for skip in (True, False)
+    )
+    assert with_bos - without == len(tokens)
+
+
+def test_j_nothing_stays_on_the_model_and_nothing_is_written_in_place(model, monkeypatch):
+    count = lambda: sum(len(point.fwd_hooks) for point in set(model.hook_dict.values()))
+    before, plain = count(), residuals(model, TARGET)
+    kept = {layer: x.clone() for layer, x in plain.items()}
+    tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), max_new_tokens=3)
+    assert count() == before and all(torch.equal(plain[layer], x) for layer, x in kept.items())
+
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(planner, "_choose", broken)
+    with pytest.raises(ZeroDivisionError):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=3)
+    assert count() == before
+    with pytest.raises(ZeroDivisionError):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), map=broken)
+    assert count() == before
+
+
+def test_k_probabilities_of_half_precision_models_are_computed_in_fp32():
+    model = zoo.build("gpt2", KINDS[0], torch.bfloat16)
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET))
+    assert result.logits.dtype == result.top_probs.dtype == torch.float32
+    assert result.logits.log_softmax(-1).isfinite().all()
+
+
+def test_layers_are_numbers_and_not_places_in_a_list(model):
+    """A peer indexes its cache by the position of a layer in the list that was asked for."""
+    every = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET))
+    some = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[3, 1])
+    assert some.pairs == [(3, 3), (1, 1)]
+    torch.testing.assert_close(some.logits[0], every.logits[0, [3, 1]], atol=1e-5, rtol=0)
+
+
+def test_the_patch_does_not_move_while_text_is_generated(model):
+    """A peer resolves -1 again at every step, and prepends BOS again to its own output."""
+    at_end = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=-1), layers=[1], max_new_tokens=5)
+    n = model.to_tokens(TARGET, prepend_bos=True).shape[1]
+    fixed = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=n - 1), layers=[1], max_new_tokens=5)
+    assert torch.equal(at_end.tokens, fixed.tokens)
+    # The same without a cache and with an absolute position patched again at every step.
+    vector = residuals(model, PROMPT)[1][0, -1]
+    tokens = model.to_tokens(TARGET, prepend_bos=True)
+    for _ in range(at_end.tokens.shape[-1]):
+        with torch.no_grad():
+            logits = tll.run(model, tokens, [tll.patch(1, tll.edits.replace(vector), pos=n - 1)])
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert tokens[0, n:].tolist() == at_end.tokens[0, 0].tolist()
+
+
+def test_a_substring_is_its_last_token_and_twice_is_an_error(model):
+    """A peer takes the first token of the first occurrence."""
+    source = tll.Source("the old bridge and the tree", pos="bridge and")
+    last = tll.positions(model, source.prompt, source.pos)[0, 0]
+    span = tll.positions(model, source.prompt, tll.at("bridge and", span=True))[0]
+    assert last == span[-1]
+    with pytest.raises(ValueError, match="occurs 2 times"):
+        tll.patchscope(model, tll.Source("the old bridge and the tree", pos="the"), tll.Target(TARGET))
+
+
+def test_source_passes_are_shared_between_layers_and_positions(model, monkeypatch):
+    """Peers run the source again for every cell."""
+    passes = []
+    hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
+    from tl_lenses.patchscopes import sources as module
+
+    plain = module.run
+    monkeypatch.setattr(module, "run", lambda m, tokens, hooks: plain(m, tokens, [*hooks, hook]))
+    tll.patchscope(model, [tll.Source(PROMPT, pos=i) for i in range(3)], tll.Target(TARGET), target_layers=range(4))
+    assert len(passes) == 1 and passes[0][0] == 1
+
+
+# --- the framework's other parts
+
+
+def test_soft_prompts_are_embeddings(model):
+    ids = model.to_tokens(TARGET, prepend_bos=True)
+    seen = {}
+    tll.run(model, ids, [tll.read("hook_embed", seen)])
+    soft = tll.Target(seen["hook_embed"][0], pos=-2)
+    options = dict(target_layers=range(4), max_new_tokens=3)
+    by_ids = tll.patchscope(model, tll.Source(PROMPT), tll.Target(ids, pos=-2), **options)
+    by_soft = tll.patchscope(model, tll.Source(PROMPT), soft, **options)
+    torch.testing.assert_close(by_soft.logits, by_ids.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        by_soft.logits,
+        tll.patchscope(model, tll.Source(PROMPT), soft, **options, share=False).logits,
+        atol=1e-4,
+        rtol=0,
+    )
+    with pytest.raises(ValueError, match=r"expected a soft prompt \[pos, d_model=32\], got \[4, 16\]"):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(torch.zeros(4, 16)))
+
+
+def test_several_targets_are_averaged_or_intersected(model):
+    targets = [tll.Target(TARGET), tll.Target("the old tree")]
+    each = [tll.patchscope(model, tll.Source(PROMPT), t, layers=[2]).logits.softmax(-1) for t in targets]
+    mean = tll.patchscope(model, tll.Source(PROMPT), targets, layers=[2])
+    torch.testing.assert_close(mean.logits.softmax(-1), sum(each) / 2, atol=1e-5, rtol=0)
+    both = tll.patchscope(model, tll.Source(PROMPT), targets, layers=[2], ensemble="intersect", ensemble_k=40)
+    inside = [set(p[0, 0].topk(40).indices.tolist()) for p in each]
+    assert set(both.logits[0, 0].isfinite().nonzero()[:, 0].tolist()) == inside[0] & inside[1]
+    with pytest.raises(ValueError, match="cannot be combined"):
+        tll.patchscope(model, tll.Source(PROMPT), targets, layers=[2], max_new_tokens=2)
+
+
+def test_norms_and_scales(model):
+    resid, depth = residuals(model, PROMPT), model.cfg.n_layers
+    v, target = resid[3][0, -1], residuals(model, TARGET)
+    source, scope = tll.Source(v), tll.Target(TARGET)
+    direct = lambda w: tll.patchscope(model, tll.Source(w), scope, target_layers=[1]).logits[0, 0]
+    replaced = target[1][0, -1].norm()
+    mean = target[1][0, 1:].norm(dim=-1).mean()
+    for norm, length in (("replaced", replaced), ("mean", mean), (2.5, 2.5), (torch.arange(depth + 1.0) + 3, 4.0)):
+        got = tll.patchscope(model, source, scope, target_layers=[1], norm=norm).logits[0, 0]
+        torch.testing.assert_close(got, direct(v / v.norm() * length), atol=1e-4, rtol=0)
+    sweep = tll.patchscope(model, source, scope, target_layers=[1], scale=[0.5, 2.0])
+    assert sweep.scales == [0.5, 2.0] and sweep.sources == ["vector 0 x 0.5", "vector 0 x 2"]
+    for row, factor in enumerate((0.5, 2.0)):
+        torch.testing.assert_close(sweep.logits[row, 0], direct(v * factor), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="length 0"):
+        tll.patchscope(model, tll.Source(torch.zeros(32)), scope, norm="replaced")
+
+
+def test_several_layers_at_once(model):
+    resid = residuals(model, PROMPT)
+    one = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, (1, 2)), ((1, 2), (1, 2))])
+    for cell, sources in enumerate(((1, 1), (1, 2))):
+        hooks = [
+            tll.patch(tll.site(model, b), tll.edits.replace(resid[a][0, -1]), pos=-1)
+            for a, b in zip(sources, (1, 2), strict=True)
+        ]
+        with torch.no_grad():
+            want = tll.run(model, TARGET, hooks)[0, -1]
+        torch.testing.assert_close(one.logits[0, cell], want, atol=1e-4, rtol=0)
+    assert (one.logits[0, 0] - one.logits[0, 1]).abs().max() > 1e-3
+
+
+def test_other_sites(model):
+    """Any site that has one vector per position, into the same site of the target."""
+    for name in ("blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.2.hook_mlp_out"):
+        seen = {}
+        tll.run(model, PROMPT, [tll.read(name, seen, pos=-1)])
+        got = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(name, name)])
+        with torch.no_grad():
+            want = tll.run(model, TARGET, [tll.patch(name, tll.edits.replace(seen[name]), pos=-1)])[0, -1]
+        torch.testing.assert_close(got.logits[0, 0], want, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="cannot be a source"):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[("blocks.0.attn.hook_pattern", 1)])
+    with pytest.raises(ValueError, match="does not fit 'blocks.0.mlp.hook_post'"):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, "blocks.0.mlp.hook_post")])
+
+
+def test_the_sources_own_prompt_is_the_target_by_default(model):
+    sources = [tll.Source(PROMPT, pos=2), tll.Source("a dog ran", pos=-1)]
+    result = tll.patchscope(model, sources)
+    for row, source in enumerate(sources):
+        with torch.no_grad():
+            plain = model(model.to_tokens(source.prompt, prepend_bos=True))[0, -1]
+        torch.testing.assert_close(result.logits[row], plain.expand(4, -1), atol=1e-4, rtol=0)
+
+
+def test_ranks_and_probabilities(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0, 3])
+    top = result.top_k(1).ids[0, 0, 0].item()
+    assert result.rank(top)[0, 0] == 1 and result.probability(top)[0, 0] == result.top_probs[0, 0, 0]
+    assert sorted(result.rank(i)[0, 1].item() for i in range(320))[-1] <= 320
+    word = model.tokenizer.decode([top])
+    if len(model.tokenizer.encode(word, add_special_tokens=False)) == 1:
+        assert torch.equal(result.rank(word), result.rank(top))
+    with pytest.raises(ValueError, match="expected one: mind the leading space"):
+        result.rank("the cat sat on the mat")
+
+
+def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a forward pass ran")
+
+    from tl_lenses.patchscopes import core
+    from tl_lenses.patchscopes import sources as module
+
+    monkeypatch.setattr(module, "run", never)
+    monkeypatch.setattr(core, "prefix", never)
+    S, T = tll.Source, tll.Target
+    nan = torch.full((32,), float("nan"))
+    cases = [
+        (dict(source=S(PROMPT), target=T(TARGET, pos="zebra")), "'zebra' is not in the prompt; its tokens are"),
+        (dict(source=S(PROMPT), target=T("the a the", pos="the")), "occurs 2 times"),
+        (dict(source=S(PROMPT), target=T("sing qwzxqy now", pos="qwzxqy")), r"is \d+ tokens here .*span=True"),
+        (dict(source=S(PROMPT), target=T(TARGET, pos=77)), "position 77 is not there"),
+        (dict(source=S(PROMPT), target=T(TARGET), pairs=[(0, 9)]), "no layer 9"),
+        (dict(source=S(PROMPT), target=T(TARGET), pairs=[((0, 1), 2)]), "expected as many"),
+        (dict(source=S(PROMPT), target=T(TARGET), pairs=[(0, (2, 2))]), "given twice"),
+        (dict(source=S(PROMPT), target=[]), "empty list of targets"),
+        (dict(source=S(nan), target=T(TARGET)), "not finite"),
+        (dict(source=S(torch.zeros(32)), target=None), "target=None means the source's own prompt"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=60), "more than the context of 64"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=-1), "at least 0"),
+        (dict(source=S(PROMPT), target=T(TARGET), stop=["a"]), "can never match: nothing is generated"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=2, stop=[""]), "empty stop string"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=2, stop="abc"), r"write \['abc'\]"),
+        (dict(source=S(PROMPT), target=T(TARGET), norm="big"), "norm must be"),
+        (dict(source=S(PROMPT), target=T(TARGET), batch_size=0), "batch_size must be"),
+        (dict(source=S(PROMPT), target=T(TARGET), temperature=0.0), "temperature must be positive"),
+        (dict(source=S(PROMPT), target=T(TARGET, pos=[1, 2]), when="every_step", max_new_tokens=2), "one position"),
+    ]  # fmt: skip
+    for kwargs, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            tll.patchscope(model, **kwargs)

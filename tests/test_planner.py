@@ -1,0 +1,217 @@
+"""The planner against the naive procedure: whole prompts, one cell at a time, no cache. And that it saves what it says."""
+
+import random
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.hooks import check_patterns
+from tl_lenses.patchscopes import planner
+
+WORDS = "the cat sat on mat a bird sang in tree dog ran far away under old stone bridge".split()
+NO_CACHE = "whole prompts (the cache of this model cannot be shared)"
+GAP = 1e-3  # a smaller lead of the likeliest token over the second may flip by rounding
+
+
+def naive_run(monkeypatch, *args, **kwargs):
+    """The naive result, and by how much the likeliest token led at every step of every cell."""
+    leads = []
+    choose = planner._choose
+
+    def watched(logits, decoding, draw):
+        top = logits.float().topk(2).values
+        leads.append(float(top[0, 0] - top[0, 1]))
+        return choose(logits, decoding, draw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(planner, "_choose", watched)
+        result = tll.patchscope(*args, **kwargs, share=False)
+    steps = (result.tokens >= 0).sum(-1).flatten().tolist()
+    starts = [sum(steps[:i]) for i in range(len(steps))]
+    return result, [leads[a : a + n] for a, n in zip(starts, steps, strict=True)]
+
+
+@pytest.mark.parametrize("arch,kind", zoo.cases())
+@pytest.mark.parametrize("seed", range(2))
+def test_shared_equals_naive(arch, kind, seed, monkeypatch):
+    model = zoo.build(arch, kind)
+    rng = random.Random(f"{arch}{kind}{seed}")
+    depth = model.cfg.n_layers
+    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(3, 8)))
+    sources = [tll.Source(text(), pos=rng.randint(-3, 2)) for _ in range(rng.randint(1, 3))]
+    prompt = text()
+    n = model.to_tokens(prompt, prepend_bos=True).shape[1]
+    place = sorted(rng.sample(range(n), rng.choice((1, 1, 2))))
+    target = tll.Target(prompt, pos=place if len(place) > 1 else place[0] - rng.choice((0, n)))
+    pairs = [(rng.randint(0, depth), rng.randint(0, depth)) for _ in range(rng.randint(2, 7))]
+    pairs.append((1, tuple(rng.sample(range(depth + 1), 2))))
+    options = dict(
+        mode=rng.choice(("replace", "add", "interpolate", "norm_add")),
+        norm=rng.choice((None, "replaced", "mean", 3.0)),
+        scale=rng.choice((1.0, 0.5, [1.0, -2.0])),
+        isolate=rng.random() < 0.4 and patterns_work(model),
+        when="prompt" if len(place) > 1 else rng.choice(("prompt", "every_step")),
+        read=rng.choice((-1, -1, place[0])),
+        max_new_tokens=5,
+        batch_size=rng.choice((None, 1, 3, 100)),
+    )
+    shared = tll.patchscope(model, sources, target, pairs=pairs, **options)
+    naive, leads = naive_run(monkeypatch, model, sources, target, pairs=pairs, **options)
+    assert (
+        shared.pairs == naive.pairs and shared.sources == naive.sources and naive.plan == "whole prompts (share=False)"
+    )
+    assert shared.plan.startswith("prefix") == (place[0] > 0 and shared.plan != NO_CACHE), shared.plan
+    assert (shared.logits - naive.logits).abs().max() < 1e-4
+    compared = 0
+    for a, b, lead in zip(
+        shared.tokens.flatten(0, 1).tolist(), naive.tokens.flatten(0, 1).tolist(), leads, strict=True
+    ):
+        sure = next((i for i, gap in enumerate(lead) if gap < GAP), len(lead))
+        assert a[:sure] == b[:sure]
+        compared += sure
+    assert compared > len(leads)  # most steps are sure
+
+
+def patterns_work(model):
+    try:
+        check_patterns(model)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module", params=zoo.FEW_KINDS)
+def model(request):
+    return zoo.build("gpt2", request.param)
+
+
+SOURCE, TARGET = tll.Source("the cat sat on the mat"), tll.Target("a bird sang in the tree", pos=-2)
+
+
+def counting(model, monkeypatch):
+    """Tokens that pass through block 0, by forward pass."""
+    passes = []
+    hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
+    from tl_lenses import hooks
+
+    plain = planner.installed
+    both = lambda m, pairs: plain(m, [*pairs, hook])
+    monkeypatch.setattr(planner, "installed", both)
+    monkeypatch.setattr(hooks, "installed", both)
+    return passes
+
+
+def test_nothing_runs_twice(model, monkeypatch):
+    passes = counting(model, monkeypatch)
+    tll.patchscope(model, [SOURCE, tll.Source(SOURCE.prompt, pos=2)], TARGET, target_layers=range(4))
+    n = model.to_tokens(TARGET.prompt, prepend_bos=True).shape[1]
+    m = model.to_tokens(SOURCE.prompt, prepend_bos=True).shape[1]
+    # One source pass for both positions and all layers, one prefix, one batch of 32 suffixes of two tokens.
+    assert passes == [(1, m), (1, n - 2), (32, 2)]
+
+
+def test_rows_leave_when_they_have_finished(model, monkeypatch):
+    passes = counting(model, monkeypatch)
+    sources = [tll.Source(text) for text in ("the cat sat", "old stone bridge", "a dog ran far away")]
+    last = tll.Target(TARGET.prompt, pos=-1)  # the patched vector itself says what comes next
+    sweep = dict(target_layers=range(4), max_new_tokens=6)
+    plain = tll.patchscope(model, sources, last, **sweep)
+    texts = [text for row in plain.text for text in row]
+    del passes[:]
+    # A piece of some texts and not of all, so that some rows stop before others.
+    pieces = {model.tokenizer.decode([t]) for t in plain.tokens[:, :, :3].flatten().tolist() if t >= 0}
+    stop = next(p for p in sorted(pieces) if p.strip() and 0 < sum(p in t for t in texts) < len(texts))
+    stopped = tll.patchscope(model, sources, last, **sweep, stop=[stop])
+    rows = [batch for batch, width in passes if width == 1]
+    # Every step runs the rows that it gives a token to, and no other.
+    assert rows == (stopped.tokens >= 0).flatten(0, 1).sum(0).tolist()
+    assert rows[-1] < rows[0] and (stopped.tokens >= 0).sum() < (plain.tokens >= 0).sum()
+    for cut, whole in zip([t for row in stopped.text for t in row], texts, strict=True):
+        assert cut == whole.split(stop)[0]
+
+
+def test_sampling_does_not_depend_on_the_batch(model):
+    options = dict(target_layers=[0, 2], max_new_tokens=4, do_sample=True, temperature=1.5)
+    a = tll.patchscope(model, SOURCE, TARGET, **options, seed=3)
+    assert torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=3, batch_size=3).tokens)
+    assert torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=3, share=False).tokens)
+    assert not torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=4).tokens)
+    assert not torch.equal(
+        a.tokens, tll.patchscope(model, SOURCE, TARGET, target_layers=[0, 2], max_new_tokens=4).tokens
+    )
+
+
+def test_the_plan_says_why_nothing_is_shared(model):
+    assert (
+        tll.patchscope(model, SOURCE, TARGET).plan == "prefix of 5 tokens shared"
+        or "prefix of" in tll.patchscope(model, SOURCE, TARGET).plan
+    )
+    hook = tll.patch(0, tll.edits.scale(0.5), pos=1)
+    assert "target_hooks" in tll.patchscope(model, SOURCE, TARGET, target_hooks=[hook]).plan
+    assert "first position" in tll.patchscope(model, SOURCE, tll.Target("a bird", pos=0)).plan
+    assert "before the patch" in tll.patchscope(model, SOURCE, TARGET, read=1).plan
+    with model.hooks(fwd_hooks=[hook]):
+        inside = tll.patchscope(model, SOURCE, TARGET)
+    assert "hooks on the model" in inside.plan
+    # What sees the whole prompt is right either way.
+    outside = tll.patchscope(model, SOURCE, TARGET, target_hooks=[hook], source_hooks=[hook])
+    assert torch.allclose(inside.logits, outside.logits, atol=1e-5)
+
+
+def test_a_model_whose_cache_cannot_be_shared_runs_whole_prompts(model, monkeypatch):
+    from tl_lenses.model import Decoder
+
+    want = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
+    monkeypatch.setattr(Decoder, "shareable", lambda self: False)
+    got = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
+    assert got.plan == "whole prompts (the cache of this model cannot be shared)"
+    assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logits, want.logits, atol=1e-4)
+
+
+def test_isolation_hides_the_placeholder_below_the_patch(model):
+    """With isolation a later token cannot tell which placeholder stood there, if the patch replaces it at every layer it sees."""
+    ids = [model.to_tokens("the cat sat on the mat", prepend_bos=True)[0] for _ in range(2)]
+    ids[1][2] += 1
+    prompts = [tll.Target(one, pos=2) for one in ids]
+    last = dict(layers=[3], target_layers=[2])
+    plain = [tll.patchscope(model, SOURCE, t, **last).logits for t in prompts]
+    hidden = [tll.patchscope(model, SOURCE, t, **last, isolate=True).logits for t in prompts]
+    assert (plain[0] - plain[1]).abs().max() > 1e-3  # contamination: the two placeholders differ
+    assert (hidden[0] - hidden[1]).abs().max() < 1e-5  # and cannot be told apart once hidden
+    # A patch at layer 0 leaves nothing below it to hide.
+    at_zero = dict(layers=[3], target_layers=[0])
+    one, two = (tll.patchscope(model, SOURCE, prompts[0], **at_zero, isolate=on).logits for on in (False, True))
+    assert torch.equal(one, two)
+
+
+def test_isolation_is_the_softmax_without_those_keys(model):
+    """Against scores of minus infinity, computed by hand from the pattern of block 0."""
+    seen = {}
+    tokens = model.to_tokens("the cat sat on the mat", prepend_bos=True)
+    name = "blocks.0.attn.hook_pattern"
+    tll.run(model, tokens, [tll.read(name, seen)])
+    from tl_lenses.patchscopes.planner import hide_keys
+
+    new, old = hide_keys([2])(seen[name]), seen[name]
+    score = old.clamp_min(1e-30).log()
+    score[:, :, 3:, 2] = float("-inf")
+    score = score.masked_fill(old == 0, float("-inf"))
+    torch.testing.assert_close(new, score.softmax(-1), atol=1e-5, rtol=0)
+    assert torch.equal(new[:, :, :3], old[:, :, :3])
+
+
+@pytest.mark.parametrize("arch,kind", zoo.cases(("gptneo", "gptj", "opt", "llama")))
+def test_a_pattern_that_cannot_be_edited_is_refused(arch, kind):
+    model = zoo.build(arch, kind)
+    target = dict(layers=[3], target_layers=[2], isolate=True)
+    if patterns_work(model):
+        assert arch == "llama" or kind.startswith("ht")
+        tll.patchscope(model, SOURCE, TARGET, **target)
+        return
+    with pytest.raises(RuntimeError, match="ignores edits of hook_pattern"):
+        tll.patchscope(model, SOURCE, TARGET, **target)
+    with pytest.raises(RuntimeError, match="ignores edits of hook_pattern"):
+        tll.run(model, "the cat", [tll.patch("blocks.1.attn.hook_pattern", tll.edits.zero)])
+    tll.run(model, "the cat", [tll.read("blocks.1.attn.hook_pattern", {})])  # reading is fine
