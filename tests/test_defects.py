@@ -89,7 +89,7 @@ def test_g_a_target_of_one_token_is_patched(model):
 
 
 def test_h_maps_are_used_between_their_own_layers(model, fitted):
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"fitted are the pairs .*\(1, 2\) is asked for"):
         tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, 2)], map=fitted)  # fitted to L
 
 

@@ -111,7 +111,7 @@ def test_regression_equals_least_squares_in_float64():
     assert torch.allclose(got.bias.double(), solution[-1], atol=1e-4)
 
 
-def test_regression_chooses_a_strength_per_layer_on_held_out_batches():
+def test_regression_chooses_a_strength_per_layer_on_rows_set_aside():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     tokens = zoo.tokens(60, 12)
     batches = [tokens[i : i + 3] for i in range(0, 60, 3)]
@@ -318,6 +318,6 @@ def test_refusals(unchecked):
         tll.fit_regression(model, zoo.tokens(1, 8))
     with pytest.raises(ValueError, match="method must be"):
         tll.fit_regression(model, tokens, method="lasso")
-    with pytest.raises(ValueError, match="at least 10 batches"):
+    with pytest.raises(ValueError, match="at least 10 rows"):
         tll.fit_regression(model, tokens, ridge=[0.1, 1.0])
     assert solve.ridge  # public

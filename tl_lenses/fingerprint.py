@@ -5,6 +5,7 @@ unembeddings,
 and mean-removed residuals to centred writing weights.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses.hooks import installed, read
-from tl_lenses.model import Batch, LensModel, device_of, forward, n_layers
+from tl_lenses.model import Batch, LensModel, d_model, device_of, dtype_of, forward, n_layers, name_of
+from tl_lenses.sites import LayerOrSite
+from tl_lenses.token_text import token_text
+from tl_lenses.translators import Translators
 from tl_lenses.unembed import Readout
 
 _PROBES, _PROJECTIONS = 8, 4
+_SAMPLE = "The capital of France is Paris."
 
 # Largest difference of one number, relative to their spread, between forms of one model. Measured in
 # tests/test_fingerprint.py:
@@ -78,3 +83,134 @@ def is_centered(resid: Float[Tensor, "*batch d_model"]) -> bool:
     tolerance = 1e-4 if resid.dtype in (torch.float32, torch.float64) else 5e-3
     resid = resid.double()
     return bool((resid.mean(-1).abs() < tolerance * resid.abs().amax(-1).clamp_min(1e-6)).all())
+
+
+# --- two models
+
+
+def check_pair(
+    translators: Translators,
+    source_model: LensModel,
+    target_model: LensModel | None = None,
+    pairs: Iterable[tuple[LayerOrSite, LayerOrSite]] = (),
+) -> None:
+    """Refuse maps that were fitted on other models, in another basis or between other layers.
+
+    What a file does not say (maps made by hand have no fingerprint) is not compared.
+
+    Args:
+        translators: maps within one model, or from one into another (`fit_regression(..., to=big)`).
+        source_model: whose states they will read.
+        target_model: whose states they will give; None is the source model.
+        pairs: the `(l, l*)` that will be used, where they are known.
+
+    Raises:
+        ValueError: a model that is not the one fitted, by width, depth, basis or fingerprint; a pair that was not
+            fitted. Says what was expected, what came and what to do.
+
+    Example:
+        >>> check_pair(maps, small, big, pairs=[(6, 8)])      # doctest: +SKIP
+    """
+    target_model = source_model if target_model is None else target_model
+    alone = target_model is source_model
+    source = {"n_layers": translators.n_layers, **translators.meta}
+    to: dict[str, Any] | None = source.get("to")
+    if to is None:
+        made = f"these translators stay within {_described(source)}"
+        target = source if alone or "fingerprint" in source else {}
+        fit = f"fit_regression({'model, tokens, pairs=...' if alone else 'source, tokens, to=target'})"
+    else:
+        made = f"these translators lead from {_described(source)} to {_described(to)}"
+        target, fit = to, "fit_regression(source, tokens, to=target)"
+        if alone:
+            raise ValueError(
+                f"{made}; expected these two models, got {_named(source_model)} alone: pass the other one as to=, "
+                "or fit maps within it with fit_regression(model, tokens, pairs=...)"
+            )
+        if not _difference(source, target_model) and not _difference(to, source_model):
+            if _difference(source, source_model):
+                raise ValueError(
+                    f"{made}; the models came the other way round, from {_named(source_model)} to "
+                    f"{_named(target_model)}: swap them, or fit the other direction with {fit}"
+                )
+    for side, meta, model in (("source", source, source_model), ("target", target, target_model)):
+        wrong = _difference(meta, model)
+        if not wrong:
+            continue
+        if "basis" not in wrong:
+            way = f"fit maps for these models with {fit}"
+        elif side == "source" and meta["basis"] == "centered":
+            way = "convert the maps with translators.to_raw() (exact)"
+        else:
+            way = f"load it as the one fitted (center_writing_weights says which), or use {fit}"
+        raise ValueError(f"{made}; the {side} model here is {_named(model)}, {wrong}: {way}")
+    for pair in pairs:
+        if pair not in translators:
+            raise ValueError(
+                f"{made}; fitted are the pairs {list(translators.pairs)}, and {pair} is asked for: use one of these, "
+                f"or add pairs=[..., {pair}] to fit_regression"
+            )
+
+
+def _described(meta: Mapping[str, Any]) -> str:
+    width = f"d_model {meta['d_model']}, " if "d_model" in meta else ""
+    return f"{meta.get('model', 'an unnamed model')!r} ({width}{meta['n_layers']} layers)"
+
+
+def _named(model: LensModel) -> str:
+    return _described({"model": name_of(model), "d_model": d_model(model), "n_layers": n_layers(model)})
+
+
+def _difference(meta: Mapping[str, Any], model: LensModel) -> str | None:
+    """Why a model is not the one of a record, or None; what the record leaves out is not compared."""
+    for key, got in (("d_model", d_model(model)), ("n_layers", n_layers(model))):
+        if meta.get(key, got) != got:
+            return f"which has {key} {got}"
+    if "basis" in meta and (got := basis_of(model)) != meta["basis"]:
+        return f"whose residual basis is {got} and not {meta['basis']}"
+    if "fingerprint" in meta:
+        half = any(
+            str(t).removeprefix("torch.") in ("float16", "bfloat16")
+            for t in (dtype_of(model), meta.get("model_dtype", ""))
+        )
+        if not same_model(meta["fingerprint"], fingerprint(model), torch.float16 if half else torch.float32):
+            return "whose readout behaves differently (another fingerprint)"
+    return None
+
+
+def check_tokenizers(a: LensModel, b: LensModel) -> bool:
+    """Refuse two models that read the same token ids as different text. False where one has no tokenizer to compare.
+
+    Special tokens that only one vocabulary has are no difference.
+
+    Raises:
+        ValueError: shows both tokenisations of a short text; or vocabularies of different size, without tokenizers.
+    """
+    names = f"{name_of(a)!r} and {name_of(b)!r}"
+    one, other = getattr(a, "tokenizer", None), getattr(b, "tokenizer", None)
+    if one is None or other is None:
+        sizes = [int(model.cfg.d_vocab) for model in (a, b)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{names} have vocabularies of {sizes[0]} and {sizes[1]} ids and not both a tokenizer to compare, so the "
+                "same ids may mean different text: set model.tokenizer on both, or use models that share one"
+            )
+        return False
+    ids = [tokenizer.encode(_SAMPLE, add_special_tokens=False) for tokenizer in (one, other)]
+    words = [{i: piece for piece, i in tokenizer.get_vocab().items()} for tokenizer in (one, other)]
+    differ = [i for i in words[0].keys() & words[1].keys() if words[0][i] != words[1][i]]
+    for mine, others, tokenizer in ((words[0], words[1], one), (words[1], words[0], other)):
+        added = set(tokenizer.get_added_vocab().values())
+        differ += [i for i in mine.keys() - others.keys() if i not in added]
+    if not differ and ids[0] == ids[1]:
+        return True
+    shown = [[text[i] for i in found] for found, text in zip(ids, map(token_text, (one, other), ids), strict=True)]
+    example = ""
+    if differ:
+        text = [words[k].get(min(differ)) for k in (0, 1)]
+        example = f"; of the ids, {len(differ)} differ, the first is {min(differ)}: {text[0]!r} and {text[1]!r}"
+    raise ValueError(
+        f"{names} have different tokenizers, so the same ids are different text: {_SAMPLE!r} is {shown[0]} {ids[0]} for "
+        f"the first and {shown[1]} {ids[1]} for the second{example}. A map pairs states of the same token: use two "
+        "models that share a tokenizer"
+    )

@@ -132,6 +132,10 @@ def _check_translators(model: LensModel, translators: Translators, check: str) -
     meta = translators.meta
     theirs = f"these translators were fitted for {meta.get('model', 'an unnamed model')!r} (d_model {translators.d_out}, {translators.n_layers} layers)"
     ours = f"this model is {name_of(model)!r} (d_model {d_model(model)}, {n_layers(model)} layers)"
+    if "to" in meta:
+        raise ValueError(
+            f"a lens needs maps within one model; these lead into {meta['to'].get('model')!r}: use them with patchscope(map=..., to=...)"
+        )
     if translators.d_out != d_model(model) or translators.n_layers != n_layers(model):
         raise ValueError(f"{theirs}; {ours}")
     final = layer_site(n_layers(model), n_layers(model))

@@ -1,5 +1,6 @@
 """Streaming means and covariances in float64. Evidence merges, so that shards and machines are a sum (`a + b`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Moments:
     """First and second moments of pairs `(x, y)`, one set per row; everything float64.
+
+    Rows that share x (one source, several targets) may hold its moments once: `mean_x [1, d_in]`, `xx [1, d_in, d_in]`.
 
     Attributes:
         n: number of samples seen.
@@ -28,9 +31,9 @@ class Moments:
     """
 
     n: int
-    mean_x: Float[Tensor, "n_rows d_in"]
+    mean_x: Float[Tensor, "#n_rows d_in"]
     mean_y: Float[Tensor, "n_rows d_out"]
-    xx: Float[Tensor, "n_rows d_in d_in"]
+    xx: Float[Tensor, "#n_rows d_in d_in"]
     yx: Float[Tensor, "n_rows d_out d_in"]
     yy: Float[Tensor, "n_rows d_out"]
 
@@ -74,6 +77,52 @@ def moments(
     mean_x, mean_y = x.mean(1), y.mean(1)
     x, y = x - mean_x[:, None], y - mean_y[:, None]
     return Moments(x.shape[1], mean_x, mean_y, x.mT @ x, y.mT @ x, (y**2).sum(1))
+
+
+def grouped_moments(
+    x: Sequence[Float[Tensor, "n d_in"]],
+    y: Sequence[Float[Tensor, "n d_out"]],
+    targets: Sequence[Sequence[int]],
+) -> tuple[Moments, ...]:
+    """The moments of one batch for pairs of several sources and targets: one `Moments` per source.
+
+    A covariance is computed once per source and a mean once per source and target; only `yx` is per pair.
+
+    Args:
+        x: the sources' samples.
+        y: the targets' samples, on the device of the sources.
+        targets: for each source the targets that it is paired with, as indices of `y`.
+
+    Raises:
+        ValueError: values that are not finite.
+
+    Example:
+        >>> x, y = torch.randn(100, 3), torch.randn(100, 5)
+        >>> [m.yx.shape for m in grouped_moments([x, 2 * x], [y, -y], [[0], [0, 1]])]
+        [torch.Size([1, 5, 3]), torch.Size([2, 5, 3])]
+    """
+    if not all(bool(part.isfinite().all()) for part in (*x, *y)):
+        raise ValueError("activations that are not finite cannot be averaged")
+    ys = [part.double() for part in y]
+    means = [part.mean(0) for part in ys]
+    ys = [part - mean for part, mean in zip(ys, means, strict=True)]
+    squares = [(part**2).sum(0) for part in ys]
+    found = []
+    for part, chosen in zip(x, targets, strict=True):
+        part = part.double()
+        mean_x = part.mean(0)
+        part = part - mean_x
+        found.append(
+            Moments(
+                len(part),
+                mean_x[None],
+                torch.stack([means[j] for j in chosen]),
+                (part.mT @ part)[None],
+                torch.stack([ys[j].mT @ part for j in chosen]),
+                torch.stack([squares[j] for j in chosen]),
+            )
+        )
+    return tuple(found)
 
 
 def empty(n_rows: int, d_in: int, d_out: int, device: str | torch.device = "cpu") -> Moments:

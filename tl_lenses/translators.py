@@ -66,6 +66,35 @@ def base(d_out: int, d_in: int, **kwargs: Any) -> Float[Tensor, "d_out d_in"]:
     return torch.eye(d_out, **kwargs) if d_out == d_in else torch.zeros(d_out, d_in, **kwargs)
 
 
+def _short(name: str, n_layers: int) -> int | str:
+    """A hook name as the layer that it is, if it is one."""
+    parts = name.split(".")
+    if name == f"blocks.{n_layers - 1}.hook_resid_post":
+        return n_layers
+    return int(parts[1]) if len(parts) == 3 and parts[2] == "hook_resid_pre" else name
+
+
+def _long(key: int | str, n_layers: int, what: str = "these translators are for") -> str:
+    """A layer or site as `Translators` name it: `blocks.2.hook_resid_post` is `blocks.3.hook_resid_pre`."""
+    if isinstance(key, bool) or not isinstance(key, (int, str)):
+        raise TypeError(f"expected a layer (int) or a hook name (str), got {key!r}")
+    if isinstance(key, str):
+        parts = key.split(".")
+        if len(parts) == 3 and parts[2] == "hook_resid_post" and int(parts[1]) + 1 < n_layers:
+            return f"blocks.{int(parts[1]) + 1}.hook_resid_pre"
+        return key
+    layer = key + n_layers + 1 if key < 0 else key
+    if not 0 <= layer <= n_layers:
+        raise KeyError(f"no layer {key}: {what} layers 0..{n_layers}")
+    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+
+
+def _meta_of(meta: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+    """The record of some rows: what it has per row, for these only."""
+    pick = lambda part: {**part, "r_squared": [part["r_squared"][i] for i in chosen]} if "r_squared" in part else part
+    return {**pick(meta), **({"held_out": pick(meta["held_out"])} if "held_out" in meta else {})}
+
+
 class Translators(nn.Module):
     """Affine maps between residual sites, one per row, with where they come from.
 
@@ -75,7 +104,8 @@ class Translators(nn.Module):
         weights: `[n_rows, d_out, d_in]`, the full maps.
         biases: `[n_rows, d_out]`.
         n_layers: of the source model, so that layers can be used as keys.
-        meta: fitter, settings, tokens seen, versions, basis ("raw" or "centered"), fingerprint, model name.
+        meta: fitter, settings, tokens seen, versions, basis ("raw" or "centered"), fingerprint, model name. Of maps
+            into another model, `meta["to"]` says the same of that one, and its `n_layers`.
 
     Raises:
         ValueError: shapes that do not agree, a row twice, numbers that are not finite.
@@ -135,32 +165,19 @@ class Translators(nn.Module):
         return self.meta.get("basis", "raw")
 
     @property
+    def target_layers(self) -> int:
+        """`n_layers` of the model that the maps lead into: another one's, or the source's own."""
+        return self.meta.get("to", {}).get("n_layers", self.n_layers)
+
+    @property
     def sources(self) -> tuple[int | str, ...]:
         """Source of each row, as a layer where it is one."""
-        return tuple(self._short(source) for source, _ in self.rows)
+        return tuple(source for source, _ in self.pairs)
 
-    def _short(self, name: str) -> int | str:
-        """A hook name as the layer that it is, if it is one."""
-        parts = name.split(".")
-        if name == f"blocks.{self.n_layers - 1}.hook_resid_post":
-            return self.n_layers
-        return int(parts[1]) if len(parts) == 3 and parts[2] == "hook_resid_pre" else name
-
-    def _long(self, key: int | str) -> str:
-        """A layer or site as this module names it: `blocks.2.hook_resid_post` is `blocks.3.hook_resid_pre`."""
-        if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise TypeError(f"expected a layer (int) or a hook name (str), got {key!r}")
-        if isinstance(key, str):
-            parts = key.split(".")
-            if len(parts) == 3 and parts[2] == "hook_resid_post" and int(parts[1]) + 1 < self.n_layers:
-                return f"blocks.{int(parts[1]) + 1}.hook_resid_pre"
-            return key
-        layer = key + self.n_layers + 1 if key < 0 else key
-        if not 0 <= layer <= self.n_layers:
-            raise KeyError(f"no layer {key}: these translators are for layers 0..{self.n_layers}")
-        return (
-            f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else f"blocks.{self.n_layers - 1}.hook_resid_post"
-        )
+    @property
+    def pairs(self) -> tuple[tuple[int | str, int | str], ...]:
+        """Source and target of each row, as layers where they are."""
+        return tuple((_short(s, self.n_layers), _short(t, self.target_layers)) for s, t in self.rows)
 
     def index(self, source: int | str, target: int | str | None = None) -> int:
         """Row number of a source (and a target where there are several).
@@ -168,23 +185,35 @@ class Translators(nn.Module):
         Raises:
             KeyError: not fitted; the fitted ones are listed.
         """
-        long, goal = self._long(source), None if target is None else self._long(target)
+        long = _long(source, self.n_layers)
+        goal = None if target is None else _long(target, self.target_layers, "targets of these translators are")
         found = [i for i, (s, t) in enumerate(self.rows) if s == long and goal in (None, t)]
         if not found:
             asked = source if target is None else (source, target)
-            fitted = list(self.sources) if target is None else [(self._short(s), self._short(t)) for s, t in self.rows]
+            fitted = list(self.sources) if target is None else list(self.pairs)
             raise KeyError(f"layer {asked!r} was not fitted; fitted are {fitted}")
         if len(found) > 1:
             raise KeyError(
-                f"layer {source!r} has several targets: use translators[{source!r}, target] with one of {[self._short(self.rows[i][1]) for i in found]}"
+                f"layer {source!r} has several targets: use translators[{source!r}, target] with one of {[self.pairs[i][1] for i in found]}"
             )
         return found[0]
 
+    def _is_identity(self, source: int | str, target: int | str | None) -> bool:
+        """Whether a key asks for the map of a place to itself, which is never stored. Between models there is none."""
+        if "to" in self.meta or self.d_in != self.d_out:
+            return False
+        long = _long(source, self.n_layers)
+        if target is None:
+            return long == _long(self.n_layers, self.n_layers) and all(s != long for s, _ in self.rows)
+        return long == _long(target, self.n_layers)
+
     def __getitem__(self, key: int | str | tuple[int | str, int | str]) -> Affine:
-        """The map of a layer or site; `translators[l, l_target]` where one source has several targets. `n_layers` is
-        the identity."""
+        """The map of a layer or site; `translators[l, l_target]` where one source has several targets.
+
+        Within one model `n_layers` and `[l, l]` are the identity.
+        """
         source, target = key if isinstance(key, tuple) else (key, None)
-        if target is None and self._long(source) == self._long(self.n_layers) and self.d_in == self.d_out:
+        if self._is_identity(source, target):
             return Affine(torch.eye(self.d_in).to(self.delta), torch.zeros(self.d_in).to(self.delta))
         i = self.index(source, target)
         return Affine(
@@ -214,15 +243,15 @@ class Translators(nn.Module):
             y = y + flat
         return y.reshape(*x.shape[:-1], self.d_out)
 
-    def select(self, layers: Sequence[int | str]) -> "Translators":
-        """The maps of some source layers only."""
-        chosen = [self.index(layer) for layer in layers]
+    def select(self, layers: Sequence[int | str | tuple[int | str, int | str]]) -> "Translators":
+        """The maps of some source layers (or pairs `(l, l_target)`) only."""
+        chosen = [self.index(*layer) if isinstance(layer, tuple) else self.index(layer) for layer in layers]
         return Translators(
             [self.rows[i] for i in chosen],
             self.weights[chosen],
             self.biases[chosen],
             n_layers=self.n_layers,
-            meta=self.meta,
+            meta=_meta_of(self.meta, chosen),
         )
 
     def to_raw(self) -> "Translators":
@@ -261,9 +290,21 @@ class Translators(nn.Module):
         return Translators(self.rows, w, self.biases, n_layers=self.n_layers, meta={**self.meta, "basis": "centered"})
 
     def extra_repr(self) -> str:
-        parts = [f"{len(self)} maps {self.d_in} -> {self.d_out}", f"layers {list(self.sources)}"]
+        to, held_out = self.meta.get("to"), self.meta.get("held_out")
+        parts = [f"{len(self)} maps {self.d_in} -> {self.d_out}"]
+        if held_out is None:
+            several = to is not None or len(set(self.sources)) < len(self)
+            parts.append(f"pairs {list(self.pairs)}" if several else f"layers {list(self.sources)}")
         parts += [f"{k}={self.meta[k]!r}" for k in ("fitter", "model", "tokens_seen", "basis") if k in self.meta]
-        return ", ".join(parts)
+        if to is not None:
+            parts.append(f"to={to.get('model')!r}")
+        if held_out is None:
+            return ", ".join(parts)
+        lines = [f"on {held_out['tokens']} held-out tokens:"]
+        if "agreement" in held_out:
+            lines[0] += f" the two models' next tokens agree, unpatched, at {held_out['agreement']:.1%}"
+        lines += [f"{s!r} -> {t!r}: R^2 {r:.3f}" for (s, t), r in zip(self.pairs, held_out["r_squared"], strict=True)]
+        return "\n".join([", ".join(parts), *lines])
 
     def save(self, path: Any, *, overwrite: bool = False) -> None:
         """Write `translators.safetensors` and `config.json` into a folder, atomically. See `checkpoint.save`."""

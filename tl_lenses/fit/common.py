@@ -13,7 +13,7 @@ from tl_lenses.evaluation import used_positions
 from tl_lenses.fingerprint import basis_of, fingerprint
 from tl_lenses.hooks import Hook, read, run
 from tl_lenses.model import LensModel, d_model, dtype_of, n_layers, name_of, prepare
-from tl_lenses.sites import LayerOrSite, layer_site, site
+from tl_lenses.sites import LayerOrSite, layer_site, site, site_layer
 from tl_lenses.translators import Row
 
 
@@ -25,8 +25,8 @@ def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOr
         stored).
     """
     depth = n_layers(model)
-    target = site(model, depth if to is None else to)
-    sources = [site(model, layer) for layer in (range(depth) if layers is None else layers)]
+    target = place(model, depth if to is None else to)
+    sources = [place(model, layer) for layer in (range(depth) if layers is None else layers)]
     if not sources:
         raise ValueError("an empty list of layers has nothing to fit")
     for source in sources:
@@ -35,6 +35,68 @@ def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOr
         if source == target:
             raise ValueError(f"{source!r} is the target of the fit: its map is the identity and is not stored")
     return [(source, target) for source in sources]
+
+
+def place(model: LensModel, layer_or_site: LayerOrSite) -> str:
+    """One name per place: a residual layer under its layer's name, `hook_resid_post` of block i as layer i + 1.
+
+    Raises:
+        ValueError: no such layer or hook.
+    """
+    name = site(model, layer_or_site)
+    layer = site_layer(name, n_layers(model))
+    return name if layer is None else layer_site(layer, n_layers(model))
+
+
+def rows_of_pairs(
+    model: LensModel,
+    to: LensModel | None = None,
+    pairs: Iterable[tuple[LayerOrSite, LayerOrSite]] | None = None,
+    layers: Iterable[LayerOrSite] | None = None,
+) -> list[Row]:
+    """`(source, target)` hook names of pairs `(l, l*)`; between models each l to the l* at the same depth unless asked.
+
+    `l* = round(l L* / L)`, halves up, for l in 0..L: the first state to the first, the final one to the final one.
+
+    Raises:
+        ValueError: no pair, one twice, one out of range, a place to itself, a site without a depth where l* is to be
+            found.
+    """
+    depth, target = n_layers(model), model if to is None else to
+    goal = n_layers(target)
+    if pairs is None:
+        wanted: list[Any] = []
+        for layer in range(depth + 1) if layers is None else layers:
+            at = site_layer(place(model, layer), depth)
+            if at is None:
+                raise ValueError(f"{layer!r} is not a layer, so it has no relative depth: give pairs=[({layer!r}, l*)]")
+            wanted.append((layer, (2 * at * goal + depth) // (2 * depth)))
+    elif layers is not None:
+        raise ValueError("give either layers or pairs, not both: pairs say the layers")
+    else:
+        wanted = list(pairs)
+    if not wanted:
+        raise ValueError("an empty list of pairs has nothing to fit: give at least one (l, l*)")
+    rows: dict[Row, Any] = {}
+    for pair in wanted:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ValueError(f"expected pairs (source layer, target layer), got {pair!r}: give pairs=[(l, l*), ...]")
+        found = []
+        for side, one, key in (("source", model, pair[0]), ("target", target, pair[1])):
+            try:
+                found.append(place(one, key))
+            except ValueError as error:
+                raise ValueError(f"pair {tuple(pair)}, {side} model {name_of(one)!r}: {error}") from None
+        row = (found[0], found[1])
+        if row in rows:
+            same = "is given twice" if tuple(pair) == tuple(rows[row]) else f"and {tuple(rows[row])} are the same"
+            raise ValueError(f"pair {tuple(pair)} {same}: leave one of them out")
+        if to is None and row[0] == row[1]:
+            raise ValueError(
+                f"pair {tuple(pair)} maps {row[0]!r} to itself: that is the identity and not stored; leave it out"
+            )
+        rows[row] = pair
+    return list(rows)
 
 
 def flatten_heads(x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch pos d"]:
@@ -50,9 +112,16 @@ def activations(
     Raises:
         ValueError: activations that are not finite (the site is named).
     """
+    return states(model, batch, [name for row in rows for name in row], hooks, skip_first)
+
+
+def states(
+    model: LensModel, batch: Batch, names: Iterable[str], hooks: Sequence[Hook], skip_first: bool
+) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
+    """`activations` of named sites."""
     batch = prepare(model, batch.tokens, batch.attention_mask)
     seen: dict[str, Tensor] = {}
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = list(dict.fromkeys(names))
     # Without grad but not in inference mode: what is kept enters the fitter's own graph.
     with torch.no_grad():
         logits = run(
@@ -65,7 +134,7 @@ def activations(
     for name, x in seen.items():
         if not x[used].isfinite().all():
             raise ValueError(
-                f"the activation at {name!r} has values that are not finite: the model overflows there (try float32 or bfloat16)"
+                f"the activation at {name!r} has values that are not finite: {name_of(model)!r} overflows there (try float32 or bfloat16)"
             )
     return logits, seen, used, batch
 
@@ -74,12 +143,19 @@ def record(model: LensModel, fitter: str, tokens_seen: int, settings: dict[str, 
     """What a file says about its maps. Basis and fingerprint are those of the model as it is now."""
     return {
         "fitter": fitter,
+        **identity_of(model),
+        "tokens_seen": tokens_seen,
+        "settings": settings,
+        "final_site": layer_site(n_layers(model), n_layers(model)),
+    }
+
+
+def identity_of(model: LensModel) -> dict[str, Any]:
+    """What a file says about a model, and `fingerprint.check_pair` compares."""
+    return {
         "model": name_of(model),
         "d_model": d_model(model),
         "model_dtype": str(dtype_of(model)).removeprefix("torch."),
         "basis": basis_of(model),
         "fingerprint": fingerprint(model),
-        "tokens_seen": tokens_seen,
-        "settings": settings,
-        "final_site": layer_site(n_layers(model), n_layers(model)),
     }

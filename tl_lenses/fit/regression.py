@@ -1,19 +1,25 @@
-"""The closed-form lens: ridge regression from each layer to the final residual, one pass over the text."""
+"""Closed-form maps in one pass over the text: a lens, shortcuts between layers, and maps from one model into another."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tl_lenses import solve
-from tl_lenses.data import as_batches
-from tl_lenses.fit.common import activations, record, rows_for
+from tl_lenses.data import Batch, as_batches
+from tl_lenses.fingerprint import check_tokenizers
+from tl_lenses.fit.common import identity_of, record, rows_for, rows_of_pairs, states
 from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model
-from tl_lenses.moments import Moments, moments
+from tl_lenses.model import LensModel, check_model, device_of, n_layers
+from tl_lenses.moments import Moments, grouped_moments
 from tl_lenses.progress import progress
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators
+
+Method = Literal["ridge", "procrustes", "shift"]
+CHOOSING = 10  # of several ridge strengths, every tenth row of the text says which is best
 
 
 @torch.no_grad()
@@ -21,66 +27,352 @@ def fit_regression(
     model: LensModel,
     tokens: Any,
     layers: Iterable[LayerOrSite] | None = None,
-    to: LayerOrSite | None = None,
+    to: LayerOrSite | LensModel | None = None,
     ridge: float | Sequence[float] = 1e-3,
     skip_first: bool = True,
     hooks: Iterable[Hook] = (),
     *,
+    pairs: Iterable[tuple[LayerOrSite, LayerOrSite]] | None = None,
+    target_hooks: Iterable[Hook] = (),
+    held_out: float | int | None = None,
     toward: Literal["identity", "zero"] | None = None,
-    method: Literal["ridge", "procrustes", "shift"] = "ridge",
+    method: Method = "ridge",
     limit_tokens: int | None = None,
     show_progress: bool | None = None,
 ) -> Translators:
-    """Least squares from each layer to the final residual: `W = (B + k T)(C + k I)^-1`, `b = mean_y - W mean_x`.
+    """Least squares between states: `W = (B + k T)(C + k I)^-1`, `b = mean_y - W mean_x`, all maps in one pass.
 
-    Moments are streamed in float64, so the result does not depend on how the text is batched. `gather` gives the
-    moments alone (they
-    add up over shards), and `from_moments` the translators of moments.
+    Without `to` and `pairs`, the regression lens: each layer to the final residual (before the final norm). With
+    `pairs`, every (l, l*) of one model; with `to=` another model, from a state here to the state there at the same
+    token, `translators[l, l*]`. Moments are streamed in float64, so the result does not depend on how the text is
+    batched. `collect` gives them alone (they add up over shards), and `maps_of` the translators of a sum.
 
     Args:
-        tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches.
+        tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; both models read the same ids.
         layers: source layers or sites, `0..n_layers-1` by default; heads are flattened.
-        to: target layer or site, the final residual by default.
-        ridge: strength relative to the covariance's mean eigenvalue. Of several, each layer gets the best on
-            held-out batches (every tenth),
-            then is fitted on all.
+        to: target layer or site, the final residual by default; or another model, with the same tokenizer.
+        ridge: strength relative to the covariance's mean eigenvalue. Of several, each map gets the best on rows set
+            aside for it (every tenth), then is fitted on these too.
         skip_first: leave out real position 0 of each row and nothing else.
         hooks: interventions under which to fit.
-        toward: what a strong ridge gives; the identity where the widths are equal, zero elsewhere.
+        pairs: (l, l*) to fit. By default, with another model, each l of `layers` (`0..n_layers`) to the l* at the
+            same relative depth, `round(l L* / L)`.
+        target_hooks: interventions on the other model.
+        held_out: share of the rows of the text that no map is fitted on, 0.1 with pairs or another model (rows 0, 10,
+            20, ...), else 0. Gives R^2 per map, `meta["held_out"]["r_squared"]`, and as a control the share of these
+            tokens at which both models, unpatched, predict the same next token (`["agreement"]`).
+        toward: what a strong ridge gives; the identity where the widths are equal (within one model), zero elsewhere.
         method: "procrustes" fits a rotation, "shift" a bias only.
         limit_tokens: stop after about this many tokens.
 
     Raises:
-        ValueError: fewer tokens than a covariance needs; unknown layers; activations that are not finite.
+        ValueError: fewer tokens than a covariance needs; unknown layers; pairs that are empty, twice or out of range;
+            activations or moments that are not finite; models whose tokenizers differ.
 
-    Source: Belrose et al. 2023 (Tuned Lens), section 3.2 compares with it; Din et al. 2023 (Jump to Conclusions).
+    Source: Belrose et al. 2023 (Tuned Lens), section 3.2 compares with it; Din et al. 2023 (Jump to Conclusions),
+    section 3, between layers; Ghandeharioun et al. 2024 (Patchscopes), section 4.4, between models.
 
     Example:
-        >>> lens = tll.Lens(model, tll.fit_regression(model, tokens))      # doctest: +SKIP
+        >>> lens = tll.Lens(model, tll.fit_regression(model, tokens))                # doctest: +SKIP
+        >>> maps = tll.fit_regression(small, tokens, to=big, pairs=[(2, 3), (4, 6)])   # doctest: +SKIP
     """
     check_model(model, what="a fit")
-    rows = rows_for(model, layers, to)
-    strengths = [ridge] if isinstance(ridge, (int, float)) else list(ridge)
-    fit, held_out = gather(
+    other = None if to is None or isinstance(to, (int, str)) else to
+    if other is not None:
+        check_model(other, what="a fit")
+    other = None if other is model else other
+    if other is not None or pairs is not None:
+        if isinstance(to, (int, str)):
+            raise ValueError(f"give either pairs or to={to!r}: pairs say the target layers")
+        rows = rows_of_pairs(model, other, pairs, layers)
+    elif to is model:
+        raise ValueError("to= is the model itself: give pairs=[(l, l*), ...] for maps between its layers")
+    else:
+        rows = rows_for(model, layers, to)  # type: ignore[arg-type]
+    if held_out is None:
+        held_out = 0.1 if other is not None or pairs is not None else 0.0
+    strengths = [float(ridge)] if isinstance(ridge, (int, float)) else list(ridge)
+    _check_settings(strengths, method)
+    evidence = collect(
         model,
         tokens,
         rows,
+        to=other,
         skip_first=skip_first,
         hooks=hooks,
+        target_hooks=target_hooks,
+        held_out=held_out,
+        choose=len(strengths) > 1,
         limit_tokens=limit_tokens,
-        hold_out=len(strengths) > 1,
         show_progress=show_progress,
     )
-    return from_moments(
+    return maps_of(
         model,
-        fit,
-        rows,
-        held_out=held_out,
+        evidence,
+        to=other,
         ridge=strengths,
         toward=toward,
         method=method,
-        settings={"skip_first": skip_first},
+        settings={"skip_first": skip_first, **({"held_out": held_out} if held_out else {})},
     )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a text says about some maps: moments of three disjoint sets of its rows. Shards add up (`a + b`).
+
+    Attributes:
+        rows: `(source site, target site)` of each map.
+        fit, choose, held_out: one `Moments` per distinct source, in order, with its targets in order; empty where no
+            row of the text went there.
+        agreed: held-out positions at which both models have the same argmax; None within one model.
+    """
+
+    rows: tuple[Row, ...]
+    fit: tuple[Moments, ...] = ()
+    choose: tuple[Moments, ...] = ()
+    held_out: tuple[Moments, ...] = ()
+    agreed: int | None = None
+
+    def __add__(self, other: "Evidence") -> "Evidence":
+        if self.rows != other.rows:
+            raise ValueError(
+                f"evidence of different maps does not add up: {list(self.rows)} and {list(other.rows)}; collect shards with the same rows"
+            )
+        agreed = None if self.agreed is None or other.agreed is None else self.agreed + other.agreed
+        return Evidence(
+            self.rows,
+            _sum(self.fit, other.fit),
+            _sum(self.choose, other.choose),
+            _sum(self.held_out, other.held_out),
+            agreed,
+        )
+
+    def __radd__(self, other: object) -> "Evidence":
+        """So that `sum(shards)` works."""
+        return self if other == 0 else NotImplemented  # type: ignore[return-value]
+
+
+def _sum(a: tuple[Moments, ...], b: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+
+
+def _count(part: tuple[Moments, ...]) -> int:
+    return part[0].n if part else 0
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Rows by their source."""
+    found: dict[str, list[int]] = {}
+    for i, (source, _) in enumerate(rows):
+        found.setdefault(source, []).append(i)
+    return found
+
+
+@torch.no_grad()
+def collect(
+    model: LensModel,
+    tokens: Any,
+    rows: Sequence[Row],
+    *,
+    to: LensModel | None = None,
+    skip_first: bool = True,
+    hooks: Iterable[Hook] = (),
+    target_hooks: Iterable[Hook] = (),
+    held_out: float | int = 0,
+    choose: bool = False,
+    limit_tokens: int | None = None,
+    show_progress: bool | None = None,
+) -> Evidence:
+    """The moments of every row over a text, one pass. What is read of `to` moves to the device of `model`.
+
+    Which rows of the text are held out depends on their number alone and not on the batches: of a share of 0.1, rows
+    0, 10, 20, ...; and of what remains, rows 9, 19, ... to choose among ridge strengths.
+
+    Raises:
+        ValueError: no token to fit on, or none held out; sites of different width; tokenizers that differ.
+    """
+    if not 0 <= held_out <= 0.5:
+        raise ValueError(f"held_out is a share of the rows, 0 (none) to 0.5, got {held_out!r}")
+    hooks, target_hooks, rows = list(hooks), list(target_hooks), tuple(rows)
+    if to is not None:
+        check_tokenizers(model, to)
+    elif target_hooks:
+        raise ValueError("target_hooks are for another model, and there is none: pass to=model, or hooks=")
+    sources, goals = list(_groups(rows)), list(dict.fromkeys(target for _, target in rows))
+    targets = [[goals.index(rows[i][1]) for i in members] for members in _groups(rows).values()]
+    every = round(1 / held_out) if held_out else 0
+    total = Evidence(rows, agreed=0 if to is not None and held_out else None)
+    seen_tokens = first = 0
+    for batch in progress(as_batches(tokens), desc="regression", show=show_progress):
+        index = torch.arange(first, first + len(batch.tokens), device=device_of(model))
+        first += len(batch.tokens)
+        x, y, used, same = _both(model, to, batch, sources, goals, hooks, target_hooks, skip_first)
+        apart = index % every == 0 if every else torch.zeros_like(index, dtype=torch.bool)
+        choosing = (index % CHOOSING == CHOOSING - 1) & ~apart & choose
+        parts = []
+        for chosen in (~apart & ~choosing, choosing, apart):
+            keep = used & chosen[:, None]
+            part = grouped_moments([s[keep] for s in x], [s[keep] for s in y], targets) if keep.any() else ()
+            parts.append(part)
+        agreed = int(same[used & apart[:, None]].sum()) if same is not None and every else None
+        total = total + Evidence(rows, *parts, agreed=agreed)
+        seen_tokens += int(used.sum())
+        if limit_tokens and _count(total.fit) and seen_tokens >= limit_tokens:
+            break
+    if not _count(total.fit):
+        if _count(total.held_out):
+            raise ValueError(
+                f"no row of the text is left to fit on: all {first} are held out; give more rows, or held_out=0"
+            )
+        raise ValueError(
+            "no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
+        )
+    if choose and not total.choose:
+        raise ValueError(
+            "choosing among ridge strengths needs at least 10 rows of text (every tenth is set aside): give more, or one strength"
+        )
+    return total
+
+
+def _both(
+    model: LensModel,
+    to: LensModel | None,
+    batch: Batch,
+    sources: list[str],
+    goals: list[str],
+    hooks: list[Hook],
+    target_hooks: list[Hook],
+    skip_first: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
+    """States `[batch, pos, d]` of sources and targets, positions to use, and where both models' argmax agree."""
+    wanted = sources if to is not None else [*sources, *goals]
+    logits, seen, used, _ = states(model, batch, wanted, hooks, skip_first)
+    same = None
+    x, there = [seen[name] for name in sources], seen
+    if to is not None:
+        others, there, _, _ = states(to, batch, goals, target_hooks, skip_first)
+        same = logits.argmax(-1).to(used.device) == others.argmax(-1).to(used.device)
+    y = [there[name].to(used.device) for name in goals]
+    for side, parts in (("source", x), ("target", y)):
+        widths = sorted({part.shape[-1] for part in parts})
+        if len(widths) > 1:
+            raise ValueError(f"sites of different width ({side} widths {widths}) need separate fits")
+    return [part.to(used.device) for part in x], y, used, same
+
+
+@torch.no_grad()
+def maps_of(
+    model: LensModel,
+    evidence: Evidence,
+    *,
+    to: LensModel | None = None,
+    ridge: Sequence[float] = (1e-3,),
+    toward: Literal["identity", "zero"] | None = None,
+    method: Method = "ridge",
+    settings: dict[str, Any] | None = None,
+) -> Translators:
+    """Translators of evidence, which may be a sum over shards; `model` and `to` are the models that it is of.
+
+    Raises:
+        ValueError: moments that are not finite (the pair is named), fewer tokens than a covariance needs.
+    """
+    _check_settings(ridge, method)
+    rows, groups = evidence.rows, _groups(evidence.rows)
+    _check_moments(evidence, groups, method)
+    d_out, d_in = evidence.fit[0].yx.shape[1:]
+    # Two models share no axes, so that the identity means nothing between them even where the widths agree.
+    toward = toward or ("identity" if d_in == d_out and to is None else "zero")
+    found: list[Any] = [None] * len(rows)
+    for g, members in enumerate(groups.values()):
+        fit = evidence.fit[g]
+        setting = evidence.choose[g] if evidence.choose else None
+        weights, biases, chosen = _solved(fit, setting, ridge, toward, method)
+        fit = fit if setting is None else fit + setting
+        inside = solve.r_squared(fit, weights, biases)
+        # Of the numbers that are kept, so that R^2 is theirs.
+        weights, biases = weights.float(), biases.float()
+        outside = solve.r_squared(evidence.held_out[g], weights, biases) if evidence.held_out else inside
+        for k, i in enumerate(members):
+            found[i] = (weights[k], biases[k], chosen[k], float(inside[k]), float(outside[k]))
+    weights, biases, chosen, inside, outside = zip(*found, strict=True)
+    apart = _count(evidence.held_out)
+    meta = record(
+        model,
+        "regression",
+        _count(evidence.fit) + _count(evidence.choose),
+        {
+            "method": method,
+            "ridge": list(chosen) if method == "ridge" else None,
+            "toward": toward,
+            **(settings or {}),
+        },
+    )
+    meta["r_squared"] = list(inside)
+    if to is not None:
+        same = "same" if check_tokenizers(model, to) else "not compared"
+        meta["to"] = {**identity_of(to), "n_layers": n_layers(to), "tokenizer": same}
+    if apart:
+        meta["held_out"] = {"tokens": apart, "r_squared": list(outside)}
+        if evidence.agreed is not None:
+            meta["held_out"] |= {"agreed": evidence.agreed, "agreement": evidence.agreed / apart}
+    return Translators(rows, torch.stack(weights), torch.stack(biases), n_layers=n_layers(model), meta=meta)
+
+
+def _solved(
+    fit: Moments,
+    choose: Moments | None,
+    ridge: Sequence[float],
+    toward: Literal["identity", "zero"],
+    method: Method,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Float64 maps of one source, and the strength of each."""
+    if method != "ridge":
+        whole = fit if choose is None else fit + choose
+        weights, biases = (solve.procrustes if method == "procrustes" else solve.shift)(whole)
+        return weights, biases, [0.0] * len(weights)
+    if choose is None:
+        weights, biases = solve.ridge(fit, ridge[0], toward)
+        return weights, biases, [ridge[0]] * len(weights)
+    quality = torch.stack([solve.r_squared(choose, *m) for m in solve.ridge_path(fit, ridge, toward)])
+    best = quality.argmax(0).tolist()
+    maps = solve.ridge_path(fit + choose, ridge, toward)
+    weights = torch.stack([maps[s][0][i] for i, s in enumerate(best)])
+    biases = torch.stack([maps[s][1][i] for i, s in enumerate(best)])
+    return weights, biases, [ridge[s] for s in best]
+
+
+def _check_settings(ridge: Sequence[float], method: str) -> None:
+    if method not in ("ridge", "procrustes", "shift"):
+        raise ValueError(f"method must be 'ridge', 'procrustes' or 'shift', got {method!r}")
+    if not ridge:
+        raise ValueError("an empty list of ridge strengths: give at least one")
+
+
+def _check_moments(evidence: Evidence, groups: dict[str, list[int]], method: str) -> None:
+    rows = evidence.rows
+    if not evidence.fit:
+        raise ValueError("there is no evidence to fit on: collect it over some text")
+    for part in (evidence.fit, evidence.choose, evidence.held_out):
+        for m, members in zip(part, groups.values(), strict=bool(part)):
+            for k, i in enumerate(members):
+                numbers = (m.mean_x, m.xx, m.mean_y[k], m.yx[k], m.yy[k])
+                if not all(bool(number.isfinite().all()) for number in numbers):
+                    raise ValueError(
+                        f"the moments of {rows[i]} are not finite: states of that size overflow float64 when squared; "
+                        "look at the states at these sites, or leave the pair out"
+                    )
+    if evidence.held_out and _count(evidence.held_out) < 2:
+        raise ValueError("one held-out token has no variance to explain: give more text, or held_out=0")
+    need = evidence.fit[0].xx.shape[-1] + 1
+    if method != "shift" and evidence.held_out and _count(evidence.fit) < need:
+        raise ValueError(
+            f"{_count(evidence.fit)} tokens to fit on ({_count(evidence.held_out)} more are held out) are fewer than a "
+            f"covariance of width {need - 1} needs (at least {need}): give more tokens, or held_out=0"
+        )
+
+
+# --- the lens alone: every row has a source of its own, so its evidence is one `Moments`
 
 
 def gather(
@@ -94,35 +386,18 @@ def gather(
     hold_out: bool = False,
     show_progress: bool | None = None,
 ) -> tuple[Moments, Moments | None]:
-    """Moments of every row over a text, and those of every tenth batch apart where asked."""
-    total: Moments | None = None
-    apart: Moments | None = None
-    hooks = list(hooks)
-    widths: set[int] = set()
-    for i, batch in enumerate(progress(as_batches(tokens), desc="regression", show=show_progress)):
-        _, seen, used, _ = activations(model, batch, rows, hooks, skip_first)
-        if not used.any():
-            continue
-        widths |= {seen[source].shape[-1] for source, _ in rows}
-        if len(widths) > 1:
-            raise ValueError(f"sites of different width ({sorted(widths)}) need separate fits")
-        target = seen[rows[0][1]][used]
-        part = moments(torch.stack([seen[source][used] for source, _ in rows]), target[None])
-        if hold_out and i % 10 == 9:
-            apart = part if apart is None else apart + part
-        else:
-            total = part if total is None else total + part
-        if limit_tokens and total is not None and total.n + (apart.n if apart else 0) >= limit_tokens:
-            break
-    if total is None:
-        raise ValueError(
-            "no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
-        )
-    if hold_out and apart is None:
-        raise ValueError(
-            "choosing among ridge strengths needs at least 10 batches (every tenth is held out): give more, or one strength"
-        )
-    return total, apart
+    """Moments of rows with distinct sources over a text, and where asked those of every tenth row of text apart."""
+    evidence = collect(
+        model,
+        tokens,
+        rows,
+        skip_first=skip_first,
+        hooks=hooks,
+        choose=hold_out,
+        limit_tokens=limit_tokens,
+        show_progress=show_progress,
+    )
+    return _joined(evidence.fit), _joined(evidence.choose) if hold_out else None
 
 
 def from_moments(
@@ -133,32 +408,19 @@ def from_moments(
     held_out: Moments | None = None,
     ridge: Sequence[float] = (1e-3,),
     toward: Literal["identity", "zero"] | None = None,
-    method: Literal["ridge", "procrustes", "shift"] = "ridge",
+    method: Method = "ridge",
     settings: dict[str, Any] | None = None,
 ) -> Translators:
-    """Translators of moments, which may be a sum over shards."""
-    d_out, d_in = fit.yx.shape[1:]
-    toward = toward or ("identity" if d_in == d_out else "zero")
-    n_tokens = fit.n + (held_out.n if held_out else 0)
-    chosen: list[float] | None = None
-    if method == "ridge":
-        if held_out is not None:
-            quality = torch.stack([solve.r_squared(held_out, *m) for m in solve.ridge_path(fit, ridge, toward)])
-            best = quality.argmax(0)
-            fit = fit + held_out
-            maps = solve.ridge_path(fit, ridge, toward)
-            weights = torch.stack([maps[s][0][i] for i, s in enumerate(best.tolist())])
-            biases = torch.stack([maps[s][1][i] for i, s in enumerate(best.tolist())])
-            chosen = [ridge[s] for s in best.tolist()]
-        else:
-            weights, biases = solve.ridge(fit, ridge[0], toward)
-            chosen = [ridge[0]] * len(rows)
-    elif method in ("procrustes", "shift"):
-        weights, biases = (solve.procrustes if method == "procrustes" else solve.shift)(fit)
-    else:
-        raise ValueError(f"method must be 'ridge', 'procrustes' or 'shift', got {method!r}")
-    meta = record(
-        model, "regression", n_tokens, {"method": method, "ridge": chosen, "toward": toward, **(settings or {})}
-    )
-    meta["r_squared"] = solve.r_squared(fit, weights, biases).tolist()
-    return Translators(rows, weights.float(), biases.float(), n_layers=int(model.cfg.n_layers), meta=meta)
+    """Translators of what `gather` gave, which may be a sum over shards."""
+    evidence = Evidence(tuple(rows), _split(fit), () if held_out is None else _split(held_out))
+    return maps_of(model, evidence, ridge=ridge, toward=toward, method=method, settings=settings)
+
+
+def _joined(parts: tuple[Moments, ...]) -> Moments:
+    cat = lambda name: torch.cat([getattr(m, name) for m in parts])
+    return Moments(parts[0].n, cat("mean_x"), cat("mean_y"), cat("xx"), cat("yx"), cat("yy"))
+
+
+def _split(m: Moments) -> tuple[Moments, ...]:
+    rows = [slice(i, i + 1) for i in range(len(m.yx))]
+    return tuple(Moments(m.n, m.mean_x[r], m.mean_y[r], m.xx[r], m.yx[r], m.yy[r]) for r in rows)

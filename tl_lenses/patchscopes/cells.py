@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_lenses.fingerprint import check_pair
 from tl_lenses.hooks import read, run
 from tl_lenses.model import LensModel, d_model, device_of, n_layers
 from tl_lenses.patchscopes.planner import Cell, Combine, Prompt
@@ -93,18 +94,12 @@ def routes(a: Layers | None, b: Layers) -> list[tuple[LayerOrSite | None, LayerO
 
 def check_map(map: Translators, model: LensModel, to: LensModel, pairs: Sequence[Pair]) -> None:
     """Refuse translators of other models, and rows that they do not have, before anything runs."""
-    from tl_lenses import fingerprint
-
-    check_pair = getattr(fingerprint, "check_pair", lambda *_: None)
-
-    for a, b in pairs:
-        for one, into in routes(a, b):
-            if one is None:
-                raise ValueError(
-                    "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
-                )
-            map[one, into]
-    check_pair(map, model, to)
+    moves = [route for a, b in pairs for route in routes(a, b)]
+    if any(one is None for one, _ in moves):
+        raise ValueError(
+            "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
+        )
+    check_pair(map, model, to, moves)
 
 
 def mean_norms(model: LensModel, prompt: Prompt, layers: Sequence[LayerOrSite]) -> dict[LayerOrSite, float]:
