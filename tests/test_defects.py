@@ -157,6 +157,12 @@ def test_a_substring_is_its_last_token_and_twice_is_an_error(model):
     last = tll.positions(model, source.prompt, source.pos)[0, 0]
     span = tll.positions(model, source.prompt, tll.at("bridge and", span=True))[0]
     assert last == span[-1]
+    # BOS is no text: "s" and ">" are in "<s>", and yet here only once.
+    bos = model.tokenizer.bos_token
+    letter = next(c for c in bos if c.isalpha())
+    prompt = f"12 {letter} 34"
+    assert tll.positions(model, prompt, letter)[0, 0] > 0
+    assert tll.positions(model, prompt, bos)[0, 0] == 0
     with pytest.raises(ValueError, match="occurs 2 times"):
         tll.patchscope(model, tll.Source("the old bridge and the tree", pos="the"), tll.Target(TARGET))
 
@@ -290,6 +296,7 @@ def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch
         (dict(source=S(PROMPT), target=T(TARGET, pos="zebra")), "'zebra' is not in the prompt; its tokens are"),
         (dict(source=S(PROMPT), target=T("the a the", pos="the")), "occurs 2 times"),
         (dict(source=S(PROMPT), target=T("sing qwzxqy now", pos="qwzxqy")), r"is \d+ tokens here .*span=True"),
+        (dict(source=S(PROMPT), target=T("qwzxqy now", pos=[tll.at("qwzxqy"), -1])), r"is \d+ tokens here"),
         (dict(source=S(PROMPT), target=T(TARGET, pos=77)), "position 77 is not there"),
         (dict(source=S(PROMPT), target=T(TARGET), pairs=[(0, 9)]), "no layer 9"),
         (dict(source=S(PROMPT), target=T(TARGET), pairs=[((0, 1), 2)]), "expected as many"),

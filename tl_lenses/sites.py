@@ -213,6 +213,9 @@ def _find(tokenizer: Any, ids: list[int], wanted: At) -> list[int]:
     text = decode(ids)
     starts = [i for i in range(len(text)) if text.startswith(wanted.text, i)]
     pieces = [decode([i]) for i in ids]
+    if ids[0] == tokenizer.bos_token_id and wanted.text not in (pieces[0], text):
+        # Nobody means the x of <|endoftext|>.
+        starts = [i for i in starts if i >= len(pieces[0])]
     if not starts:
         raise ValueError(f"{wanted.text!r} is not in the prompt; its tokens are {pieces}")
     if wanted.occurrence == "only":

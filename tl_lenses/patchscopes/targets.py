@@ -61,10 +61,12 @@ def ready_target(
     tokens = prepare(model, prompt, prepend_bos=prepend_bos).tokens
     if len(tokens) != 1:
         raise ValueError("a Target is one prompt: pass a list of Targets to combine several")
-    if soft is not None and (isinstance(target.pos, (str, At)) or isinstance(read, (str, At))):
+    places = target.pos if isinstance(target.pos, (list, tuple)) else [target.pos]
+    if soft is not None and any(isinstance(place, (str, At)) for place in [*places, read]):
         raise ValueError("a soft prompt has no text to find a substring in: give positions as numbers")
-    for place in [target.pos] if isinstance(target.pos, (str, At)) else []:
-        _one_token(model, tokens, at(place) if isinstance(place, str) else place)
+    for place in places:
+        if isinstance(place, (str, At)):
+            _one_token(model, tokens, at(place) if isinstance(place, str) else place)
     _fits(model, tokens.shape[1], max_new_tokens)
     place = positions(model, tokens, target.pos)[0].tolist()
     if len(set(place)) != len(place):
