@@ -15,6 +15,7 @@ from tl_lenses import edits
 from tl_lenses.hooks import Hook, patch, read, run
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, n_layers, prepare, tokenizer_of
+from tl_lenses.patchscopes.planner import without_edges
 from tl_lenses.patchscopes.sources import Source
 from tl_lenses.patchscopes.targets import Target
 from tl_lenses.sites import LayerOrSite, Position, at, positions, site
@@ -257,10 +258,7 @@ def _without(cut: Bool[Tensor, "batch query key"]) -> edits.Edit:
             raise ValueError(
                 f"these edges are of {list(cut.shape)} [batch, query, key], this pass has {list(pattern.shape)}: make the hooks for the prompt that runs"
             )
-        gone = cut[:, None].to(pattern.device)
-        left = pattern.masked_fill(gone, 0.0)
-        left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
-        return torch.where(gone.any(-1, keepdim=True), left, pattern)  # other queries stay as they are, to the bit
+        return without_edges(pattern, cut[:, None].to(pattern.device))
 
     return edit
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
@@ -229,6 +229,18 @@ def blocks_before(name: str) -> int:
     return int(parts[1]) + (parts[2] not in ("hook_resid_pre", "hook_in"))
 
 
+def without_edges(
+    pattern: Float[Tensor, "batch head query key"], gone: Bool[Tensor, "*batch query key"]
+) -> Float[Tensor, "batch head query key"]:
+    """A pattern without some edges, the rest of each query's attention scaled up to 1: the softmax without those keys.
+
+    Queries that lose nothing stay as they are, to the bit; one that saw nothing else is left with zeros.
+    """
+    left = pattern.masked_fill(gone, 0.0)
+    left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+    return torch.where(gone.any(-1, keepdim=True), left, pattern)
+
+
 def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None, *, offset: int = 0) -> edits.Edit:
     """An edit of an attention pattern: later queries no longer see these columns, the rest of their attention is rescaled.
 
@@ -249,10 +261,7 @@ def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None, 
         hidden = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=pattern.device)
         for column in columns:
             hidden |= (key == column) & (query > column)
-        new = pattern.masked_fill(hidden, 0.0)
-        # A query that saw nothing but hidden keys is left with zeros rather than NaN.
-        new = new / new.sum(-1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
-        new = torch.where(hidden.any(-1, keepdim=True), new, pattern)
+        new = without_edges(pattern, hidden)
         if rows is None:
             return new
         return torch.where(rows().to(pattern.device)[:, None, None, None], new, pattern)
