@@ -4,6 +4,7 @@
 #   make test       all tests on the newest TransformerLens; ARGS="-k lens" picks some
 #   make test-all   the tests on TransformerLens 2.18, 3.9 and 4.3, each in its own environment
 #   make lint       ruff and pyright
+#   make numbers    after a lab model has changed: every number that cites one, measured again
 #   make clean      remove the environments
 #
 # On Linux the torch of PyPI brings CUDA (gigabytes). For the CPU build, name torch's CPU index, as its own installation
@@ -18,7 +19,7 @@ ARGS ?=
 # Two processes: the models of the tests are too small for a second thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint numbers clean
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/tl-lenses demo
@@ -33,6 +34,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+numbers: $(VENV)/.installed-dev
+	$(BIN)/python tools/lab_numbers.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .nox
@@ -51,5 +55,5 @@ $(VENV)/.installed-plot: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed-plot
 	@echo "installing what the tests need"
-	@$(PIP) -q -e ".[plot,detect,dev]"
+	@$(PIP) -q -e ".[plot,detect,experiments,dev]"
 	@touch $@

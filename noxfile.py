@@ -44,7 +44,7 @@ def add_session(name: str, requirements: list[str]) -> None:
         session.env["UV_COMPILE_BYTECODE"] = "1"
         tools = pinned(TOOLS)
         session.install(*find_links(), *(tool for tool in tools if tool.startswith("torch==")))
-        session.install(*find_links(), *tools, *requirements, "beartype", "-e", ".[plot,detect]")
+        session.install(*find_links(), *tools, *requirements, "beartype", "-e", ".[plot,detect,experiments]")
         session.run("python", "-m", "pytest", *session.posargs)
 
 

@@ -190,13 +190,103 @@ def test_the_bundled_model_needs_no_data(tmp_path):
 
 
 def test_help_gives_examples_and_is_light():
-    for command in ("demo", "fit", "eval", "show", "check", "version"):
+    for command in ("demo", "fit", "eval", "show", "patchscope", "experiment", "check", "version"):
         done = run(command, "--help")
         assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
     assert run().stdout == run("--help").stdout
     heavy = "assert not {'transformer_lens', 'transformers', 'datasets', 'plotly'} & set(sys.modules)"
     code = f"import sys; from typer.testing import CliRunner; from tl_lenses.cli import app; CliRunner().invoke(app, ['--help']); {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(tll.__file__).parents[1])
+
+
+def test_patchscope_prints_and_saves(model, tmp_path):
+    done = run("patchscope", "the cat sat", "--model", model)
+    assert done.exit_code == 0 and done.stderr == "" and "cat -> cat" in done.stdout, done.stderr
+    asked = ("patchscope", "the cat sat", "--model", model, "--position", "cat", "--scope", "the king of x is")
+    for kind in ("json", "csv", "svg", "html"):
+        file = tmp_path / f"a.{kind}"
+        done = run(*asked, "--layers", "0,-1", "--target-layers", ":2", "--max-new-tokens", 3, "--save", file)
+        assert done.exit_code == 0 and str(file) in done.stdout and file.stat().st_size, done.stderr
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert [(cell["layer"], cell["target_layer"]) for cell in content["cells"]] == [(0, 0), (0, 1), (3, 0), (3, 1)]
+    loaded = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    want = tll.patchscope(
+        loaded, tll.Source("the cat sat", "cat"), tll.Target("the king of x is", tll.at("x", occurrence="last")), [0, -1],
+        [0, 1], max_new_tokens=3,
+    )  # fmt: skip
+    assert [cell["text"] for cell in content["cells"]] == want.text[0]
+    assert "<svg" in (tmp_path / "a.svg").read_text() and "patchscope into" in (tmp_path / "a.html").read_text()
+    scaled = run(*asked, "--norm", "mean")
+    assert scaled.exit_code == 0 and scaled.stdout != run(*asked).stdout
+    assert run("patchscope", "the cat", "--model", model, "--scope", "country_capital_city").exit_code == 0
+
+
+def test_patchscope_mistakes(model, tmp_path):
+    ask = ("patchscope", "the cat sat", "--model", model)
+    assert "no scope 'nonsense': choose from token-identity" in refused(*ask, "--scope", "nonsense")
+    assert "'dog' is not in the prompt" in refused(*ask, "--position", "dog")
+    assert "position 99 is not there" in refused(*ask, "--position", "99")
+    assert "no layer 9" in refused(*ask, "--layers", "9") and "no layer 9" in refused(*ask, "--target-layers", "9")
+    assert "--norm is replaced, mean or a number" in refused(*ask, "--norm", "huge")
+    assert "use one of .json" in refused(*ask, "--save", tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
+    done = run(
+        "experiment", "next-token", "--model", model, "--data", data, "--lens", fitted, "--limit", 8, "--output", tmp_path / "a"
+    )  # fmt: skip
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    for word in ("token identity", "logit lens", "reg", "oracle", "held-out", "shuffled sources", "unpatched"):
+        assert word in done.stdout
+    assert {"result.json", "result.csv", "heat.svg"} <= {file.name for file in (tmp_path / "a").iterdir()}
+    same = (
+        "experiment",
+        "next-token",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--limit",
+        8,
+        "--layers",
+        "1,-1",
+        "--markdown",
+    )
+    done = run(*same, "--output", tmp_path / "a")
+    assert done.exit_code == 0 and "| layer | token identity |" in done.stdout, done.stderr
+    done = run(
+        "experiment", "cross-model", "--model", model, "--to", model, "--data", data, "--limit", 4, "--layers", "1",
+        "--target-layers", "2,3", "--output", tmp_path / "x",
+    )  # fmt: skip
+    assert done.exit_code == 0 and "same place" in done.stdout, done.stderr
+
+
+def test_experiments_on_the_bundled_model(tmp_path):
+    few = ("--layers", "0", "--output", tmp_path / "a", "--max-new-tokens", 5)
+    done = run("experiment", "attributes", "--target-layers", "0", "--limit", 8, *few)
+    assert done.exit_code == 0 and "by relation" in done.stdout, done.stderr
+    done = run("experiment", "entities", "--limit", 4, *few)
+    assert done.exit_code == 0 and "ROUGE-L" in done.stdout, done.stderr
+    done = run("experiment", "multihop", "--target-layers", "0", "--limit", 3, *few)
+    assert done.exit_code == 0 and "two hops at once" in done.stdout, done.stderr
+
+
+def test_experiment_mistakes(model, tmp_path, monkeypatch):
+    """Found before a model is loaded."""
+    monkeypatch.setattr("tl_lenses.cli_experiments.load_model", lambda *args: pytest.fail("the model was loaded first"))
+    out = ("--output", tmp_path / "out")
+    assert "Invalid value" in refused("experiment", "nothing", code=2)
+    assert "--to is for cross-model, not for entities" in refused("experiment", "entities", "--to", "lab-gpt2", *out)
+    assert "--no-guard is for attributes, multihop" in refused("experiment", "next-token", "--no-guard", *out)
+    assert "--limit 1 is too few" in refused("experiment", "entities", "--limit", 1, *out)
+    assert "no file or folder" in refused("experiment", "attributes", "--data", tmp_path / "none", *out)
+    assert "expected a .json or .csv" in refused("experiment", "entities", "--data", tmp_path / "none", *out)
+    assert "no folder" in refused("experiment", "next-token", "--lens", tmp_path / "none", *out)
+    assert "no file or directory" in refused("experiment", "next-token", "--data", tmp_path / "none.txt", *out)
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused("experiment", "entities", "--output", tmp_path / "file")
+    assert not (tmp_path / "out").exists()
 
 
 # --- Ctrl-C

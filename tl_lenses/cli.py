@@ -1,4 +1,4 @@
-"""The command `tl-lenses`: demo, fit, eval, show, check, version. What is heavy is imported when a command needs it."""
+"""The command `tl-lenses`: demo, fit, eval, show, patchscope, experiment, check, version. What is heavy is imported when needed."""
 
 import contextlib
 import sys
@@ -11,8 +11,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tl_lenses.cli_experiments import experiment
 from tl_lenses.cli_inputs import (
-    SEQ_LEN,
+    BatchSize,
+    Data,
+    Device,
+    DType,
+    Dtype,
+    Lenses,
+    Model,
+    SeqLen,
+    TextColumn,
     check_file,
     data_source,
     fail,
@@ -30,6 +39,7 @@ from tl_lenses.cli_inputs import (
     say,
     write_scores,
 )
+from tl_lenses.cli_patchscope import patchscope
 
 PICTURES = (".html", ".svg", ".png", ".csv", ".json")
 TABLES = (".csv", ".json")
@@ -57,33 +67,6 @@ class Loss(str, Enum):
 
     kl = "kl"
     ce = "ce"
-
-
-class Dtype(str, Enum):
-    """Types of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-Model = Annotated[str, typer.Option(help="A Hugging Face name, a local directory, or lab-gpt2 (bundled).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; cuda if there is one.")]
-DType = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="A .txt, .jsonl, .json, .parquet or .csv file, a directory of them, a `datasets` name (org/name or "
-        "org/name:config), or lab (bundled text; the default for lab-gpt2)."
-    ),
-]
-TextColumn = Annotated[str, typer.Option(help="The column of a table that has the text.")]
-SeqLen = Annotated[int | None, typer.Option(help=f"Tokens per row; {SEQ_LEN}, or the context if it is shorter.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
-Lenses = Annotated[
-    list[str] | None, typer.Option("--lens", help="A folder that `fit` wrote, or NAME=FOLDER; repeatable.")
-]
 
 
 class Commands(TyperGroup):
@@ -338,6 +321,10 @@ def show(
         one = next(iter(trajectories.values())) if len(trajectories) == 1 else trajectories
         one.save(save, stat=stat)
         say(f"saved in {save}")
+
+
+app.command()(patchscope)
+app.command()(experiment)
 
 
 @app.command()

@@ -10,8 +10,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +26,33 @@ _FLAGS = {
     "anti_targets": "--anti-target",
     "Pass text in a list: [text].": "Pass a file.",
 }
+
+
+class Dtype(str, Enum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+Model = Annotated[str, typer.Option(help="A Hugging Face name, a local directory, or lab-gpt2 (bundled).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; cuda if there is one.")]
+DType = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="A .txt, .jsonl, .json, .parquet or .csv file, a directory of them, a `datasets` name (org/name or "
+        "org/name:config), or lab (bundled text; the default for lab-gpt2)."
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="The column of a table that has the text.")]
+SeqLen = Annotated[int | None, typer.Option(help=f"Tokens per row; {SEQ_LEN}, or the context if it is shorter.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+Lenses = Annotated[
+    list[str] | None, typer.Option("--lens", help="A folder that `fit` wrote, or NAME=FOLDER; repeatable.")
+]
 
 
 def load_model(name: str, device: str | None, dtype: str) -> Any:
@@ -73,7 +101,7 @@ def _from_transformers(name: str, local: bool, device: str, dtype: Any) -> Any:
 
         hf_model = transformers.AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype).eval()
         return _hooked_transformer(
-            Path(name), hf_model, transformers.AutoTokenizer.from_pretrained(name), device, dtype
+            Path(name).name, Path(name), hf_model, transformers.AutoTokenizer.from_pretrained(name), device, dtype
         )
     return TransformerBridge.boot_transformers(name, device=device, dtype=dtype).eval()
 

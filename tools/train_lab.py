@@ -34,7 +34,9 @@ def settings_of(name: str) -> dict[str, Any]:
     everything = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
     if name not in everything["models"]:
         raise ValueError(f"expected a model of {SETTINGS.name}, one of {sorted(everything['models'])}, got {name!r}")
-    return {**everything["train"], **everything["models"][name], "name": name}
+    own = everything["models"][name]
+    base = everything["models"].get(own.get("base"), {})  # a fine-tune has its base's shape
+    return {**everything["train"], **base, **own, "name": name}
 
 
 def folder_of(settings: dict[str, Any]) -> Path:

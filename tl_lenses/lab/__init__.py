@@ -1,60 +1,97 @@
-"""The bundled model and text: enough to run every example, test and benchmark offline.
+"""The lab models and their text: enough to run every example, test and benchmark offline.
 
-`load` gives the model, `text` the passages that it is fitted and measured on. The model cards are the README.md files of
-the folders that `path` names.
+`load` gives a model, `text` the passages that lenses are fitted and measured on. `lab-gpt2` and `lab-gpt2-small` are part of
+the installation; the others are in the folder `lab/` of the repository. The model cards are the README.md files of the
+folders that `path` names.
 """
 
 import hashlib
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Bundled", "available", "load", "path", "text"]
+__all__ = ["Bundled", "available", "load", "path", "steps", "text"]
 
 _HERE = Path(__file__).parent
+_REPOSITORY = "https://github.com/tl-lenses/tl-lenses"
 _MODELS = {
-    "lab-gpt2": "GPT-2 architecture, 8 layers, width 256, vocabulary 8,192, 8.5 M parameters; books and 1,304 facts",
+    "lab-gpt2": "GPT-2 architecture, 8 layers, width 256, 8.5 M parameters; books, stories and 1,462 facts",
+    "lab-gpt2-small": "GPT-2 architecture, 6 layers, width 128, 2.3 M parameters; the small partner of lab-gpt2",
+    "lab-neox": "GPT-NeoX (Pythia) architecture, 8 layers, width 128, 3.7 M parameters; ten checkpoints along training",
+    "lab-gpt2-tuned": "lab-gpt2, trained on with the novels of Jane Austen",
 }
+_IN_WHEEL = ("lab-gpt2", "lab-gpt2-small")
 _SPLITS = ("train", "heldout")
 _SEPARATOR = "\n<|endoftext|>\n"
 
 
 class Bundled(NamedTuple):
-    """One bundled model: its name, its size on disk and what it is."""
+    """One lab model: its name, its size on disk (0 where it is not at hand), what it is, and whether `load` finds it."""
 
     name: str
     n_bytes: int
     description: str
+    at_hand: bool
 
 
 def available() -> list[Bundled]:
-    """The bundled models.
+    """The lab models, those that are not at hand included.
 
     Example:
-        >>> [model.name for model in available()]
-        ['lab-gpt2']
+        >>> [model.name for model in available()][:2]
+        ['lab-gpt2', 'lab-gpt2-small']
     """
-    return [
-        Bundled(name, sum(file.stat().st_size for file in path(name).iterdir()), description)
-        for name, description in _MODELS.items()
-    ]
+    found = []
+    for name, description in _MODELS.items():
+        folder = _find(name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder else 0
+        found.append(Bundled(name, size, description, folder is not None))
+    return found
 
 
-def path(name: str = "lab-gpt2") -> Path:
-    """The folder of a bundled model: a Hugging Face checkpoint that TransformerLens 2, 3 and 4 all read.
+def path(name: str = "lab-gpt2", *, step: int | None = None) -> Path:
+    """The folder of a lab model: config.json, model.safetensors, its card and its checksums.
+
+    Args:
+        name: one of `available()`.
+        step: a checkpoint along training, one of `steps(name)`; None for the finished model.
+
+    Raises:
+        ValueError: there is no such model, or no such checkpoint.
+        FileNotFoundError: the model is not part of the installation and not at hand; says where it is.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"expected a bundled model, one of {sorted(_MODELS)}, got {name!r}")
+    folder = _find(name)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{name!r} is not part of the installed package: it is in the folder lab/ of the repository. "
+            f"git clone {_REPOSITORY}, then work inside the checkout or set TL_LENSES_LAB to its lab/ folder"
+        )
+    if step is None or step == _last_step(folder):
+        return folder
+    if not (folder / f"step-{step}").is_dir():
+        raise ValueError(f"expected a checkpoint of {name}, one of {steps(name)}, got step={step}")
+    return folder / f"step-{step}"
+
+
+def steps(name: str) -> list[int]:
+    """The training steps of which a lab model has checkpoints, the finished model last; empty for a model without.
 
     Args:
         name: one of `available()`.
 
     Raises:
         ValueError: there is no such model.
+        FileNotFoundError: it is not at hand.
     """
-    if name not in _MODELS:
-        raise ValueError(f"expected a bundled model, one of {sorted(_MODELS)}, got {name!r}")
-    return _HERE / name
+    folder = path(name)
+    early = sorted(int(sub.name.removeprefix("step-")) for sub in folder.glob("step-*"))
+    return [*early, _last_step(folder)] if early else []
 
 
 def text(split: str) -> list[str]:
@@ -75,76 +112,121 @@ def text(split: str) -> list[str]:
     return (_HERE / "text" / f"{split}.txt").read_text(encoding="utf-8").removesuffix("\n").split(_SEPARATOR)
 
 
-def load(name: str = "lab-gpt2", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A bundled model, in eval mode and in the raw basis, with its tokenizer.
+def load(
+    name: str = "lab-gpt2",
+    *,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A lab model, in eval mode and in the raw basis, with its tokenizer.
 
     A `TransformerBridge` where the installed TransformerLens has one (3.9 and later), otherwise a `HookedTransformer`
     without weight processing. Needs no network, prints nothing, leaves the random state alone.
 
     Args:
         name: one of `available()`.
+        step: a checkpoint along training, one of `steps(name)`; None for the finished model.
         device: where the weights go.
         dtype: their type; they are stored in half precision.
 
     Raises:
-        ValueError: there is no such model, or a file of it is damaged or missing (the installation is broken).
+        ValueError: there is no such model or checkpoint, or a file of it is damaged or missing.
+        FileNotFoundError: the model is in the repository and not at hand; says where it is.
 
     Example:
         >>> load().cfg.n_layers
         8
     """
-    folder = path(name)
-    verify(folder)
+    folder = path(name, step=step)
+    tensors = _tensors(folder)
 
-    from safetensors.torch import load_file
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     # Built here rather than by `from_pretrained`, which draws a progress bar.
-    config = GPT2Config.from_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    verify(_HERE / "lab-gpt2", ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(_HERE / "lab-gpt2")
     with torch.random.fork_rng(devices=[]):
-        hf_model: Any = GPT2LMHeadModel(config)
-        # The unembedding is tied to the embedding and not stored twice.
-        hf_model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        hf_model: Any = AutoModelForCausalLM.from_config(config).float()
+        # A tied unembedding is not stored twice.
+        hf_model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
         hf_model.tie_weights()
         hf_model.to(dtype).eval()
         try:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError:
-            return _hooked_transformer(folder, hf_model, tokenizer, device, dtype)
+            return _hooked_transformer(name, folder, hf_model, tokenizer, device, dtype)
         return TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
         ).eval()
 
 
-def verify(folder: Path) -> None:
-    """Compare the files of a bundled model with its `checksums.json`.
+def verify(folder: Path, files: tuple[str, ...] | None = None) -> None:
+    """Compare the files of a lab model with its `checksums.json`.
 
     Args:
         folder: the model's folder.
+        files: their paths in the folder; None for all that the list has.
 
     Raises:
         ValueError: a file is missing, or its SHA-256 is another one.
     """
-    for file, expected in json.loads((folder / "checksums.json").read_text(encoding="utf-8")).items():
+    sums: dict[str, str] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    for file in sums if files is None else files:
         try:
             got = hashlib.sha256((folder / file).read_bytes()).hexdigest()
         except FileNotFoundError:
             got = "no file"
-        if got != expected:
+        if got != sums.get(file):
+            where = "pip install --force-reinstall --no-deps tl-lenses" if folder.parent == _HERE else "git checkout"
             raise ValueError(
-                f"{folder / file} is damaged: expected SHA-256 {expected}, got {got}; "
-                "reinstall with pip install --force-reinstall --no-deps tl-lenses"
+                f"{folder / file} is damaged: expected SHA-256 {sums.get(file)}, got {got}; bring it back with {where}"
             )
 
 
-def _hooked_transformer(folder: Path, hf_model: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
+def _find(name: str) -> Path | None:
+    """The folder of a model: in the package, in the folder that TL_LENSES_LAB names, or in the checkout around the package."""
+    if name in _IN_WHEEL:
+        return _HERE / name
+    named = os.environ.get("TL_LENSES_LAB")
+    for parent in ([Path(named)] if named else []) + [_HERE.parents[1] / "lab"]:
+        if (parent / name / "checksums.json").is_file():
+            return parent / name
+    return None
+
+
+def _last_step(folder: Path) -> int:
+    return json.loads((folder / "measured.json").read_text(encoding="utf-8"))["steps"]
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The checked weights of a folder; of a fine-tune, those that it did not train come from its base."""
+    from safetensors.torch import load_file
+
+    top = folder.parent if folder.name.startswith("step-") else folder
+    prefix = f"{folder.name}/" if top != folder else ""
+    verify(top, (f"{prefix}config.json", f"{prefix}model.safetensors"))
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    if not (folder / "base.json").is_file():
+        return tensors
+    base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    sums = json.loads((path(base["base"]) / "checksums.json").read_text(encoding="utf-8"))
+    if sums["model.safetensors"] != base["sha256"]:
+        raise ValueError(
+            f"{folder.name} was trained from another {base['base']}: expected weights with SHA-256 {base['sha256']}, "
+            f"got {sums['model.safetensors']}; take both from the same revision of the repository"
+        )
+    return _tensors(path(base["base"])) | tensors
+
+
+def _hooked_transformer(name: str, folder: Path, hf_model: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
     """TransformerLens 2.x, whose `from_pretrained` takes no local folder: its loading steps, without processing."""
     loading: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
     hooked_transformer: Any = importlib.import_module("transformer_lens").HookedTransformer
 
     config = loading.get_pretrained_model_config(str(folder), fold_ln=False, device=str(device), dtype=dtype)
-    config.model_name = folder.name  # otherwise the whole path
+    config.model_name = name  # otherwise the whole path
     state = loading.get_pretrained_state_dict(str(folder), config, hf_model=hf_model, dtype=dtype)
     model = hooked_transformer(config, tokenizer)
     model.load_and_process_state_dict(

@@ -40,6 +40,7 @@ def all_pairs(
     # `hook_dict` is built anew at every look, so each layer is looked up once.
     ours, theirs = cache(lambda layer: _resolved(model, layer)), cache(lambda layer: _resolved(to, layer))
     every = range(n_layers(to) + 1)
+    found: list[Pair]
     if pairs is not None:
         if layers is not None or target_layers is not None:
             raise ValueError("give either pairs, or layers and target_layers")
@@ -94,8 +95,9 @@ def routes(a: Layers | None, b: Layers) -> list[tuple[LayerOrSite | None, LayerO
 
 def check_map(map: Translators, model: LensModel, to: LensModel, pairs: Sequence[Pair]) -> None:
     """Refuse translators of other models, and rows that they do not have, before anything runs."""
-    moves = [route for a, b in pairs for route in routes(a, b)]
-    if any(one is None for one, _ in moves):
+    every = [route for a, b in pairs for route in routes(a, b)]
+    moves = [(one, into) for one, into in every if one is not None]
+    if len(moves) < len(every):
         raise ValueError(
             "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
         )
@@ -157,6 +159,7 @@ def cell(
     for layer, target_layer in routes(*pair):
         v = source.by_layer[layer]
         if isinstance(map, Translators):
+            assert layer is not None  # check_map has seen to it
             v = map[layer, target_layer](v)
         elif map is not None:
             v = map(v)

@@ -249,9 +249,30 @@ def write(model: Any, settings: Mapping[str, Any], folder: Path) -> None:
         weights = Path(__file__).parents[2] / "tl_lenses" / "lab" / settings["base"] / "model.safetensors"
         base = {"base": settings["base"], "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
         (folder / "base.json").write_text(json.dumps(base) + "\n", encoding="utf-8")
-    config = model.config.to_dict()
-    config.pop("transformers_version", None)
-    config |= {"architectures": [type(model).__name__], "dtype": "float16", "use_cache": True}
-    if settings["architecture"] in ("gpt2", "gpt_neo"):
-        config["activation_function"] = "gelu_new"  # the same function under the name that every reader knows
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(settings, folder)
+
+
+def write_config(settings: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json so that old and new transformers, and TransformerLens 2 to 4, read the same model from it.
+
+    Args:
+        settings: one model's.
+        folder: where to.
+    """
+    config = config_of(settings)
+    classes = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "gpt_neo": "GPTNeoForCausalLM"}
+    noise = ("_name_or_path", "transformers_version", "id2label", "label2id", "problem_type", "return_dict")
+    noise += ("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "_attn_implementation")
+    written = {key: value for key, value in config.to_dict().items() if key not in noise}
+    written |= {"architectures": [classes[settings["architecture"]]], "dtype": "float16", "use_cache": True}
+    match settings["architecture"]:
+        case "gpt2":
+            written |= {
+                "n_ctx": settings["context"],
+                "activation_function": "gelu_new",
+            }  # the same function by its old name
+        case "gpt_neo":
+            written |= {"activation_function": "gelu_new"}
+        case "gpt_neox":  # the names before transformers 5
+            written |= {"rotary_pct": 0.25, "rotary_emb_base": 10000}
+    (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,442 @@
+"""The experiments on cases whose answer is known: planted scores, tiny models whose words are known, and the published protocol.
+
+The models here are random, so what an experiment finds on them is checked against a computation by hand and not against the
+paper; what must hold on any model (the identity patch is the model, a shuffled source is another item's) is checked as such.
+"""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.cli_experiments import Name
+from tl_lenses.experiments import (
+    Fact,
+    attributes,
+    common,
+    cross_model,
+    entities,
+    facts,
+    multihop,
+    next_token,
+    read_facts,
+)
+from tl_lenses.experiments.attributes import probe
+from tl_lenses.experiments.common import MEAN, PATCHED, RANDOM, SHUFFLED, UNPATCHED, Cells, Result, others, random_like
+from tl_lenses.experiments.entities import clipped, read_descriptions
+from tl_lenses.experiments.picture import Heat, heat_svg
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return tll.lab.load()
+
+
+def said(model, target, new, vectors=None, pair=(0, 0)):
+    """What a patched prompt says: one cell, by the patching primitive."""
+    tokens = model.to_tokens(target.prompt, prepend_bos=True)
+    edit = [] if vectors is None else [tll.patch(tll.site(model, pair[1]), tll.edits.replace(vectors), pos=target.pos)]
+    ids = tll.generate(model, tokens, edit, new, stop_at_eos=False)[0, tokens.shape[1] :]
+    return model.tokenizer.decode(ids.tolist()).split(model.tokenizer.eos_token)[0].split("\n")[0]
+
+
+# --- scores of cells
+
+
+def planted(n=40, cells=12, best=5, seed=0):
+    """Noise everywhere at 0.3, one cell at 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.rand(n, cells, generator=generator) < 0.3).float()
+    x[:, best] = (torch.rand(n, generator=generator) < 0.9).float()
+    pairs = [(i // 4, i % 4) for i in range(cells)]
+    return Cells(pairs, {PATCHED: x, UNPATCHED: torch.zeros(n, 1)}, list(range(n)))
+
+
+def test_the_three_numbers_of_planted_scores():
+    cells = planted()
+    x, one = cells.scores[PATCHED], cells.summary()
+    assert one.oracle == pytest.approx(float(x.any(1).float().mean())) and one.best_cell == (1, 1)
+    assert one.best == pytest.approx(float(x[:, 5].mean())) and one.held_out == pytest.approx(one.best)
+    assert cells.summary(UNPATCHED) == common.Summary(0.0, 0.0, None, 0.0)
+
+
+def test_the_held_out_cell_does_not_profit_from_noise():
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(60, 400, generator=generator) < 0.2).float()
+    one = Cells([(i, 0) for i in range(400)], {PATCHED: x}, list(range(60))).summary()
+    assert one.oracle == 1.0 and one.best > 0.33  # of nothing but noise
+    assert abs(one.held_out - 0.2) < 0.1
+
+
+def test_items_of_one_group_stay_in_one_half():
+    # Each subject's prompts have a cell of their own: what is chosen on other subjects is never right.
+    x = torch.eye(4).repeat_interleave(10, 0)
+    pairs, subjects = [(i, i) for i in range(4)], [i // 10 for i in range(40)]
+    assert Cells(pairs, {PATCHED: x}, subjects).summary().held_out == 0.0
+    assert Cells(pairs, {PATCHED: x}, list(range(40))).summary().held_out > 0  # a subject in both halves gives it away
+
+
+def test_a_single_group_has_no_held_out_cell_and_no_items_no_numbers():
+    assert math.isnan(Cells([(0, 0)], {PATCHED: torch.ones(3, 1)}, [0, 0, 0]).summary().held_out)
+    assert math.isnan(Cells([(0, 0)], {PATCHED: torch.ones(0, 1)}, []).summary().oracle)
+    with pytest.raises(ValueError, match=r"are \[2, 3\]: expected \[2, 2\] or one column"):
+        Cells([(0, 0), (1, 1)], {PATCHED: torch.ones(2, 3)}, [0, 1])
+
+
+def test_chosen_cells_limit_the_best_one_and_layers_take_any_target():
+    cells = planted()
+    assert replace(cells, chosen=[0, 1, 2]).summary().best_cell in [(0, 0), (0, 1), (0, 2)]
+    by_layer = cells.by_source_layer()
+    assert list(by_layer) == [0, 1, 2]
+    assert by_layer[1] == pytest.approx(float(cells.scores[PATCHED][:, 4:8].any(1).float().mean()))
+
+
+def test_random_vectors_have_the_norms_and_shuffled_ones_another_answer():
+    x = torch.randn(5, 4, 16)
+    y = random_like(x)
+    assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-5)
+    assert (torch.cosine_similarity(x, y, dim=-1).abs() < 0.95).all() and torch.equal(y, random_like(x))
+    answers = list("aabbbc")
+    assert all(answers[i] != answers[j] for i, j in enumerate(others(answers)))
+    with pytest.raises(ValueError, match="two different answers"):
+        others(["a", "a"])
+
+
+# --- texts and facts
+
+
+def test_substrings_are_normalised_and_begin_words():
+    assert facts.contains("the city of  SAO\n Paulo.", "São Paulo") and facts.contains("ﬁsh", "Fish")
+    assert not facts.contains("a woman", "Oman") and not facts.contains("Romania", "mania")
+    assert facts.contains("bananas", "banana") and not facts.contains("", "a")
+
+
+def test_the_guard_names_the_reason():
+    fact = Fact("r", "Mexico", "Mexico City", "The capital of {} is")
+    assert facts.contaminated(fact, "The capital of x is", "Mexico City, of course") == "in the unpatched text"
+    assert facts.contaminated(fact, "Of Mexico City and Rome, x has", "no") == "in the target prompt"
+    assert facts.contaminated(replace(fact, object="Mexico"), "x", "no") == "in the subject"
+    assert facts.contaminated(fact, "The capital of x is", "no") == ""
+
+
+def test_facts_of_the_paper_keep_their_newlines_and_lose_their_positions(tmp_path, model):
+    file = tmp_path / "factual" / "food_from_country.tsv"
+    file.parent.mkdir()
+    columns = "prompt_target object subject generations_baseline prompt_source position_source source_cropped_toks"
+    rows = [
+        ["The country of origin for x", "Italy", "cat", '"said\n""this"""', "the cat and the cat sat", "9", '"[\' the\', \' cat\', \' and\', \' the\', \' cat\']"'],
+        ["The country of origin for x", "Italy", "cat", "a", "the cat sat", "9", "\"[' the'\n ' cat']\""],
+        ["The country of origin for x", "Italy", "cat", "a", "the cat sat", "9", "\"[' the'\n ' cat']\""],
+        ["The country of origin for x", "Italy", "cat", "a", "no such word", "9", "[]"],
+    ]  # fmt: skip
+    file.write_text("\n".join("\t".join(row) for row in [columns.split(), *rows]))
+    found = read_facts(tmp_path)
+    assert [(f.relation, f.template, f.text, f.occurrence) for f in found] == [
+        ("food_from_country", "The country of origin for {}", "the cat and the cat sat", 1),
+        ("food_from_country", "The country of origin for {}", "the cat sat", 0),
+    ]
+    for fact, end in zip(found, ("the cat and the cat", "the cat"), strict=True):
+        source = facts.source_of(model, fact)
+        assert source.pos == model.to_tokens(end, prepend_bos=True).shape[1] - 1
+
+
+def test_facts_of_lre_and_the_built_in_ones(tmp_path):
+    content = {"prompt_templates": ["{} has", "The capital of {} is"], "samples": [
+        {"subject": "Brazil", "object": r"Bras\u00edlia"}, {"subject": "Brazil", "object": "Rio"}]}  # fmt: skip
+    (tmp_path / "capital.json").write_text(json.dumps(content))
+    assert read_facts(tmp_path) == [Fact("capital", "Brazil", "Brasília", "The capital of {} is")]
+    own = read_facts()
+    assert {fact.relation for fact in own} == {"country_capital_city", "food_from_country"} and len(own) == 39
+    assert len(facts.two_hops(own)) > 10
+    (tmp_path / "empty").mkdir()
+    for path in ("none", "empty"):
+        with pytest.raises(ValueError, match="expected .tsv files of the paper or .json files of LRE"):
+            read_facts(tmp_path / path)
+    (tmp_path / "empty" / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="no prompt_templates and samples"):
+        read_facts(tmp_path / "empty")
+    (tmp_path / "empty" / "a.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(ValueError, match="has no columns"):
+        read_facts(tmp_path / "empty")
+
+
+def test_every_file_of_the_paper_and_of_lre_is_read(shared):
+    paper, lre = shared / "tasks" / "patchscopes-preprocessed", shared / "tasks" / "lre-relations"
+    if not paper.is_dir():
+        pytest.skip("no data sets beside the checkout")
+    found = read_facts(paper)
+    assert len({fact.relation for fact in found}) == 22 and len(found) == 13_800
+    assert sum(fact.relation == "person_mother" for fact in found) > 3500
+    assert {fact.relation for fact in read_facts(lre)} >= {"country_capital_city", "word_first_letter"}
+    assert len({fact.relation for fact in read_facts(lre)}) == 47
+
+
+def test_the_placeholder_is_found_behind_a_bos_that_spells_it(lab):
+    target = facts.target_of(lab, "{} originates from the country of")  # "<|endoftext|>" has an x
+    assert (
+        target.pos == 1 and lab.tokenizer.decode(lab.to_tokens(target.prompt, prepend_bos=True)[0, 1:2].tolist()) == "x"
+    )
+    target = facts.target_of(lab, "The exact text of {} is")
+    assert lab.tokenizer.decode(lab.to_tokens(target.prompt, prepend_bos=True)[0, target.pos :].tolist()) == " x is"
+    with pytest.raises(ValueError, match="expected a template"):
+        facts.target_of(lab, "no subject")
+
+
+# --- next-token prediction
+
+
+def test_next_token_against_the_computation_by_hand(model):
+    tokens = zoo.tokens(6, 10)
+    found = next_token(model, tokens, n=12, per_row=2, layers=[1, 3])
+    assert found.layers == [1, 3] and len(found.cells.groups) == 12
+    # The last layer is the model: always right, and its surprisal is the model's own.
+    assert found.cells.scores["token identity"][:, -1].all() and found.cells.scores["logit lens"][:, -1].all()
+    logits = tll.run(model, tokens).detach()
+    scope = tll.scopes.token_identity()
+    generator = torch.Generator().manual_seed(0)
+    at = 0
+    for row in range(6):
+        for column in (torch.randperm(9, generator=generator)[:2] + 1).tolist():
+            seen = {}
+            tll.run(model, tokens[row], [tll.read(1, seen, pos=column)])
+            patched = tll.run(model, scope.prompt, [tll.patch(1, tll.edits.replace(seen[1][0, 0]), pos=-1)])[0, -1]
+            own, answer = logits[row, column].log_softmax(-1), int(patched.argmax())
+            assert found.cells.scores["token identity"][at, 0] == float(answer == int(own.argmax()))
+            # The paper's direction: the model's surprise at the patched answer.
+            assert float(found.surprisal["token identity"][at, 0]) == pytest.approx(-float(own[answer]), abs=1e-4)
+            lens = tll.Lens(model)[1](seen[1][0, 0]).argmax()
+            assert found.cells.scores["logit lens"][at, 0] == float(int(lens) == int(own.argmax()))
+            at += 1
+
+
+def test_controls_of_next_token(model):
+    found = next_token(model, zoo.tokens(20, 12), n=60, layers=[1, 2, 3])
+    assert list(found.cells.scores)[-4:] == [SHUFFLED, RANDOM, MEAN, UNPATCHED]
+    # Another position has another answer: in the last layer the control is the truth of that one, never this one's.
+    assert not found.cells.scores[SHUFFLED][:, -1].any()
+    assert found.cells.scores["token identity"][:, -1].all()
+    assert found.cells.scores[UNPATCHED].shape == (60, 1) and float(found.cells.scores[UNPATCHED].mean()) < 0.2
+    assert 3 not in [found.cells.summary(name).best_cell[0] for name in ("token identity", "logit lens")]
+
+
+def test_a_fitted_lens_stands_beside_it_and_cannot_take_a_name(model):
+    maps = tll.fit_regression(model, zoo.tokens(40, 12))
+    found = next_token(model, zoo.tokens(6, 10), {"regression": tll.Lens(model, maps)}, n=10)
+    assert found.methods == ["token identity", "logit lens", "regression"]
+    assert found.cells.scores["regression"].shape == (10, 4)
+    with pytest.raises(ValueError, match="may not be called 'unpatched'"):
+        next_token(model, zoo.tokens(), {"unpatched": tll.Lens(model)})
+    with pytest.raises(ValueError, match="fewer than two positions"):
+        next_token(model, zoo.tokens(1, 2), n=5)
+
+
+# --- attribute extraction
+
+
+@pytest.fixture(scope="module")
+def asked(lab):
+    some = [fact for fact in read_facts() if fact.relation == "country_capital_city"][:8]
+    return attributes(lab, some, layers=[0, 3], target_layers=[0, 1], max_new_tokens=5, limit=None)
+
+
+def test_attributes_against_the_computation_by_hand(lab, asked):
+    assert asked.cells.pairs == [(0, 0), (0, 1), (3, 0), (3, 1)] and len(asked.facts) >= 4
+    vectors = common.vectors_of(lab, [facts.source_of(lab, fact) for fact in asked.facts])
+    target = facts.target_of(lab, asked.facts[0].template)
+    for i, fact in enumerate(asked.facts[:3]):
+        ids = lab.to_tokens(fact.subject, prepend_bos=True)
+        for c, (a, b) in enumerate(asked.cells.pairs):
+            seen = {}
+            tll.run(lab, ids, [tll.read(a, seen, pos=-1)])
+            assert torch.allclose(vectors[i, a], seen[a][0, 0], atol=1e-4)
+            text = said(lab, target, 5, seen[a][0, 0], (a, b))
+            assert asked.cells.scores[PATCHED][i, c] == float(facts.contains(text, fact.object)), (fact, a, b, text)
+
+
+def test_controls_of_attributes_are_worse_than_the_real_vector(lab, asked):
+    own = asked.cells.summary()
+    assert own.best > 0.7
+    for control in (SHUFFLED, RANDOM, MEAN, UNPATCHED):
+        assert asked.cells.summary(control).best < own.best - 0.3
+    # A shuffled source is another item of the same run: what it says is right for that one.
+    rows = others([fact.object for fact in asked.facts])
+    vectors = common.vectors_of(lab, [facts.source_of(lab, fact) for fact in asked.facts])
+    target = facts.target_of(lab, asked.facts[0].template)
+    text = said(lab, target, 5, vectors[rows[0], 0], (0, 0))
+    assert asked.cells.scores[SHUFFLED][0, 0] == float(facts.contains(text, asked.facts[0].object))
+
+
+def test_only_what_the_model_knows_is_asked_and_the_guard_counts(lab):
+    template = "The capital of {} is the city of"
+    right = [fact for fact in read_facts() if fact.relation == "country_capital_city"][:6]
+    wrong = [Fact("country_capital_city", "Peru", "Zzyzx", template)]
+    listed = [replace(fact, relation="listed", template=f"Of Paris, Ottawa and Rome, {template}") for fact in right]
+    found = attributes(lab, [*right, *wrong, *listed], layers=[0], target_layers=[0], max_new_tokens=5, limit=None)
+    assert "Zzyzx" not in [fact.object for fact in found.facts]
+    assert found.left_out["country_capital_city"]["that the model does not know"] >= 1
+    assert any("target prompt" in reason for reason in found.left_out["listed"])
+    assert not {fact.object for fact in found.facts if fact.relation == "listed"} & {"Paris", "Ottawa", "Rome"}
+    with pytest.raises(ValueError, match="does not know them"):
+        attributes(lab, wrong, layers=[0], max_new_tokens=2)
+
+
+def test_the_probe_finds_a_planted_direction_and_nothing_in_noise():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, 32, generator=generator)
+    answers = [str(i % 3) for i in range(60)]
+    x[:, 1, :3] += 6 * torch.nn.functional.one_hot(torch.arange(60) % 3, 3)  # layer 1 has it
+    right = probe(x, answers)
+    assert right[:, 1].mean() > 0.95 and right[:, 0].mean() < 0.6
+    # An answer that no other fold has cannot be named.
+    assert not probe(x[:6], list("abcdef")).any()
+
+
+# --- entity resolution
+
+
+def test_entities_against_the_computation_by_hand(lab):
+    descriptions = {k: v for k, v in read_descriptions().items() if v.startswith("food")}
+    target = tll.Target("Kimchi: food from South Korea, Sushi: food from Japan, x")
+    kept = {k: v for k, v in list(descriptions.items())[:6] if k not in ("Kimchi", "Sushi")}
+    found = entities(lab, kept, target=target, layers=[0, 1, 4], max_new_tokens=8)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for i, name in enumerate(found.names):
+        for c, layer in enumerate(found.layers):
+            seen = {}
+            tll.run(lab, name, [tll.read(tll.site(lab, layer), seen, key=0, pos=-1)])
+            text = clipped(said(lab, target, 8, seen[0][0, 0], (layer, layer)))
+            want = scorer.score(kept[name], text)["rougeL"].fmeasure
+            assert found.texts[i][c] == text and float(found.cells.scores[PATCHED][i, c]) == pytest.approx(want)
+    assert found.cells.summary().best > found.cells.summary(RANDOM).best
+    assert found.cells.summary(UNPATCHED).best_cell is None
+
+
+def test_descriptions_are_clipped_and_read(tmp_path):
+    assert clipped(": food from Italy, Sushi: food from Japan") == "food from Italy"
+    assert clipped("y: a type of pasta\nmore") == "a type of pasta" and clipped("no colon") == "no colon"
+    (tmp_path / "a.csv").write_text("subject,description\nPizza,food\n")
+    (tmp_path / "b.json").write_text('{"Pizza": "food"}')
+    assert read_descriptions(tmp_path / "a.csv") == read_descriptions(tmp_path / "b.json") == {"Pizza": "food"}
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    for name, message in (("c.csv", "no columns subject and description"), ("none.csv", "expected a .json or .csv")):
+        with pytest.raises(ValueError, match=message):
+            read_descriptions(tmp_path / name)
+
+
+def test_few_entities_are_refused(model):
+    with pytest.raises(ValueError, match="too few to score"):
+        entities(model, {"a": "b", "c": "d", "e": "f", "g": "h"})
+
+
+# --- between models
+
+
+def test_a_model_into_itself_through_identity_maps(model):
+    """Patching a prompt's own vector changes nothing: P@1 is 1 in the diagonal cells, and another vector breaks it."""
+    depth, d = 3, 32
+    rows = [(f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_pre") for i in range(1, depth)]
+    rows.append((f"blocks.{depth - 1}.hook_resid_post",) * 2)
+    eye = torch.eye(d).expand(len(rows), d, d).clone()
+    identity = tll.Translators(rows, eye, torch.zeros(len(rows), d), n_layers=depth)
+    found = cross_model(model, model, identity, zoo.tokens(10, 12), n=10)
+    assert found.cells.pairs == [(1, 1), (2, 2), (3, 3)]
+    assert found.cells.scores[PATCHED].all() and found.own.scores[PATCHED].all()
+    assert found.cells.scores[UNPATCHED].all()  # the two models agree everywhere
+    assert found.cells.mean(SHUFFLED)[-1] == 0 and found.cells.mean(RANDOM)[-1] < 0.5
+    assert found.scope.mean(PATCHED)[-1] == 1 and found.scope.summary(UNPATCHED).best < 0.5
+    drawn = {row["target"] for row in found.rows()}
+    assert len(drawn) == 3 and "P@1, same prompt, same place" in " ".join(str(found).split())
+
+
+# --- two hops
+
+
+def test_multihop_against_the_computation_by_hand(lab):
+    found = multihop(lab, read_facts(), layers=[0, 4], target_layers=[0, 1], max_new_tokens=5, limit=4)
+    assert list(found.forms) == ["placeholder", "same prompt", "masked"] and len(found.queries) >= 2
+    assert found.plain["first hop"].all() and found.plain["second hop"].all()  # or they would not be here
+    one, two = found.queries[0]
+    assert one.object == two.subject
+    target = facts.target_of(lab, two.template)
+    for c, (a, b) in enumerate(found.cells.pairs):
+        seen = {}
+        tll.run(lab, one.template.format(one.subject), [tll.read(a, seen, pos=-1)])
+        text = said(lab, target, 5, seen[a][0, 0], (a, b))
+        assert found.cells.scores[PATCHED][0, c] == float(facts.contains(text, two.object))
+    hops = tll.scopes.multihop(lab, one.phrase.format(one.subject), two.template.split("{}")[0], masked=True)
+    masked = tll.patchscope(lab, **hops, layers=[0, 4], target_layers=[0, 1], max_new_tokens=5)
+    want = [float(facts.contains(text.split("\n")[0], two.object)) for text in masked.text[0]]
+    assert found.forms["masked"].scores[PATCHED][0].tolist() == want
+
+
+def test_a_patch_that_must_make_two_hops(lab):
+    """The first question is the bare name of the country, so the early cells have its capital, and shuffled ones have not."""
+    from tl_lenses.experiments.multihop import _placeholder
+
+    capitals = [fact for fact in read_facts() if fact.object in ("Paris", "Rome", "Tokyo", "Madrid")]
+    queries = [(Fact("name", two.subject, "nothing", "{}", phrase="{}"), two) for two in capitals]
+    pairs, scores = _placeholder(lab, queries, [0, 1], [0], 5, 0)
+    assert pairs == [(0, 0), (1, 0)] and scores[PATCHED][:, 0].mean() >= 0.75
+    assert scores[SHUFFLED][:, 0].mean() <= 0.25 and not scores[UNPATCHED].any()
+
+
+def test_multihop_refuses_what_it_cannot_ask(lab):
+    with pytest.raises(ValueError, match="forms are some of"):
+        multihop(lab, read_facts(), forms=["both"])
+    with pytest.raises(ValueError, match="0 of 0 two-hop queries are left"):
+        multihop(lab, [fact for fact in read_facts() if not fact.phrase])
+
+
+# --- results
+
+
+def results(model, lab, asked):
+    yield next_token(model, zoo.tokens(6, 10), n=8)
+    yield asked
+
+
+def test_results_print_save_and_draw(model, lab, asked, tmp_path):
+    for found in results(model, lab, asked):
+        text, frame = str(found), found.to_frame()
+        assert "oracle" in text and "best fixed" in text and "held-out" in text
+        for control in (SHUFFLED, RANDOM, MEAN, UNPATCHED):
+            assert control in text and control in set(frame["condition"])
+        assert {"condition", "layer", "target_layer", "score", "items"} <= set(frame.columns)
+        folder = found.save(tmp_path / found.name)
+        content = json.loads((folder / "result.json").read_text())
+        assert content["experiment"] == found.name and content["rows"] and content["versions"]["torch"]
+        assert (folder / "result.csv").read_text().count("\n") == len(frame) + 1
+        assert (folder / "heat.svg").read_text().startswith("<svg")
+        assert found.save(folder) == folder  # again
+        assert "| oracle |" in found.markdown() and isinstance(found, Result)
+        with pytest.raises((AttributeError, TypeError)):
+            found.cells = None
+    plotly = pytest.importorskip("plotly")
+    assert plotly and asked.figure().data[0].z and (tmp_path / "attributes" / "heat.html").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        asked.save(tmp_path / "file")
+
+
+def test_heat_maps_escape_and_leave_holes():
+    text = heat_svg(Heat("a < b", ["<r>"], ["0", "1"], [[0.5, math.nan]]))
+    assert "a &lt; b" in text and "&lt;r&gt;" in text and "#eceff3" in text and ">0.50<" in text
+
+
+def test_every_experiment_has_a_command():
+    from tl_lenses.cli_experiments import _RUN
+
+    assert set(_RUN) == set(Name) and {name.value for name in Name} == {
+        cls.name for cls in Result.__subclasses__()
+    }  # fmt: skip

@@ -1,0 +1,36 @@
+"""The experiments of the Patchscopes paper, each a function that takes a model and returns a result that prints and saves.
+
+| I want to know | Call |
+|---|---|
+| how early the next token can be read | `next_token(model, tokens, lenses)` |
+| which attributes of a subject a vector has | `attributes(model, facts)` |
+| when a name becomes an entity | `entities(model, descriptions)` |
+| whether a larger model can read a smaller one | `cross_model(model, to, maps, tokens)` |
+| whether a patch makes two hops out of one | `multihop(model, facts)` |
+
+Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5.
+"""
+
+from tl_lenses.experiments.attributes import Attributes, attributes
+from tl_lenses.experiments.common import Result
+from tl_lenses.experiments.cross_model import CrossModel, cross_model
+from tl_lenses.experiments.entities import Entities, entities
+from tl_lenses.experiments.facts import Fact, read_facts
+from tl_lenses.experiments.multihop import Multihop, multihop
+from tl_lenses.experiments.next_token import NextToken, next_token
+
+__all__ = [
+    "Attributes",
+    "CrossModel",
+    "Entities",
+    "Fact",
+    "Multihop",
+    "NextToken",
+    "Result",
+    "attributes",
+    "cross_model",
+    "entities",
+    "multihop",
+    "next_token",
+    "read_facts",
+]
