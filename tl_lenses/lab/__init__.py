@@ -149,6 +149,8 @@ def load(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(_HERE / "lab-gpt2")
     with torch.random.fork_rng(devices=[]):
         hf_model: Any = AutoModelForCausalLM.from_config(config).float()
+        if "lm_head.weight" in tensors and "lm_head.weight" not in hf_model.state_dict():
+            tensors["embed_out.weight"] = tensors.pop("lm_head.weight")  # GPT-NeoX before transformers 5
         # A tied unembedding is not stored twice.
         hf_model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
         hf_model.tie_weights()
