@@ -249,7 +249,7 @@ def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> Non
 
 def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> list[list[int]]:
     """Indices of the cells that share their target, so that they can share batches."""
-    key = lambda prompt: (prompt.tokens[0].tolist().__repr__(), prompt.place, prompt.read, id(prompt.soft))
+    key = lambda prompt: (tuple(prompt.tokens[0].tolist()), prompt.place, prompt.read, id(prompt.soft))
     found: dict[Any, list[int]] = {}
     names: dict[int, Any] = {}
     for c, (s, _) in enumerate(cells):
