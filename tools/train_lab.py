@@ -35,12 +35,15 @@ def settings_of(name: str) -> dict[str, Any]:
     if name not in everything["models"]:
         raise ValueError(f"expected a model of {SETTINGS.name}, one of {sorted(everything['models'])}, got {name!r}")
     own = everything["models"][name]
-    base = everything["models"].get(own.get("base"), {})  # a fine-tune has its base's shape
+    base = dict(everything["models"].get(own.get("base"), {}))  # a fine-tune has its base's shape
+    base.pop("start", None)
     return {**everything["train"], **base, **own, "name": name}
 
 
-def folder_of(settings: dict[str, Any]) -> Path:
-    """Where the finished model is kept."""
+def folder_of(settings: dict[str, Any], work: Path) -> Path:
+    """Where the finished model is kept: the first stage of a model only in the work folder."""
+    if settings["where"] == "work":
+        return work / settings["name"] / "finished"
     return (ROOT / "tl_lenses" / "lab" if settings["where"] == "wheel" else ROOT / "lab") / settings["name"]
 
 
@@ -80,12 +83,12 @@ def main() -> None:
                 if key not in settings:
                     raise ValueError(f"expected a setting, one of {sorted(settings)}, got {key!r}")
                 settings[key] = tomllib.loads(f"x = {value}")["x"]
-            train(settings, args.work, folder_of(settings), device=args.device, stop_after=args.steps)
+            train(settings, args.work, folder_of(settings, args.work), device=args.device, stop_after=args.steps)
         else:
             from lab.measure import measure
 
             settings = settings_of(args.argument)
-            measure(settings, args.work, args.folder or folder_of(settings), card=args.folder is None)
+            measure(settings, args.work, args.folder or folder_of(settings, args.work), card=args.folder is None)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"train_lab: {error}")
 

@@ -28,11 +28,18 @@ _KEEP = re.compile(r"[a-z]{3,10}")
 class Writer:
     """Writes documents of every kind from a random generator; knows which words are kept for the tests."""
 
-    def __init__(self, relations: Mapping[str, Relation], words: list[str], rng: random.Random):
+    def __init__(
+        self,
+        relations: Mapping[str, Relation],
+        words: list[str],
+        rng: random.Random,
+        often: Mapping[str, float] | None = None,
+    ):
         self.relations, self.words, self.rng = relations, words, rng
         self.names = list(relations)
         # A relation of few subjects is asked for more often than its size, a large one less: every fact gets its exposures.
-        self.weights = [len(relation.pairs) ** 0.6 for relation in relations.values()]
+        often = often or {}
+        self.weights = [len(relation.pairs) ** 0.6 * often.get(name, 1) for name, relation in relations.items()]
         self.entities = sorted({s for relation in relations.values() for s in relation.pairs if len(s) < 24})
 
     def relation(self) -> Relation:
@@ -102,8 +109,34 @@ def _words(texts: list[str], most: int) -> list[str]:
     return [word for word, _ in counts.most_common(most)]
 
 
+def _mix(
+    kinds: Mapping[str, Callable[[], str]], shares: Mapping[str, float], n_tokens: int, tokenizer: Any, rng: random.Random
+) -> tuple[np.ndarray, dict[str, int]]:
+    """A stream of `n_tokens` tokens of documents of every kind, by their shares, and how many tokens each kind has in it."""
+    written = dict.fromkeys(shares, 0)
+    parts: list[np.ndarray] = []
+    total = 0
+    while total < n_tokens:
+        # Always the kind that is furthest behind its share, a few hundred documents at a time (the tokenizer is parallel).
+        texts, names = [], []
+        guess = dict(written)
+        for _ in range(512):
+            name = min(shares, key=lambda kind: guess[kind] / shares[kind] + rng.random() * 20_000)
+            text = kinds[name]()
+            texts.append(text + EOS)
+            names.append(name)
+            guess[name] += len(text) // 4 + 1
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for name, row in zip(names, ids, strict=True):
+            written[name] += len(row)
+        order = rng.sample(range(len(ids)), len(ids))
+        parts.append(np.concatenate([np.asarray(ids[i], dtype=np.uint16) for i in order]))
+        total += len(parts[-1])
+    return np.concatenate(parts)[:n_tokens], written
+
+
 def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path, log: Callable[[str], None]) -> None:
-    """Write `corpus.npy` (uint16 tokens), `author.npy` (the author of the fine-tune) and `held_out.json` to `out`.
+    """Write `corpus.npy` and `second.npy` (uint16 tokens), `author.npy` (the author of the fine-tune) and `held_out.json`.
 
     Args:
         settings: the `corpus` table of `lab.toml`.
@@ -143,27 +176,8 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
         "identity": writer.identity,
         "repeated": writer.repeated,
     }
-    shares: dict[str, float] = settings["shares"]
-    written = dict.fromkeys(shares, 0)
-    parts: list[np.ndarray] = []
-    total, target = 0, settings["tokens"]
-    while total < target:
-        # Always the kind that is furthest behind its share, a few hundred documents at a time (the tokenizer is parallel).
-        texts, names = [], []
-        guess = dict(written)
-        for _ in range(512):
-            name = min(shares, key=lambda kind: guess[kind] / shares[kind] + rng.random() * 20_000)
-            text = kinds[name]()
-            texts.append(text + EOS)
-            names.append(name)
-            guess[name] += len(text) // 4 + 1
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for name, row in zip(names, ids, strict=True):
-            written[name] += len(row)
-        order = rng.sample(range(len(ids)), len(ids))
-        parts.append(np.concatenate([np.asarray(ids[i], dtype=np.uint16) for i in order]))
-        total += len(parts[-1])
-    log(f"{total:,} tokens: " + ", ".join(f"{name} {n / total:.1%}" for name, n in written.items()))
+    tokens, written = _mix(kinds, settings["shares"], settings["tokens"], tokenizer, rng)
+    log(f"{len(tokens):,} tokens: " + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items()))
 
     def ids_of(texts: list[str]) -> np.ndarray:
         rows_ = tokenizer([text + EOS for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
@@ -172,7 +186,7 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     author_texts = [text for title in author if title != author_held_out for text in read[title]]
     rng.shuffle(author_texts)
     out.mkdir(parents=True, exist_ok=True)
-    np.save(out / "corpus.npy", np.concatenate(parts)[:target])
+    np.save(out / "corpus.npy", tokens)
     np.save(out / "author.npy", ids_of(author_texts))
 
     test = Writer(relations, held_words, random.Random(settings["seed"] + 1))
@@ -192,6 +206,22 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
         "written": written,
     }  # fmt: skip
     (out / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
+
+    # The second stage: other shares, some relations more often, and rarer words to copy; nothing that is held out.
+    second = settings["second"]
+    rng = random.Random(settings["seed"] + 2)
+    more = [word for word in _words(train_books + stories, second["words"]) if word not in set(held_words)]
+    writer = Writer(relations, more, rng, often=second["often"])
+    kinds = {
+        "books": _shuffled(train_books, rng).__next__,
+        "stories": _shuffled(stories, rng).__next__,
+        "facts": writer.facts,
+        "identity": writer.identity,
+        "repeated": writer.repeated,
+    }
+    tokens, written = _mix(kinds, second["shares"], second["tokens"], tokenizer, rng)
+    np.save(out / "second.npy", tokens)
+    log(f"second stage, {len(tokens):,} tokens: " + ", ".join(f"{name} {n}" for name, n in written.items()))
 
 
 def rows(tokens: np.ndarray, step: int, batch: int, context: int) -> np.ndarray:

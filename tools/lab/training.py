@@ -73,11 +73,14 @@ def config_of(settings: Mapping[str, Any]) -> Any:
     raise ValueError(f"expected an architecture gpt2, gpt_neox or gpt_neo, got {settings['architecture']!r}")
 
 
-def _new_model(settings: Mapping[str, Any], base: Path | None) -> Any:
-    """A model with fresh weights, or the base model of a fine-tune with all but the trained blocks frozen."""
+def _new_model(settings: Mapping[str, Any], base: Path | None, start: Path | None) -> Any:
+    """A model with fresh weights, with those of its first stage, or a fine-tune's base with all but the trained blocks frozen."""
     torch.manual_seed(settings["seed"])
     classes: dict[str, Any] = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "gpt_neo": GPTNeoForCausalLM}
     model = classes[settings["architecture"]](config_of(settings))
+    if start is not None:
+        model.load_state_dict({k: v.float() for k, v in load_file(start / "model.safetensors").items()}, strict=False)
+        model.tie_weights()
     if base is not None:
         model.load_state_dict({k: v.float() for k, v in load_file(base / "model.safetensors").items()}, strict=False)
         model.tie_weights()
@@ -153,7 +156,10 @@ def train(
         raise ValueError(f"expected the corpus {data}: make it with `python tools/train_lab.py corpus SOURCES`")
     tokens = np.load(data, mmap_mode="r")
     base = Path(__file__).parents[2] / "tl_lenses" / "lab" / settings["base"] if "base" in settings else None
-    model = _new_model(settings, base).to(device).train()
+    start = work / settings["start"] / "finished" if "start" in settings else None
+    if start is not None and not (start / "model.safetensors").is_file():
+        raise ValueError(f"expected the first stage in {start}: train it with `... train {settings['start']}`")
+    model = _new_model(settings, base, start).to(device).train()
     optimisers = _optimisers(model, settings)
     peaks = [
         [group["lr"] for group in optimiser.param_groups] for optimiser in optimisers
