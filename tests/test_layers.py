@@ -24,7 +24,17 @@ GROUPS: list[tuple[str, bool, list[str]]] = [
     (
         "faces",
         True,
-        ["lab", "demo", "cli_inputs", "cli_patchscope", "cli_experiments", "cli", "__main__", "__init__"],
+        [
+            "lab",
+            "demo",
+            "cli_inputs",
+            "cli_patchscope",
+            "cli_lens_experiments",
+            "cli_experiments",
+            "cli",
+            "__main__",
+            "__init__",
+        ],
     ),
 ]
 # Methods that hand over to a face of the value they belong to; imported when called and never at import.
@@ -39,7 +49,7 @@ MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {"fit.common", "fit.regression"},
-    "experiments": {"experiments.common", "experiments.facts", "experiments.picture"},
+    "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
     "views": None,
     "patchscopes": None,
     "lab": None,

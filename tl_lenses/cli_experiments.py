@@ -1,4 +1,4 @@
-"""The command `tl-lenses experiment`: the experiments of the Patchscopes paper on a model of choice."""
+"""The command `tl-lenses experiment`: the experiments of the Patchscopes and Tuned Lens papers on a model of choice."""
 
 import time
 from enum import Enum
@@ -21,6 +21,7 @@ from tl_lenses.cli_inputs import (
     read_batches,
     say,
 )
+from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
 
 FIT_TOKENS = 2**14
 # Options that only some experiments have.
@@ -30,20 +31,17 @@ _ONLY = {
     "max_new_tokens": ("attributes", "entities", "multihop"),
 }  # fmt: skip
 _LIMITS = {"next-token": 400, "attributes": 60, "entities": 60, "cross-model": 60, "multihop": 12}
+# Those of the Tuned Lens paper say which options they take.
+_ONLY = {
+    option: (*_ONLY.get(option, ()), *(name for name, (_, options, _) in RUNNERS.items() if option in options))
+    for option in ("to", "lens", "no_guard", "target_layers", "max_new_tokens", "k")
+}
 
-
-class Name(str, Enum):
-    """The experiments."""
-
-    next_token = "next-token"
-    attributes = "attributes"
-    entities = "entities"
-    cross_model = "cross-model"
-    multihop = "multihop"
+Name = Enum("Name", {name.replace("-", "_"): name for name in (*_LIMITS, *RUNNERS)}, type=str)
 
 
 def experiment(
-    name: Annotated[Name, typer.Argument(help="Which one.")],
+    name: Annotated[Name, typer.Argument(help="Which one.")],  # type: ignore[valid-type]
     model: Model = "lab-gpt2",
     output: Annotated[
         Path | None, typer.Option(help="Folder for result.json, result.csv and heat maps; experiments/NAME by default.")
@@ -59,7 +57,10 @@ def experiment(
     lens: Lenses = None,
     layers: Annotated[str | None, typer.Option(help="Source layers, such as 0,4,8 or ::2; all by default.")] = None,
     target_layers: Annotated[str | None, typer.Option(help="Target layers; all but the last by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Items (positions, facts, entities, queries).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items (positions, facts, entities, queries, tokens, examples).")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Directions of a basis.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of generated texts; 8 for the lab models, else the paper's 20 (entities: 50).")
     ] = None,
@@ -71,7 +72,7 @@ def experiment(
     device: Device = None,
     dtype: DType = Dtype.float32,
 ) -> None:
-    """Run an experiment of the Patchscopes paper: tables with controls, and files with every cell.
+    """Run an experiment of the Patchscopes or the Tuned Lens paper: tables, and files with every number and picture.
 
     Example: tl-lenses experiment next-token --output next-token
     """
@@ -79,18 +80,18 @@ def experiment(
 
     given = {
         "to": to is not None, "lens": bool(lens), "no_guard": no_guard, "target_layers": target_layers is not None,
-        "max_new_tokens": max_new_tokens is not None,
+        "max_new_tokens": max_new_tokens is not None, "k": k is not None,
     }  # fmt: skip
     for option, those in _ONLY.items():
         if given[option] and name.value not in those:
             raise ValueError(f"--{option.replace('_', '-')} is for {', '.join(those)}, not for {name.value}")
     if limit is not None and limit < 2:
         raise ValueError(f"--limit {limit} is too few: an experiment needs two items at least")
-    if name is Name.cross_model and to is None:
+    if name.value == "cross-model" and to is None:
         to = "lab-gpt2"
         model = "lab-gpt2-small" if model == "lab-gpt2" else model
     folder = check_output(Path("experiments") / name.value if output is None else output, overwrite=True)
-    inputs = _inputs(name, data, lens)
+    inputs = _inputs(name.value, data, lens)
 
     start = time.perf_counter()
     loaded = load_model(model, device, dtype.value)
@@ -104,9 +105,12 @@ def experiment(
     if target_layers is not None:
         settings["target_layers"] = parse_layers(target_layers, goal.cfg.n_layers + 1)
     lab = model.startswith("lab-")
-    result = _RUN[name](
-        loaded, goal, inputs, settings, _Options(limit or _LIMITS[name.value], max_new_tokens, lab, not no_guard)
-    )
+    if name.value in RUNNERS:
+        wanted = Wanted(inputs[0], None if to is None else goal, inputs[1], settings.get("layers"), limit, k, seed, lab)
+        result = RUNNERS[name.value][0](loaded, wanted)
+    else:
+        options = _Options(limit or _LIMITS[name.value], max_new_tokens, lab, not no_guard)
+        result = _RUN[name.value](loaded, goal, inputs, settings, options)
     say(result.markdown() if markdown else str(result))
     result.save(folder)
     say(f"\n{time.perf_counter() - start:.0f} s; saved in {folder}")
@@ -120,18 +124,18 @@ class _Options:
         self.new = lambda usual: new if new is not None else min(usual, 16 if usual == 50 else 8) if lab else usual
 
 
-def _inputs(name: Name, data: str | None, lens: Any) -> Any:
+def _inputs(name: str, data: str | None, lens: Any) -> Any:
     """Facts, descriptions, or where text comes from and lenses: read before a model is loaded."""
     from tl_lenses.experiments.entities import read_descriptions
     from tl_lenses.experiments.facts import read_facts
 
-    if name in (Name.attributes, Name.multihop):
+    if name in ("attributes", "multihop"):
         return read_facts(data)
-    if name is Name.entities:
+    if name == "entities":
         return read_descriptions(data)
     from tl_lenses.translators import Translators
 
-    folders = lens_names(lens, taken=("token identity", "logit lens", "regression"))
+    folders = lens_names(lens, taken=("token identity", "logit lens", "regression", "logit"))
     found = {one: Translators.load(folder) for one, folder in folders.items()}
     return data_source(data or "lab", "", "text"), found
 
@@ -199,6 +203,6 @@ def _cross_model(model: Any, to: Any, inputs: Any, settings: dict[str, Any], opt
 
 
 _RUN = {
-    Name.next_token: _next_token, Name.attributes: _attributes, Name.entities: _entities,
-    Name.multihop: _multihop, Name.cross_model: _cross_model,
+    "next-token": _next_token, "attributes": _attributes, "entities": _entities, "multihop": _multihop,
+    "cross-model": _cross_model,
 }  # fmt: skip

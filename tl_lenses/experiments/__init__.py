@@ -18,6 +18,7 @@ from tl_lenses.experiments.entities import Entities, entities
 from tl_lenses.experiments.facts import Fact, read_facts
 from tl_lenses.experiments.multihop import Multihop, multihop
 from tl_lenses.experiments.next_token import NextToken, next_token
+from tl_lenses.experiments.report import Report
 
 __all__ = [
     "Attributes",
@@ -26,6 +27,7 @@ __all__ = [
     "Fact",
     "Multihop",
     "NextToken",
+    "Report",
     "Result",
     "attributes",
     "cross_model",

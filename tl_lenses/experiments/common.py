@@ -5,23 +5,26 @@ any cell has it), the *best fixed cell* (chosen and measured on the same items),
 items and measured on the other, both ways, averaged). Beside them stand controls that went through the same cells.
 """
 
-import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.checkpoint import check_output, versions, write_bytes
-from tl_lenses.experiments.picture import Heat, heat_figure, heat_svg
-from tl_lenses.model import LensModel, n_layers, name_of
+from tl_lenses.experiments.picture import Heat, Picture
+from tl_lenses.experiments.report import Report, Table, named
+from tl_lenses.model import LensModel, n_layers
 from tl_lenses.patchscopes import Source
 from tl_lenses.patchscopes.sources import collect
+
+__all__ = [
+    "CONDITIONS", "MEAN", "PATCHED", "RANDOM", "SHUFFLED", "UNPATCHED", "Cells", "Pair", "Result", "Summary", "Table",
+    "named", "others", "random_like", "vectors_of",
+]  # fmt: skip
 
 Pair = tuple[Any, Any]
 PATCHED, SHUFFLED, RANDOM, MEAN, UNPATCHED = (
@@ -107,7 +110,7 @@ class Cells:
             self.chosen, self.seed,
         )  # fmt: skip
 
-    def table(self, title: str = "", *, percent: bool = True) -> "Table":
+    def table(self, title: str = "", *, percent: bool = True) -> Table:
         """A row per condition: oracle, best fixed cell, held-out cell."""
         rows = []
         for name in self.scores:
@@ -195,35 +198,14 @@ def others(answers: Sequence[Any], seed: int = 0) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows to print; numbers are shares (in percent where asked), None and NaN stay empty."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-    note: str = ""
-    percent: bool = True
-
-    def cell(self, value: Any) -> str:
-        """A cell as text."""
-        if isinstance(value, float):
-            return "–" if math.isnan(value) else f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
-        return "" if value is None else str(value)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an experiment found. `print` it, or take `to_frame()`, `figure()`, `save(folder)`.
+class Result(Report):
+    """What an experiment over cells found.
 
     Attributes:
-        model: name of the model.
         cells: scores by condition and cell.
-        settings: what it was run with.
     """
 
-    model: str
     cells: Cells
-    settings: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     name = "result"
 
@@ -231,102 +213,10 @@ class Result:
         """What is printed."""
         return [self.cells.table(f"{self.name}, {self.model}: {len(self.cells.groups)} items")]
 
-    def heats(self) -> dict[str, Heat]:
+    def pictures(self) -> dict[str, Picture]:
         """What is drawn, the first one by `figure()`."""
         return {"heat": self.cells.heat(f"{self.name}, {self.model}")}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per condition and cell."""
+        """A row per condition and cell (l, l*), with the mean score and the number of items."""
         return self.cells.rows()
-
-    def to_frame(self) -> Any:
-        """A pandas data frame: a row per condition and cell (l, l*), with the mean score and the number of items."""
-        import pandas
-
-        return pandas.DataFrame(self.rows())
-
-    def figure(self) -> Any:
-        """A plotly heat map (extra `plot`)."""
-        return heat_figure(next(iter(self.heats().values())))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `result.json`, `result.csv`, `heat.svg`, and `heat.html` where plotly is installed; files of an earlier run are replaced.
-
-        Raises:
-            ValueError: the folder is a file or cannot be written.
-        """
-        folder = check_output(folder, overwrite=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "experiment": self.name, "model": self.model, "settings": self.settings, "versions": versions(),
-            "tables": [
-                {"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in self.tables()
-            ],
-            "rows": self.rows(),
-        }  # fmt: skip
-        write_bytes(folder / "result.json", (json.dumps(_jsonable(content), indent=1) + "\n").encode())
-        write_bytes(folder / "result.csv", self.to_frame().to_csv(index=False).encode())
-        for name, heat in self.heats().items():
-            write_bytes(folder / f"{name}.svg", heat_svg(heat).encode())
-            try:
-                page = heat_figure(heat).to_html(include_plotlyjs=True)
-            except ImportError:
-                continue
-            write_bytes(folder / f"{name}.html", page.encode())
-        return folder
-
-    def __str__(self) -> str:
-        from rich.console import Group
-
-        from tl_lenses import views
-
-        return views.to_text(Group(*_drawn(self.tables())))
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-
-        return Group(*_drawn(self.tables()))
-
-    def markdown(self) -> str:
-        """The tables for a page of documentation."""
-        out = []
-        for table in self.tables():
-            out.append(f"**{table.title}**\n" if table.title else "")
-            out.append("| " + " | ".join(table.columns) + " |")
-            out.append("|" + "---|" * len(table.columns))
-            out += ["| " + " | ".join(table.cell(v) for v in row) + " |" for row in table.rows]
-            out.append(f"\n{table.note}\n" if table.note else "")
-        return "\n".join(out)
-
-
-def _drawn(tables: Iterable[Table]) -> list[Any]:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    found = []
-    for table in tables:
-        note = f"{table.note}{'; ' * bool(table.note)}in percent" if table.percent else table.note
-        one = RichTable(
-            title=table.title or None, caption=note or None, title_justify="left", caption_justify="left",
-            box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), header_style="bold", title_style="bold",
-        )  # fmt: skip
-        for i, column in enumerate(table.columns):
-            one.add_column(Text(column), justify="right" if i else "left")
-        for row in table.rows:
-            one.add_row(*(Text(table.cell(v)) for v in row))
-        found += [*([Text("")] if found else []), one]
-    return found
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def named(model: LensModel) -> str:
-    """The model's name, as tables show it."""
-    return name_of(model)

@@ -24,7 +24,7 @@ from tl_lenses.experiments.common import (
     random_like,
     vectors_of,
 )
-from tl_lenses.experiments.picture import Heat
+from tl_lenses.experiments.picture import Picture
 from tl_lenses.hooks import run
 from tl_lenses.model import LensModel, check_model, n_layers, prepare
 from tl_lenses.patchscopes import Source, Target, patchscope, scopes
@@ -63,7 +63,7 @@ class CrossModel(Result):
             self.own.table("same prompt, against the target model's own next token"),
         ]
 
-    def heats(self) -> dict[str, Heat]:
+    def pictures(self) -> dict[str, Picture]:
         """P@1 by (l, l*), for both targets."""
         assert self.scope is not None
         return {

@@ -26,7 +26,7 @@ from tl_lenses.experiments.common import (
     vectors_of,
 )
 from tl_lenses.experiments.facts import PLACEHOLDER, read_facts, texts_of
-from tl_lenses.experiments.picture import Heat
+from tl_lenses.experiments.picture import Picture
 from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.patchscopes import Source, Target, patchscope
 
@@ -69,7 +69,7 @@ class Entities(Result):
             Table(f"what is said of {self.names[best]!r}", ["layer", "text"], said, percent=False),
         ]
 
-    def heats(self) -> dict[str, Heat]:
+    def pictures(self) -> dict[str, Picture]:
         """ROUGE-L by condition and layer."""
         high = max(0.1, *(float(x.double().mean(0).max()) for x in self.cells.scores.values()))
         return {"heat": self.cells.heat(f"ROUGE-L, {self.model}", high=high)}

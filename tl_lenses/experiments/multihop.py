@@ -32,7 +32,7 @@ from tl_lenses.experiments.facts import (
     texts_of,
     two_hops,
 )
-from tl_lenses.experiments.picture import Heat
+from tl_lenses.experiments.picture import Picture
 from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.patchscopes import Source, Target, patchscope, scopes
 from tl_lenses.progress import progress
@@ -71,7 +71,7 @@ class Multihop(Result):
             *(cells.table(f"patched, {form}") for form, cells in self.forms.items()),
         ]
 
-    def heats(self) -> dict[str, Heat]:
+    def pictures(self) -> dict[str, Picture]:
         """Accuracy by (l, l*), for every form."""
         found = {f"heat-{form.replace(' ', '-')}": c.heat(f"{form}, {self.model}") for form, c in self.forms.items()}
         return {"heat": self.cells.heat(f"two hops by a patch, {self.model}"), **dict(list(found.items())[1:])}

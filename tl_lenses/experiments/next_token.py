@@ -23,7 +23,7 @@ from tl_lenses.experiments.common import (
     others,
     random_like,
 )
-from tl_lenses.experiments.picture import Heat
+from tl_lenses.experiments.picture import Picture
 from tl_lenses.hooks import residual_reads, run
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, check_model, n_layers, prepare
@@ -71,7 +71,7 @@ class NextToken(Result):
             self.cells.table("P@1 over the layers; the last one is the model itself and is left out"),
         ]  # fmt: skip
 
-    def heats(self) -> dict[str, Heat]:
+    def pictures(self) -> dict[str, Picture]:
         """P@1 by method and layer."""
         return {"heat": self.cells.heat(f"P@1, {self.model}")}
 

@@ -1,10 +1,14 @@
-"""Heat maps of a matrix of scores: an SVG that needs nothing, and a plotly figure."""
+"""Pictures of results, as SVG that needs nothing and as plotly figures: heat maps here, lines and points in `lines.py`."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from tl_lenses.experiments.lines import Lines, lines_figure, lines_svg
+
+__all__ = ["Heat", "Lines", "Picture", "figure_of", "heat_figure", "heat_svg", "svg_of"]
 
 _ROW, _COLUMN, _MARGIN, _FONT = 24, 52, 20, 12
 
@@ -20,6 +24,8 @@ class Heat:
         down, across: what the rows and the columns are.
         texts: what to write into the cells; the values by default.
         high: the value of the brightest colour.
+        low: the value of the darkest one; with `diverging` it is `-high`, and 0 is neutral.
+        diverging: two colours, for values of both signs.
     """
 
     title: str
@@ -30,6 +36,17 @@ class Heat:
     across: str = "l*"
     texts: Sequence[Sequence[str]] | None = None
     high: float = 1.0
+    low: float = 0.0
+    diverging: bool = False
+
+    @property
+    def floor(self) -> float:
+        """The value at the other end of the colours."""
+        return -self.high if self.diverging else self.low
+
+    def shade(self, value: float) -> float:
+        """Where a value lies between the ends of the colours, 0 to 1."""
+        return min(max((value - self.floor) / ((self.high - self.floor) or 1.0), 0.0), 1.0)
 
     def text(self, r: int, c: int) -> str:
         """What is written into a cell."""
@@ -70,7 +87,7 @@ def heat_svg(heat: Heat) -> str:
         out.append(f'<text x="{stub - 8}" y="{y + 16}" text-anchor="end" fill="#1b1f24">{escape(label)}</text>')
         for c in columns:
             value = heat.values[r][c]
-            color = "#eceff3" if math.isnan(value) else ramp(value / heat.high)
+            color = "#eceff3" if math.isnan(value) else ramp(heat.shade(value), heat.diverging)
             x = stub + c * wide
             where = f"{heat.down} = {label}, {heat.across} = {heat.columns[c]}: {value:.3f}"
             out.append(
@@ -100,9 +117,9 @@ def heat_figure(heat: Heat) -> Any:
             z=[[None if math.isnan(v) else v for v in row] for row in heat.values],
             x=list(range(len(heat.columns))),
             y=list(range(len(heat.rows))),
-            zmin=0,
+            zmin=heat.floor,
             zmax=heat.high,
-            colorscale=[(i / 64, ramp(i / 64)) for i in range(65)],
+            colorscale=[(i / 64, ramp(i / 64, heat.diverging)) for i in range(65)],
             text=cells,
             texttemplate="%{text}",
             xgap=1,
@@ -125,3 +142,16 @@ def heat_figure(heat: Heat) -> Any:
         plot_bgcolor="rgba(0,0,0,0)",
     )
     return figure
+
+
+Picture = Heat | Lines
+
+
+def svg_of(picture: Picture) -> str:
+    """A picture as a standalone SVG."""
+    return heat_svg(picture) if isinstance(picture, Heat) else lines_svg(picture)
+
+
+def figure_of(picture: Picture) -> Any:
+    """A picture as a plotly figure (extra `plot`)."""
+    return heat_figure(picture) if isinstance(picture, Heat) else lines_figure(picture)
