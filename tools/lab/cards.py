@@ -63,8 +63,8 @@ def _training(settings: Mapping[str, Any], everything: Mapping[str, Any]) -> str
         more = everything["corpus"]["second"]
         second = (
             f" Then a second stage, from the half-precision weights of the first: {how} Its text: {mixed(more['shares'])}, with "
-            f"words down to the {more['words']:,}th in the lists and the countries' relations more often "
-            f"(`tools/lab.toml`); what is held out is the same."
+            f"words down to the {more['words']:,}th in the lists, every relation in two to five more wordings (some of them near the "
+            f"held-out one), and the countries' relations more often (`tools/lab.toml`); what is held out is the same."
         )
         how = _how({**everything["train"], **everything["models"][settings["start"]]})
     return (
