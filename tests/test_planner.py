@@ -94,12 +94,12 @@ def counting(model, monkeypatch):
     """Tokens that pass through block 0, by forward pass."""
     passes = []
     hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
-    from tl_lenses import hooks
+    from tl_lenses.patchscopes import sources
 
     plain = planner.installed
     both = lambda m, pairs: plain(m, [*pairs, hook])
     monkeypatch.setattr(planner, "installed", both)
-    monkeypatch.setattr(hooks, "installed", both)
+    monkeypatch.setattr(sources, "installed", both)
     return passes
 
 
@@ -108,8 +108,8 @@ def test_nothing_runs_twice(model, monkeypatch):
     tll.patchscope(model, [SOURCE, tll.Source(SOURCE.prompt, pos=2)], TARGET, target_layers=range(4))
     n = model.to_tokens(TARGET.prompt, prepend_bos=True).shape[1]
     m = model.to_tokens(SOURCE.prompt, prepend_bos=True).shape[1]
-    # One source pass for both positions and all layers, one prefix, one batch of 32 suffixes of two tokens.
-    assert passes == [(1, m), (1, n - 2), (32, 2)]
+    # One pass for both positions and all layers of the source and for the target's prefix, one batch of 32 suffixes.
+    assert passes == [(2, max(m, n - 2)), (32, 2)]
 
 
 def test_rows_leave_when_they_have_finished(model, monkeypatch):

@@ -37,7 +37,7 @@ def all_pairs(
     bare = {not one.has_layers for one in sources}
     if len(bare) > 1:
         raise ValueError("vectors without a layer and sources with layers cannot share a call: their pairs differ")
-    # `hook_dict` is built anew at every look, so each layer is looked up once.
+    # `hook_dict` is built anew at every look, so each site is looked up once.
     ours, theirs = cache(lambda layer: _resolved(model, layer)), cache(lambda layer: _resolved(to, layer))
     every = range(n_layers(to) + 1)
     found: list[Pair]
@@ -73,8 +73,10 @@ def _resolved(model: LensModel, layers: Layers) -> Layers:
         if not layers:
             raise ValueError("an empty tuple of layers patches nothing")
         return tuple(_resolved(model, layer) for layer in layers)  # type: ignore[misc]
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        return resolve_layer(layers, n_layers(model))
     site(model, layers)  # refuses what the model does not have
-    return resolve_layer(layers, n_layers(model)) if isinstance(layers, int) else layers
+    return layers
 
 
 def routes(a: Layers | None, b: Layers) -> list[tuple[LayerOrSite | None, LayerOrSite]]:
@@ -179,7 +181,8 @@ def cell(
             if not bool(v.norm(dim=-1).all()):
                 raise ValueError(f"source {source.label!r} has a vector of length 0, which cannot be given a norm")
             v = v * (length / v.norm(dim=-1, keepdim=True))
-        if not bool(v.isfinite().all()):
+        # What neither a map nor a norm has touched was looked at where it was read.
+        if (map is not None or length is not None) and not bool(v.isfinite().all()):
             raise ValueError(f"the mapped vector of source {source.label!r} for {pair} is not finite")
         into.append((names[target_layer], (v * scale).expand(len(prompt.place), -1).to(device_of(to))))
     return Cell(tuple(into))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model, tokenizer_of
+from tl_lenses.model import Decoder, LensModel, check_model, tokenizer_of
 from tl_lenses.patchscopes.cells import Norm, all_pairs, cell, check_map, combiner, mean_norms, routes
 from tl_lenses.patchscopes.planner import (
     Decoding,
@@ -22,7 +22,7 @@ from tl_lenses.patchscopes.result import Layers, PatchscopeResult, top_of
 from tl_lenses.patchscopes.sources import Source, collect
 from tl_lenses.patchscopes.targets import Target, ready_target, same_place
 from tl_lenses.progress import progress
-from tl_lenses.sites import At, site
+from tl_lenses.sites import At, sites
 from tl_lenses.token_text import token_text
 from tl_lenses.translators import Translators
 
@@ -142,10 +142,18 @@ def patchscope(
 
     # Up to here nothing ran: what can be refused beforehand has been.
     into_layers = list(dict.fromkeys(b for pair in wanted for _, b in routes(*pair)))
-    names = {layer: site(target_model, layer) for layer in into_layers}
-    vectors = collect(
-        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks, prepend_bos=prepend_bos
-    )
+    names = sites(target_model, into_layers)
+    # The targets' prefixes ride in the sources' pass where they can.
+    along = [
+        prompt for prompt in fixed or []
+        if share and to is None and not source_hooks and prompt.soft is None
+        and not why_not_shared(model, prompt, target_hooks)
+    ]  # fmt: skip
+    vectors, riders = collect(
+        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks, prepend_bos=prepend_bos,
+        along=[prompt.tokens[:, : min(prompt.place)] for prompt in along],
+    )  # fmt: skip
+    prefixes = {id(prompt): decoder for prompt, decoder in zip(along, riders, strict=True)}
     axis = [(one, s) for one in vectors for s in scales]
     targets = [
         same_place(model, target_model, one, read, max_new_tokens) if fixed is None else fixed for one, _ in axis
@@ -172,7 +180,7 @@ def patchscope(
                 mean_norms(target_model, prompt, into_layers) if isinstance(norm, str) and norm == "mean" else {}
                 for prompt in prompts
             ]
-            starts, size = _plan(target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes)
+            starts, size = _plan(target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes, prefixes)
             for part in batches(len(mine), size):
                 now = [mine[i] for i in part]
                 outs = []
@@ -260,13 +268,13 @@ def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> lis
 
 def _plan(
     model: LensModel, prompts: list[Prompt], hooks: list[Hook], n_new: int, share: bool, batch_size: int | None,
-    notes: dict[str, None],
+    notes: dict[str, None], prefixes: dict[int, Decoder | None],
 ) -> tuple[list[Any], int]:  # fmt: skip
     """The shared prefix of every target (or None), and how many cells run together; says in `notes` what was planned."""
     starts, sizes = [], []
     for prompt in prompts:
         reason = "share=False" if not share else why_not_shared(model, prompt, hooks)
-        start = None if reason else prefix(model, prompt)
+        start = None if reason else prefixes.get(id(prompt)) or prefix(model, prompt)
         reason = reason or "the cache of this model cannot be shared"
         first = 0 if start is None else min(prompt.place)
         notes[f"whole prompts ({reason})" if start is None else f"prefix of {first} tokens shared"] = None

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.hooks import Hook, installed, marked, pass_start, patch
+from tl_lenses.hooks import Hook, hooked, installed, marked, pass_start, patch
 from tl_lenses.model import Decoder, LensModel, d_model, device_of, n_layers
 
 # What one batch of cells may take, and the most rows that still gain from being together.
@@ -84,24 +84,16 @@ def why_not_shared(model: LensModel, prompt: Prompt, target_hooks: Sequence[Hook
         return "the position that is read comes before the patch"
     if target_hooks:
         return "target_hooks see the whole prompt"
-    if any(
-        _from_outside(handle) for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", [])
-    ):
+    if hooked(model):
         return "hooks on the model see the whole prompt"
     return ""
-
-
-def _from_outside(handle: Any) -> bool:
-    """Whether a hook on the model is the user's: bridges put some of their own on (OPT's, for one)."""
-    module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
-    return not module.startswith("transformer_lens")
 
 
 def prefix(model: LensModel, prompt: Prompt) -> Decoder | None:
     """The keys and values before the first patched position, or None where the model's cache cannot be shared."""
     decoder, n = Decoder(model), min(prompt.place)
     with installed(model, _soft(prompt, 0, n)), marked(0, n):
-        decoder.feed(prompt.tokens[:, :n])
+        decoder.feed(prompt.tokens[:, :n], last=0)
     return decoder if decoder.shareable() else None
 
 
@@ -165,10 +157,13 @@ def run_cells(
     )
     soft = _soft(prompt, first, prompt.tokens.shape[1])
     ids: list[list[int]] = [[] for _ in cells]
+    # Hooks of others may count columns at the unembedding; without a shared prefix there can be such.
+    whole = start is None or any(name.startswith("unembed") for name in names)
+    wanted = length if whole else length - (prompt.read - first)
     with installed(model, [*hooks, *soft, *ours]):
         with marked(0, length):
-            logits = decoder.feed(suffix)
-        found, last = logits[:, prompt.read - first], logits[:, -1]
+            logits = decoder.feed(suffix, last=wanted)
+        found, last = logits[:, prompt.read - first - length], logits[:, -1]
         for step in range(decoding.max_new_tokens):
             chosen = _choose(last, decoding, None if draws is None else draws[rows.active, step])
             for row, token in zip(rows.active.tolist(), chosen.tolist(), strict=True):
