@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_lenses.fingerprint import check_pair
 from tl_lenses.hooks import read, run
-from tl_lenses.model import LensModel, d_model, device_of, n_layers
+from tl_lenses.model import LensModel, d_model, n_layers
 from tl_lenses.patchscopes.planner import Cell, Combine, Prompt
 from tl_lenses.patchscopes.result import Layers, Pair
 from tl_lenses.patchscopes.sources import Source, Vectors
@@ -184,7 +184,7 @@ def cell(
         # What neither a map nor a norm has touched was looked at where it was read.
         if (map is not None or length is not None) and not bool(v.isfinite().all()):
             raise ValueError(f"the mapped vector of source {source.label!r} for {pair} is not finite")
-        into.append((names[target_layer], (v * scale).expand(len(prompt.place), -1).to(device_of(to))))
+        into.append((names[target_layer], (v * scale).expand(len(prompt.place), -1)))
     return Cell(tuple(into))
 
 

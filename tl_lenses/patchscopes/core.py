@@ -19,7 +19,7 @@ from tl_lenses.patchscopes.planner import (
     why_not_shared,
 )
 from tl_lenses.patchscopes.result import Layers, PatchscopeResult, top_of
-from tl_lenses.patchscopes.sources import Source, collect
+from tl_lenses.patchscopes.sources import Source, collect_along
 from tl_lenses.patchscopes.targets import Target, ready_target, same_place
 from tl_lenses.progress import progress
 from tl_lenses.sites import At, sites
@@ -149,9 +149,9 @@ def patchscope(
         if share and to is None and not source_hooks and prompt.soft is None
         and not why_not_shared(model, prompt, target_hooks)
     ]  # fmt: skip
-    vectors, riders = collect(
-        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks, prepend_bos=prepend_bos,
-        along=[prompt.tokens[:, : min(prompt.place)] for prompt in along],
+    vectors, riders = collect_along(
+        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks,
+        [prompt.tokens[:, : min(prompt.place)] for prompt in along], prepend_bos=prepend_bos,
     )  # fmt: skip
     prefixes = {id(prompt): decoder for prompt, decoder in zip(along, riders, strict=True)}
     axis = [(one, s) for one in vectors for s in scales]

@@ -69,7 +69,19 @@ def collect(
     hooks: Sequence[Hook],
     *,
     prepend_bos: bool = True,
-    along: Sequence[Int[Tensor, "1 _"]] = (),
+) -> list[Vectors]:
+    """The vectors of every source at every layer asked for: `collect_along` with nobody along."""
+    return collect_along(model, sources, layers, hooks, (), prepend_bos=prepend_bos)[0]
+
+
+def collect_along(
+    model: LensModel,
+    sources: Sequence[Source],
+    layers: Iterable[LayerOrSite | None],
+    hooks: Sequence[Hook],
+    along: Sequence[Int[Tensor, "1 _"]],
+    *,
+    prepend_bos: bool = True,
 ) -> tuple[list[Vectors], list[Decoder | None]]:
     """The vectors of every source at every layer asked for: one pass per prompt length, whatever the number of layers.
 
@@ -81,9 +93,9 @@ def collect(
         sources: what was asked for.
         layers: layers and sites to read, or None for vectors without a layer.
         hooks: the user's interventions on the source run.
-        prepend_bos: for text.
         along: other prompts whose keys and values are wanted. They ride in the first pass of about their length: a pass
             over one short prompt costs nearly what a pass over several does.
+        prepend_bos: for text.
 
     Returns:
         The vectors by source, and a decoder per prompt of `along` (None: it did not find a seat).
