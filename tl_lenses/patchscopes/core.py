@@ -1,5 +1,6 @@
 """One vector from a source prompt, put into a target prompt, which then goes on: (S, i, M, l) -> (T, i*, f, M*, l*)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -7,8 +8,18 @@ import torch
 from torch import Tensor
 
 from tl_lenses.hooks import Hook
-from tl_lenses.model import Decoder, LensModel, check_model, tokenizer_of
-from tl_lenses.patchscopes.cells import Norm, all_pairs, cell, check_map, combiner, mean_norms, routes
+from tl_lenses.model import Decoder, LensModel, check_model, n_layers, tokenizer_of
+from tl_lenses.patchscopes.cells import (
+    Norm,
+    all_pairs,
+    cell,
+    check_device,
+    check_map,
+    check_widths,
+    combiner,
+    mean_norms,
+    routes,
+)
 from tl_lenses.patchscopes.planner import (
     Decoding,
     Prompt,
@@ -116,20 +127,32 @@ def patchscope(
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
     check_model(target_model, what="a patchscope")
-    _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble, norm=norm, batch_size=batch_size)
-    sources = [Source(one) if isinstance(one, str) else one for one in _listed(source)]
+    _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble)
+    _check_numbers(
+        norm, alpha, n_layers(target_model),
+        max_new_tokens=(max_new_tokens, 0), batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, None),
+        ensemble_k=(ensemble_k, 1),
+    )  # fmt: skip
+    sources = [Source(one) if isinstance(one, str) else one for one in _listed(source, "source", Source)]
     if not sources:
         raise ValueError("an empty list of sources has nothing to patch")
     source_hooks, target_hooks = list(source_hooks), list(target_hooks)
     wanted = all_pairs(model, target_model, sources, layers, target_layers, pairs)
     scales = [float(s) for s in _listed(scale)]
+    if not scales or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"scale must be a finite number or a list of them, got {scale!r}")
     decoding = _decoding(target_model, max_new_tokens, do_sample, temperature, seed, stop)
     if isinstance(map, Translators):
         check_map(map, model, target_model, wanted)
+    elif map is None:
+        check_widths(model, target_model, sources, wanted)
+    elif not callable(map):
+        raise TypeError(f"map must be a function of vectors [k, d], an Affine or Translators, got {type(map).__name__}")
+    check_device(map, model, sources)
     fixed = None
     if target is not None:
         fixed = [
-            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos) for one in _listed(target)
+            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos) for one in _listed(target, "target", Target)
         ]
         if not fixed:
             raise ValueError("an empty list of targets has nowhere to put a vector")
@@ -234,12 +257,45 @@ def patchscope(
     )  # fmt: skip
 
 
-def _listed(value: Any) -> list[Any]:
-    """One thing or several as a list."""
-    return [value] if isinstance(value, (Source, Target, str, int, float)) else list(value)
+def _listed(value: Any, what: str = "", kind: type | None = None) -> list[Any]:
+    """One thing or several as a list, of the kind that is wanted."""
+    found = [value] if isinstance(value, (Source, Target, str, int, float)) else value
+    if kind is None:
+        return list(found)
+    texts = (str, kind) if kind is Source else kind
+    if not isinstance(found, (list, tuple)) or not all(isinstance(one, texts) for one in found):
+        got = next((one for one in found if not isinstance(one, texts)), found) if isinstance(found, (list, tuple)) else found
+        raise TypeError(
+            f"{what} must be a {kind.__name__} or a list of them, got {type(got).__name__}: write tll.{kind.__name__}(...)"
+        )
+    return list(found)
 
 
-def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> None:
+def _check_numbers(norm: Norm, alpha: float, depth: int, **whole: tuple[Any, int | None]) -> None:
+    """Refuse numbers that are not finite, not whole or too small.
+
+    Raises:
+        ValueError, TypeError: which one, and what it must be.
+    """
+    for name, (value, least) in whole.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
+    if isinstance(norm, str):
+        if norm not in ("replaced", "mean"):
+            raise ValueError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}")
+    elif norm is not None:
+        lengths = torch.as_tensor(norm, dtype=torch.float64)
+        if lengths.ndim and lengths.shape != (depth + 1,):
+            raise ValueError(f"norm as a tensor has a length per residual layer [{depth + 1}], got {list(lengths.shape)}")
+        if not bool((lengths.isfinite() & (lengths > 0)).all()):
+            raise ValueError(f"norm must be a positive finite length, got {norm}: None keeps the vector's own")
+
+
+def _check_choices(**choices: str) -> None:
     """Refuse a word that is not one of those that an argument takes."""
     allowed = {
         "mode": ("replace", "add", "interpolate", "norm_add"), "keep": ("auto", "logits", "top_k"),
@@ -249,10 +305,6 @@ def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> Non
         if value not in allowed[name]:
             words = [repr(word) for word in allowed[name]]
             raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
-    if isinstance(norm, str) and norm not in ("replaced", "mean"):
-        raise ValueError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> list[list[int]]:
@@ -290,9 +342,8 @@ def _decoding(
 
     Raises:
         ValueError: a temperature that is not positive, a stop string that no text can have.
+        TypeError: a stop string that is none.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if isinstance(stop, str):
@@ -303,6 +354,8 @@ def _decoding(
         return Decoding()
     tokenizer = tokenizer_of(model)
     for text in stop:
+        if not isinstance(text, str):
+            raise TypeError(f"stop must be a list of strings, got {text!r} in it")
         again = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
         if not text or text not in again:
             raise ValueError(

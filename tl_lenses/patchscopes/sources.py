@@ -1,5 +1,6 @@
 """Where the vectors of a patchscope come from: prompts, read in as few passes as there are prompt lengths, or tensors."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,18 @@ class Vectors:
 
 
 def ids_of(prompt: str | Tensor | Sequence[int]) -> str | Tensor:
-    """Text and tensors as they are, a list of ids as a tensor."""
-    return prompt if isinstance(prompt, (str, Tensor)) else torch.tensor(list(prompt), dtype=torch.long)
+    """Text and tensors as they are, a list of ids as a tensor.
+
+    Raises:
+        TypeError: neither, such as a numpy array of vectors (whose numbers would be cut off to ids).
+    """
+    if isinstance(prompt, (str, Tensor)):
+        return prompt
+    if not isinstance(prompt, Iterable) or not all(
+        hasattr(i, "__index__") and not isinstance(i, bool) for i in (prompt := list(prompt))
+    ):
+        raise TypeError(f"expected text, token ids or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one")
+    return torch.tensor([operator.index(i) for i in prompt], dtype=torch.long)
 
 
 def collect(
