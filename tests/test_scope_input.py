@@ -48,7 +48,6 @@ REFUSED = {
     ),
     "not finite": (dict(ONE, source=S(vector(32) * math.inf)), "are not finite"),
     "stop empty": (dict(ONE, max_new_tokens=2, stop=[""]), "empty stop string"),
-    "stop unwritable": (dict(ONE, max_new_tokens=2, stop=["\u4e2d"]), "can never match: this tokenizer writes it as"),
     "stop without text": (dict(ONE, stop=["a"]), "can never match: nothing is generated"),
     # lists
     "layers not a list": (dict(ONE, layers=3), r"layers must be a list, got 3: write \[3\]"),
@@ -75,6 +74,7 @@ REFUSED = {
     "new tokens negative": (dict(ONE, max_new_tokens=-1), "max_new_tokens must be at least 0"),
     "batch float": (dict(ONE, batch_size=2.5), "batch_size must be a whole number"),
     "batch none": (dict(ONE, batch_size=0), "batch_size must be at least 1"),
+    "norm bool": (dict(ONE, norm=True), "norm must be None, 'replaced'"),
     "seed": (dict(ONE, seed=1.5), "seed must be a whole number"),
     # numbers
     "scale nan": (dict(ONE, scale=math.nan), "scale must be a finite number"),
@@ -89,6 +89,8 @@ REFUSED = {
     # shapes
     "no ids": (dict(ONE, source=S([])), "empty"),
     "ids of another vocabulary": (dict(ONE, source=S([1, 2, 99999])), "99999"),
+    "no vectors": (dict(ONE, source=S(torch.zeros(0, 32))), r"there are no vectors in a tensor of shape \[0, 32\]"),
+    "position in vectors": (dict(ONE, source=S(vector(32), pos=2)), "vectors have no positions to choose from, got pos=2"),
     "vector without axes": (dict(ONE, source=S(torch.zeros(()))), r"expected vectors \[d_model\]"),
     "hook without a place": (dict(ONE, target_hooks=[("nope", lambda x, hook: x)]), "no hook 'nope'"),
 }  # fmt: skip
@@ -115,11 +117,29 @@ def test_a_model_of_another_width_needs_a_map(unchecked, monkeypatch):
         tll.patchscope(source, S(SOURCE), T(TARGET), to=to)
 
 
+def test_a_stop_string_that_the_tokenizer_cannot_write(model, monkeypatch):
+    from tl_lenses.patchscopes import core
+
+    class Tokenizer:
+        """Lower case only, as an uncased vocabulary writes."""
+
+        eos_token_id = 2
+        encode = staticmethod(lambda text, add_special_tokens: [ord(c) for c in text.lower()])
+        decode = staticmethod(lambda ids, **kwargs: "".join(map(chr, ids)))
+
+    monkeypatch.setattr(core, "tokenizer_of", lambda model: Tokenizer)
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(ValueError, match="'END' can never match: this tokenizer writes it as 'end'"):
+        tll.patchscope(model, **ONE, max_new_tokens=2, stop=["END"])
+
+
 def test_integers_of_numpy_and_torch_are_layers(model, unchecked):
     plain = tll.patchscope(model, **ONE, layers=[0, 2], target_layers=[1])
     for layers in ([np.int64(0), np.int64(2)], np.arange(0, 3, 2), torch.tensor([0, 2])):
         got = tll.patchscope(model, **ONE, layers=layers, target_layers=np.array([1]))
         assert got.pairs == [(0, 1), (2, 1)] and torch.equal(got.logits, plain.logits)
+    at = dict(source=S(SOURCE, pos=np.int64(-1)), target=T(TARGET, pos=np.array([10])[0]))
+    assert torch.equal(tll.patchscope(model, **at, layers=[0, 2], target_layers=[1]).logits, plain.logits)
     ids = model.to_tokens(SOURCE, prepend_bos=True)[0]
     got = tll.patchscope(model, S(ids.numpy()), T(TARGET), layers=[0, 2], target_layers=[1])
     assert torch.equal(got.logits, plain.logits)

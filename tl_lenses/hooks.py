@@ -273,7 +273,7 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
         ValueError: a hook name that the model does not have.
         RuntimeError: hooks that are switched off, or that never fired.
     """
-    pairs = _checked(model, hooks)
+    pairs = checked_hooks(model, hooks)
     fired = [False] * len(pairs)
 
     def counted(i: int, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,7 +305,13 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
         )
 
 
-def _checked(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
+def checked_hooks(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
+    """Hooks as pairs of a name and a function, filters of names resolved.
+
+    Raises:
+        TypeError: something that is no hook.
+        ValueError: a name that the model does not have.
+    """
     pairs: list[Hook] = []
     for hook in hooks:
         if not (isinstance(hook, (tuple, list)) and len(hook) == 2 and callable(hook[1])):
@@ -330,7 +336,9 @@ def _checked(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
 def hooked(model: LensModel) -> bool:
     """Whether somebody's hooks are on the model already (bridges put some of their own on, OPT's for one)."""
     handles = (handle for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", []))
-    own = lambda handle: str(getattr(getattr(handle, "user_hook", None), "__module__", "")).startswith("transformer_lens")
+    own = lambda handle: str(getattr(getattr(handle, "user_hook", None), "__module__", "")).startswith(
+        "transformer_lens"
+    )
     return not all(own(handle) for handle in handles)
 
 

@@ -222,14 +222,33 @@ class Decoder:
             and self.cache.get_seq_length() == self.batch.tokens.shape[1]
         )
 
-    def repeated(self, n: int) -> "Decoder":
-        """A decoder of n rows that all continue this one's single row; this one stays as it is."""
+    def repeated(self, n: int | list[int]) -> "Decoder":
+        """A decoder of n rows that all continue this one's single row; this one stays as it is.
+
+        A list has a number per block, for a pass that begins with one row and is joined by others: `spread` then makes
+        the rows of all blocks equal again.
+        """
         assert self.batch is not None and len(self.batch.tokens) == 1 and self.batch.attention_mask is None
         other = Decoder(self.model, use_cache=self.use_cache)
-        other.batch = Batch(self.batch.tokens.expand(n, -1), None)
+        count = lambda block: n if isinstance(n, int) else 1 if block is None else n[block]
+        other.batch = Batch(self.batch.tokens.expand(count(None), -1), None)
         if self.cache is not None:
-            other.cache = _shaped(self.cache, self.takes_own_cache, lambda x: x.expand(n, *x.shape[1:]))
+            expand = lambda x, block: x.expand(count(block), *x.shape[1:])
+            other.cache = _shaped(self.cache, self.takes_own_cache, expand)
         return other
+
+    def spread(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows; a block that has not run one of them takes its row 0 for it."""
+        assert self.batch is not None and len(self.batch.tokens) == 1
+
+        def take(x: Tensor, block: int | None) -> Tensor:
+            if block is None:
+                return x.expand(len(rows), *x.shape[1:])
+            index = rows.to(x.device)
+            return x[torch.where(index < len(x), index, torch.zeros_like(index))]
+
+        self.cache = _shaped(self.cache, self.takes_own_cache, take)
+        self.batch = Batch(self.batch.tokens.expand(len(rows), -1), None)
 
     def cut(self, row: int, n: int) -> "Decoder | None":
         """A decoder of the first n columns of one row, or None where the cache does not allow it.
@@ -245,7 +264,11 @@ class Decoder:
         other = Decoder(self.model)
         other.batch = Batch(self.batch.tokens[row : row + 1, :n], None)
         axis = 1 if self.takes_own_cache else -2
-        other.cache = _shaped(self.cache, self.takes_own_cache, lambda x: x[row : row + 1].narrow(axis, 0, n))
+        other.cache = _shaped(
+            self.cache,
+            self.takes_own_cache,
+            lambda x, block: x[row : row + 1].narrow(axis if block is not None else 1, 0, n),
+        )
         return other
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -291,18 +314,19 @@ class Decoder:
         return logits
 
 
-def _shaped(cache: Any, own: bool, reshape: Callable[[Tensor], Tensor]) -> Any:
-    """A cache whose keys and values are other views of this one's, which stays as it is: caches grow by concatenation."""
+def _shaped(cache: Any, own: bool, reshape: Callable[[Tensor, int | None], Tensor]) -> Any:
+    """A cache whose keys and values by block are other views of this one's, which stays as it is: caches grow by
+    concatenation. The mask that HookedTransformer's keeps belongs to no block (None)."""
     other = copy.copy(cache)
     if not own:
         other.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in other.layers:
-            layer.keys, layer.values = reshape(layer.keys), reshape(layer.values)
+        for i, layer in enumerate(other.layers):
+            layer.keys, layer.values = reshape(layer.keys, i), reshape(layer.values, i)
         return other
     other.entries = [copy.copy(entry) for entry in cache.entries]
-    for entry in other.entries:
-        entry.past_keys, entry.past_values = reshape(entry.past_keys), reshape(entry.past_values)
-    other.previous_attention_mask = reshape(cache.previous_attention_mask)
+    for i, entry in enumerate(other.entries):
+        entry.past_keys, entry.past_values = reshape(entry.past_keys, i), reshape(entry.past_values, i)
+    other.previous_attention_mask = reshape(cache.previous_attention_mask, None)
     return other
 
 

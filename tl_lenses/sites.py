@@ -5,6 +5,7 @@ hook name; wherever a layer is accepted a site is too.
 """
 
 import difflib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,8 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
         pos = at(pos)
     if isinstance(pos, At):
         return _find(tokenizer_of(model), ids, pos)
+    if not isinstance(pos, bool) and hasattr(pos, "__index__"):
+        pos = operator.index(pos)  # numpy's integers too
     if isinstance(pos, bool) or not isinstance(pos, int):
         raise TypeError(f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}")
     if not -n <= pos < n:

@@ -144,7 +144,9 @@ def check_device(map: Any, model: LensModel, sources: Sequence[Source]) -> None:
         for one in sources:
             device = one.prompt.device if one.has_vectors else device_of(model)  # type: ignore[union-attr]
             if weight.device != device:
-                raise ValueError(f"the map is on {weight.device} and the vectors are on {device}: move one of them with .to(...)")
+                raise ValueError(
+                    f"the map is on {weight.device} and the vectors are on {device}: move one of them with .to(...)"
+                )
 
 
 def check_map(map: Translators, model: LensModel, to: LensModel, pairs: Sequence[Pair]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_lenses.hooks import Hook
+from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.model import Decoder, LensModel, check_model, n_layers, tokenizer_of
 from tl_lenses.patchscopes.cells import (
     Norm,
@@ -136,7 +136,7 @@ def patchscope(
     sources = [Source(one) if isinstance(one, str) else one for one in _listed(source, "source", Source)]
     if not sources:
         raise ValueError("an empty list of sources has nothing to patch")
-    source_hooks, target_hooks = list(source_hooks), list(target_hooks)
+    source_hooks, target_hooks = checked_hooks(model, source_hooks), checked_hooks(target_model, target_hooks)
     wanted = all_pairs(model, target_model, sources, layers, target_layers, pairs)
     scales = [float(s) for s in _listed(scale)]
     if not scales or not all(math.isfinite(s) for s in scales):
@@ -152,7 +152,8 @@ def patchscope(
     fixed = None
     if target is not None:
         fixed = [
-            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos) for one in _listed(target, "target", Target)
+            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos)
+            for one in _listed(target, "target", Target)
         ]
         if not fixed:
             raise ValueError("an empty list of targets has nowhere to put a vector")
@@ -203,7 +204,9 @@ def patchscope(
                 mean_norms(target_model, prompt, into_layers) if isinstance(norm, str) and norm == "mean" else {}
                 for prompt in prompts
             ]
-            starts, size = _plan(target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes, prefixes)
+            starts, size = _plan(
+                target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes, prefixes
+            )
             for part in batches(len(mine), size):
                 now = [mine[i] for i in part]
                 outs = []
@@ -264,7 +267,11 @@ def _listed(value: Any, what: str = "", kind: type | None = None) -> list[Any]:
         return list(found)
     texts = (str, kind) if kind is Source else kind
     if not isinstance(found, (list, tuple)) or not all(isinstance(one, texts) for one in found):
-        got = next((one for one in found if not isinstance(one, texts)), found) if isinstance(found, (list, tuple)) else found
+        got = (
+            next((one for one in found if not isinstance(one, texts)), found)
+            if isinstance(found, (list, tuple))
+            else found
+        )
         raise TypeError(
             f"{what} must be a {kind.__name__} or a list of them, got {type(got).__name__}: write tll.{kind.__name__}(...)"
         )
@@ -286,11 +293,17 @@ def _check_numbers(norm: Norm, alpha: float, depth: int, **whole: tuple[Any, int
         raise ValueError(f"alpha must be a finite number, got {alpha}")
     if isinstance(norm, str):
         if norm not in ("replaced", "mean"):
-            raise ValueError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}")
+            raise ValueError(
+                f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}"
+            )
     elif norm is not None:
+        if isinstance(norm, bool):
+            raise TypeError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm}")
         lengths = torch.as_tensor(norm, dtype=torch.float64)
         if lengths.ndim and lengths.shape != (depth + 1,):
-            raise ValueError(f"norm as a tensor has a length per residual layer [{depth + 1}], got {list(lengths.shape)}")
+            raise ValueError(
+                f"norm as a tensor has a length per residual layer [{depth + 1}], got {list(lengths.shape)}"
+            )
         if not bool((lengths.isfinite() & (lengths > 0)).all()):
             raise ValueError(f"norm must be a positive finite length, got {norm}: None keeps the vector's own")
 

@@ -8,7 +8,7 @@ the same code is the naive procedure that the tests compare with.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,8 @@ from torch import Tensor
 from tl_lenses import edits
 from tl_lenses.hooks import Hook, hooked, installed, marked, pass_start, patch
 from tl_lenses.model import Decoder, LensModel, d_model, device_of, n_layers
+from tl_lenses.patchscopes.joining import joinable, run_joining
+from tl_lenses.sites import site_layer
 
 # What one batch of cells may take, and the most rows that still gain from being together.
 _BATCH_BYTES, _MOST_ROWS = 512 * 2**20, 512
@@ -151,18 +153,30 @@ def run_cells(
     if isolate:
         ours += _isolated(rows, names, prompt.place, first)
     length = prompt.tokens.shape[1] - first
-    suffix = prompt.tokens[:, first:].expand(n, -1)
-    decoder = (
-        Decoder(model, use_cache=use_cache and decoding.max_new_tokens > 1) if start is None else start.repeated(n)
-    )
     soft = _soft(prompt, first, prompt.tokens.shape[1])
     ids: list[list[int]] = [[] for _ in cells]
     # Hooks of others may count columns at the unembedding; without a shared prefix there can be such.
     whole = start is None or any(name.startswith("unembed") for name in names)
     wanted = length if whole else length - (prompt.read - first)
-    with installed(model, [*hooks, *soft, *ours]):
-        with marked(0, length):
-            logits = decoder.feed(suffix, last=wanted)
+    later = [*hooks, *soft, *ours]
+    if start is not None and when == "prompt" and not isolate and _layered(model, cells) and joinable(model):
+        entries = {
+            name: (mask.nonzero()[:, 0].tolist(), values[mask.to(device)])
+            for name, (mask, values) in rows.sites.items()
+        }
+        suffix = prompt.tokens[:, first:]
+        logits, decoder = run_joining(model, start, suffix, entries, place, combine, hooks=soft, last=wanted)
+        later = []
+    else:
+        suffix = prompt.tokens[:, first:].expand(n, -1)
+        decoder = (
+            Decoder(model, use_cache=use_cache and decoding.max_new_tokens > 1) if start is None else start.repeated(n)
+        )
+        logits = None
+    with installed(model, later):
+        if logits is None:
+            with marked(0, length):
+                logits = decoder.feed(suffix, last=wanted)
         found, last = logits[:, prompt.read - first - length], logits[:, -1]
         for step in range(decoding.max_new_tokens):
             chosen = _choose(last, decoding, None if draws is None else draws[rows.active, step])
@@ -178,6 +192,11 @@ def run_cells(
             with marked(length + step if decoder.use_cache else 0, length):
                 last = decoder.step(chosen.to(device))
     return found, ids
+
+
+def _layered(model: LensModel, cells: Sequence[Cell]) -> bool:
+    """Whether every cell patches one residual layer, so that its row need not run before."""
+    return all(len(cell.into) == 1 and site_layer(cell.into[0][0], n_layers(model)) is not None for cell in cells)
 
 
 def _edit(rows: _Rows, name: str, combine: Combine) -> edits.Edit:

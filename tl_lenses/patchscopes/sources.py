@@ -66,11 +66,12 @@ def ids_of(prompt: str | Tensor | Sequence[int]) -> str | Tensor:
     """
     if isinstance(prompt, (str, Tensor)):
         return prompt
-    if not isinstance(prompt, Iterable) or not all(
-        hasattr(i, "__index__") and not isinstance(i, bool) for i in (prompt := list(prompt))
-    ):
-        raise TypeError(f"expected text, token ids or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one")
-    return torch.tensor([operator.index(i) for i in prompt], dtype=torch.long)
+    ids = list(prompt) if isinstance(prompt, Iterable) else [None]
+    if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in ids):
+        raise TypeError(
+            f"expected text, token ids or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one"
+        )
+    return torch.tensor([operator.index(i) for i in ids], dtype=torch.long)
 
 
 def collect(
@@ -166,7 +167,9 @@ def _stacked(prompts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "rows pos"]:
     return torch.cat([torch.cat([one, one[:, -1:].expand(-1, width - one.shape[1])], 1) for one in prompts])
 
 
-def _read(model: LensModel, tokens: Tensor, layers: list[Any], hooks: Sequence[Hook]) -> tuple[dict[Any, Tensor], Decoder]:
+def _read(
+    model: LensModel, tokens: Tensor, layers: list[Any], hooks: Sequence[Hook]
+) -> tuple[dict[Any, Tensor], Decoder]:
     """Activations `[row, pos, ...]` by layer of one pass, and the keys and values that it left."""
     seen: dict[Any, Tensor] = {}
     names = sites(model, layers)
@@ -189,6 +192,14 @@ def _read(model: LensModel, tokens: Tensor, layers: list[Any], hooks: Sequence[H
 def _given(model: LensModel, one: Source, layers: list[Any]) -> list[Vectors]:
     """Vectors as they were passed."""
     vectors: Tensor = one.prompt  # type: ignore[assignment]
+    if not (isinstance(one.pos, int) and one.pos == -1):
+        raise ValueError(
+            f"vectors have no positions to choose from, got pos={one.pos!r}: leave it out, and index the tensor"
+        )
+    if not vectors.numel():
+        raise ValueError(
+            f"there are no vectors in a tensor of shape {list(vectors.shape)}: expected [n, d_model], n >= 1"
+        )
     if vectors.ndim == 3:
         if vectors.shape[1] != n_layers(model) + 1:
             raise ValueError(
