@@ -297,7 +297,7 @@ def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
     whole = run(*command, "--output", tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
 
-    clip, calls = tl_lenses.fit.tuned._clip, []
+    clip, calls = tl_lenses.fit.tuned.clip_gradients, []
 
     def interrupting(*args):
         calls.append(1)
@@ -305,7 +305,7 @@ def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return clip(*args)
 
-    monkeypatch.setattr(tl_lenses.fit.tuned, "_clip", interrupting)
+    monkeypatch.setattr(tl_lenses.fit.tuned, "clip_gradients", interrupting)
     done = run(*command, "--output", tmp_path / "lens")
     assert done.exit_code == 130 and done.stderr.count("\n") == 1
     state = tmp_path / "lens.checkpoint"

@@ -5,26 +5,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_lenses.checkpoint import load_state, save_state
 from tl_lenses.data import Batch, TokenBatches, as_batches
-from tl_lenses.divergence import fused_ce, fused_kl
-from tl_lenses.fit.common import activations, record, rows_for
+from tl_lenses.fit.common import record, rows_for
+from tl_lenses.fit.optim import LR, WEIGHT_DECAY, make_optimizers
 from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.fit.step import clip_gradients, loss_and_gradient, scored_pairs
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, device_of
 from tl_lenses.progress import progress
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators, base
 from tl_lenses.unembed import Readout
-
-# Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since
-# torch's momentum
-# multiplies by its inverse. Muon: benchmarks/fit_recipes.py.
-_LR = {"muon": 0.01, "sgd": 0.1, "adam": 1e-3}
-_WEIGHT_DECAY = {"muon": 0.01, "sgd": 1e-3, "adam": 0.0}
 
 
 def fit_tuned(
@@ -99,12 +93,12 @@ def fit_tuned(
     check_model(model, what="a fit")
     if loss not in ("kl", "ce"):
         raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
-    if optimizer not in _LR:
-        raise ValueError(f"optimizer must be one of {', '.join(map(repr, _LR))}, got {optimizer!r}")
+    if optimizer not in LR:
+        raise ValueError(f"optimizer must be one of {', '.join(map(repr, LR))}, got {optimizer!r}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    lr = _LR[optimizer] if lr is None else lr
-    weight_decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+    lr = LR[optimizer] if lr is None else lr
+    weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
     hooks, layers = list(hooks), None if layers is None else list(layers)
     rows = rows_for(model, layers)
@@ -128,7 +122,7 @@ def fit_tuned(
     # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
     leaves = [nn.Parameter(d) for d in delta]
     bias_leaves = [nn.Parameter(b) for b in biases]
-    optimizers = _optimizers(optimizer, [] if bias_only else leaves, bias_leaves, lr, weight_decay, momentum)
+    optimizers = make_optimizers(optimizer, [] if bias_only else leaves, bias_leaves, lr, weight_decay, momentum)
     done, consumed, n_seen = 0, 0, 0
     if state is not None:
         done, consumed, n_seen = state["step"], state["batches"], state["tokens"]
@@ -157,11 +151,11 @@ def fit_tuned(
             while n_step < (tokens_per_step or 1):
                 batch = next(stream)
                 taken, n_step = taken + 1, n_step + batch.tokens.numel()
-                x, teacher = _pairs(model, batch, rows, hooks, skip_first, shift, loss)
+                x, teacher = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss)
                 n = x.shape[1]
                 if n == 0:
                     continue
-                part_loss, part_w, part_b = _loss_and_gradient(
+                part_loss, part_w, part_b = loss_and_gradient(
                     x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size
                 )
                 # Means over the step's positions, however they fell into batches.
@@ -178,7 +172,7 @@ def fit_tuned(
                     f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})"
                 )
             if clip is not None:
-                _clip(grad_w, grad_b, clip, joint_clip, bias_only)
+                clip_gradients(grad_w, grad_b, clip, joint_clip, bias_only)
             rate = lr * (1 - done / steps)
             for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
                 leaf.grad, bias.grad = grad_w[i], grad_b[i]
@@ -252,25 +246,6 @@ def _start(
     return maps.delta.data, maps.biases.data, found.n
 
 
-def _optimizers(
-    name: str, matrices: list[nn.Parameter], biases: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    if name == "sgd":
-        return [
-            torch.optim.SGD(
-                [*matrices, *biases], lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
-            )
-        ]
-    if name == "adam" or not matrices:
-        return [torch.optim.AdamW([*matrices, *biases], lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)]
-    return [
-        torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(biases, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay),
-    ]
-
-
 def _cycle(batches: Iterable[Batch], tokens: Any, seed: int, skip: int) -> Iterator[Batch]:
     """Batches without end: each epoch in an order of its own, from `seed`; the first `skip` are passed over."""
     epoch = index = 0
@@ -287,57 +262,6 @@ def _cycle(batches: Iterable[Batch], tokens: Any, seed: int, skip: int) -> Itera
             if index > skip:
                 yield batch
         epoch += 1
-
-
-def _pairs(
-    model: LensModel, batch: Batch, rows: list[Row], hooks: list[Hook], skip_first: bool, shift: int, loss: str
-) -> tuple[Float[Tensor, "rows n d_in"], Tensor]:
-    """Residuals of the positions to train on, and what each is scored against: logits `[n, d_vocab]` or ids `[n]`."""
-    logits, seen, used, batch = activations(model, batch, rows, hooks, skip_first)
-    width = batch.tokens.shape[1]
-    b, t = used.nonzero(as_tuple=True)
-    real = torch.ones_like(used) if batch.attention_mask is None else batch.attention_mask.bool()
-    there = (t + shift >= 0) & (t + shift < width)
-    b, t = b[there], t[there]
-    there = real[b, t + shift]
-    b, t = b[there], t[there]
-    teacher = logits[b, t + shift] if loss == "kl" else batch.tokens[b, t + shift]
-    return torch.stack([seen[source][b, t].float() for source, _ in rows]), teacher
-
-
-def _loss_and_gradient(
-    x: Float[Tensor, "rows n d_in"],
-    teacher: Tensor,
-    delta: Float[Tensor, "rows d_out d_in"],
-    biases: Float[Tensor, "rows d_out"],
-    readout: Readout,
-    w_u: Tensor,
-    b_u: Tensor | None,
-    transform: Any,
-    loss: str,
-    chunk_size: int | None,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_out d_in"], Float[Tensor, "rows d_out"]]:
-    """Mean loss per layer and its gradient with respect to D and b. Autograd sees the final norm alone."""
-    with torch.no_grad():
-        y = torch.baddbmm(biases[:, None], x, delta.mT)
-        if delta.shape[1] == delta.shape[2]:
-            y = y + x
-    y.requires_grad_()
-    with torch.enable_grad():
-        hidden = readout.norm(y.to(readout.dtype))
-        fused = fused_kl if loss == "kl" else fused_ce
-        losses = fused(hidden, teacher, w_u, b_u, transform=transform, chunk_size=chunk_size)
-        (grad_y,) = torch.autograd.grad(losses.sum(), y)
-    return losses.detach(), grad_y.mT @ x, grad_y.sum(1)
-
-
-def _clip(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:
-    """Scale gradients down to norm `clip`: per layer, or over all layers together as published."""
-    squares = (grad_b**2).sum(-1) + (0 if bias_only else (grad_w**2).sum((-2, -1)))
-    norm = (squares.sum().expand_as(squares) if joint else squares).sqrt()
-    factor = (clip / norm.clamp_min(1e-12)).clamp_max(1.0)
-    grad_w.mul_(factor[:, None, None])
-    grad_b.mul_(factor[:, None])
 
 
 def _resume(checkpoint: str | Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
