@@ -116,7 +116,7 @@ def plan(
     Example:
         >>> p = plan(768, 12, 50257, n_params=124_000_000, tokens_per_step=2**13, precision="bfloat16")
         >>> round(p.operations["vocabulary"] / sum(p.operations.values()), 2)
-        0.88
+        0.89
     """
     rows = n_layers if n_rows is None else n_rows
     together = min(rows, rows_at_once or rows)
