@@ -50,7 +50,10 @@ LATE = {
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
-    "fit": {"fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.step"},
+    "fit": {
+        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.step"),
+        *("fit.distributed", "fit.evidence", "fit.state"),
+    },
     "experiments": {"experiments.common", "experiments.facts", "experiments.picture"},
     "views": None,
     "patchscopes": None,

@@ -27,8 +27,10 @@ def scored_pairs(
     b, t = b[there], t[there]
     there = real[b, t + shift]
     b, t = b[there], t[there]
-    teacher = logits[b, t + shift] if loss == "kl" else batch.tokens[b, t + shift]
-    return torch.stack([seen[source][b, t].float() for source, _ in rows]), teacher
+    teacher = logits[b.to(logits.device), (t + shift).to(logits.device)] if loss == "kl" else batch.tokens[b, t + shift]
+    picked = [seen[source] for source, _ in rows]  # on several devices, where the model is spread over them
+    picked = [x[b.to(x.device), t.to(x.device)].float().to(logits.device) for x in picked]
+    return torch.stack(picked), teacher.to(logits.device)
 
 
 def loss_and_gradient(

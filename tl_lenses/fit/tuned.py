@@ -1,21 +1,22 @@
 """The tuned lens: translators that minimise KL(model || lens), all layers in the same pass over a frozen model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tl_lenses.checkpoint import load_state, save_state
-from tl_lenses.data import Batch, TokenBatches, as_batches
-from tl_lenses.fit.common import record, rows_for
-from tl_lenses.fit.optim import LR, WEIGHT_DECAY, make_optimizers
+from tl_lenses.data import Batch, Position, TokenBatches, as_batches, positions
+from tl_lenses.fit.common import NotFinite, record, row_groups, rows_for, shown
+from tl_lenses.fit.distributed import Lost, Processes, add_up, agree, gathered, own_rows, processes, same_settings
+from tl_lenses.fit.optim import LR, WEIGHT_DECAY, move_state, optimizer_step, optimizers_of
 from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
 from tl_lenses.fit.step import clip_gradients, loss_and_gradient, scored_pairs
 from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model, device_of
-from tl_lenses.progress import progress
+from tl_lenses.model import LensModel, check_model, n_layers
+from tl_lenses.progress import StepBar
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators, base
 from tl_lenses.unembed import Readout
@@ -46,6 +47,8 @@ def fit_tuned(
     joint_clip: bool = False,
     init_tokens: int | None = None,
     checkpoint_every: int = 25,
+    layers_at_once: int | None = None,
+    offload: bool = False,
     show_progress: bool | None = None,
 ) -> Translators:
     """Train `x -> x + D x + b` per layer by KL(model || lens), the model frozen.
@@ -100,87 +103,152 @@ def fit_tuned(
     lr = LR[optimizer] if lr is None else lr
     weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
-    hooks, layers = list(hooks), None if layers is None else list(layers)
-    rows = rows_for(model, layers)
+    rows = rows_for(model, None if layers is None else list(layers))
+    groups = row_groups(rows, layers_at_once, tokens)
+    if len(groups) > 1 and joint_clip:
+        raise ValueError("joint_clip needs the gradients of all layers at once: leave out layers_at_once")
     settings = {
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
-        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "rows": [list(row) for row in rows],
+        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "offload": offload,
     }  # fmt: skip
-    batches = as_batches(tokens)
-    state = _resume(checkpoint, settings)
+    found = []
+    for i, group in enumerate(groups):
+        found.append(_train(
+            model, as_batches(tokens), tokens, group, settings, init, list(hooks), init_tokens, chunk_size,
+            state_file(checkpoint, i, len(groups)), checkpoint_every, log, show_progress, processes(),
+        ))  # fmt: skip
+    deltas, biases, n_init, n_seen = zip(*found, strict=True)
+    meta = record(model, "tuned", n_seen[0], {**settings, "init_tokens": n_init[0]})
+    if len(groups) > 1:
+        meta["settings"]["layers_at_once"] = layers_at_once
+    full = torch.cat(deltas) + base(*deltas[0].shape[1:])
+    return Translators(rows, full, torch.cat(biases), n_layers=n_layers(model), meta=meta)
+
+
+def _train(
+    model: LensModel,
+    batches: Iterable[Batch],
+    tokens: Any,
+    rows: list[Row],
+    settings: dict[str, Any],
+    init: Any,
+    hooks: list[Hook],
+    init_tokens: int | None,
+    chunk_size: int | None,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    log: Any,
+    show_progress: bool | None,
+    who: Processes,
+) -> tuple[Tensor, Tensor, int, int]:
+    """D and b of some rows on the CPU, tokens that the start took, tokens seen."""
+    settings = {**settings, "rows": [list(row) for row in rows]}
+    same_settings(settings, who)
+    optimizer, loss, lr, steps = (settings[key] for key in ("optimizer", "loss", "lr", "steps"))
+    skip_first, shift, bias_only, offload = (
+        settings[key] for key in ("skip_first", "token_shift", "bias_only", "offload")
+    )
+    readout = Readout(model)
+    device = readout.device
+    state = resume(checkpoint, "fit_tuned", settings, who)
     if state is None:
-        weights, biases, n_init = _start(model, batches, rows, init, init_tokens, hooks, skip_first)
+        weights, biases, n_init = _start(model, batches, rows, init, init_tokens, hooks, skip_first, offload)
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
-    device = device_of(model)
-    delta, biases = (
-        weights.float().to(device).contiguous(),
-        biases.float().to(device).contiguous(),
-    )  # D and b, the stacked buffers
+    # D and b, the stacked buffers
+    delta, biases = weights.float().to(device).contiguous(), biases.float().to(device).contiguous()
 
     # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
     leaves = [nn.Parameter(d) for d in delta]
     bias_leaves = [nn.Parameter(b) for b in biases]
-    optimizers = make_optimizers(optimizer, [] if bias_only else leaves, bias_leaves, lr, weight_decay, momentum)
-    done, consumed, n_seen = 0, 0, 0
+    optimizers = optimizers_of(optimizer, leaves, bias_leaves, settings, offload)
+    done = n_seen = n_rows = 0
+    position = None
     if state is not None:
-        done, consumed, n_seen = state["step"], state["batches"], state["tokens"]
+        done, n_seen, n_rows = state["step"], state["tokens"], state["rows_seen"]
+        position = Position.load(state["position"]) if state["position"] else None
         for opt, saved in zip(optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
+            if offload:
+                move_state(opt, "cpu")
+        set_random_state(state["random"])
 
-    readout = Readout(model)
     w_u, b_u = readout.weights()
     transform = readout.transform if readout.transforms() else None
-    stream = _cycle(batches, tokens, seed, consumed)
-    shown = sorted({0, len(rows) // 2, len(rows) - 1})
-    bar = progress(total=steps, desc="tuned lens", initial=done, show=show_progress)
+    stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
+    bar = StepBar(steps, done, [_label(row) for row in rows], n_seen, None if who.first else False, show_progress)
+    # Gradients of all layers, losses, positions and a flag lie in one buffer: one all-reduce per step.
+    flat = torch.zeros(delta.numel() + biases.numel() + len(rows) + 2, device=device)
+    grad_w, grad_b, losses, counts = flat.split([delta.numel(), biases.numel(), len(rows), 2])
+    grad_w, grad_b = grad_w.view_as(delta), grad_b.view_as(biases)
+    whole, on_disk = True, done if state is not None else None
 
     def save() -> None:
-        if checkpoint is not None:
-            save_state(checkpoint, {
-                "format": "tl_lenses.fit_tuned", "settings": settings, "step": done, "batches": consumed, "tokens": n_seen,
-                "init_tokens": n_init, "delta": delta, "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
-            })  # fmt: skip
+        nonlocal on_disk
+        if checkpoint is None or on_disk == done or not (whole and _finite(delta, biases).all()):
+            return
+        if keep(checkpoint, "fit_tuned", {
+            "settings": settings, "step": done, "tokens": n_seen, "rows_seen": n_rows, "init_tokens": n_init,
+            "position": None if position is None else position.state(), "random": random_state(), "delta": delta,
+            "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
+        }, f"at step {done}", who):  # fmt: skip
+            on_disk = done
+
+    def gradients(batch: Batch) -> tuple[int, Tensor, Tensor, Tensor]:
+        x, teacher = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss)
+        if x.shape[1] == 0:
+            return 0, losses, grad_w, grad_b
+        part = loss_and_gradient(x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size)
+        return x.shape[1], *part
 
     try:
+        save()
         while done < steps:
-            grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
-            losses, n_step, n_used = torch.zeros(len(rows), device=device), 0, 0
-            taken = 0
-            while n_step < (tokens_per_step or 1):
-                batch = next(stream)
-                taken, n_step = taken + 1, n_step + batch.tokens.numel()
-                x, teacher = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss)
-                n = x.shape[1]
-                if n == 0:
-                    continue
-                part_loss, part_w, part_b = loss_and_gradient(
-                    x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size
-                )
-                # Means over the step's positions, however they fell into batches.
-                losses, grad_w, grad_b = losses + n * part_loss, grad_w + n * part_w, grad_b + n * part_b
-                n_used += n
+            flat.zero_()
+            n_step, taken, here, mine, error = 0, 0, position, [], None
+            try:
+                while n_step < (settings["tokens_per_step"] or 1):
+                    batch, here = next(stream)
+                    n_step += batch.tokens.numel()
+                    own, _ = own_rows(batch, n_rows + taken, who)
+                    taken += len(batch.tokens)
+                    if own is None:
+                        continue
+                    mine.append(own)
+                    n, part_loss, part_w, part_b = gradients(own)
+                    # Means over the step's positions, however they fell into batches and processes.
+                    if n:
+                        losses.add_(part_loss, alpha=n), grad_w.add_(part_w, alpha=n), grad_b.add_(part_b, alpha=n)
+                        counts[0] += n
+            except Exception as wrong:  # the other processes would wait for this one
+                error = NotFinite(f"{wrong}, at step {done}") if isinstance(wrong, NotFinite) else wrong
+                counts[1] += 1
+            add_up(flat, who)
+            n_used, failed = counts.tolist()
+            if failed:
+                agree(error, who)
             if n_used == 0:
                 raise ValueError(
                     "no position to train on in a whole step: rows of one token with skip_first, or all pads"
                 )
-            losses, grad_w, grad_b = losses / n_used, grad_w / n_used, grad_b / n_used
-            if not losses.isfinite().all():
-                bad = [row[0] for row, ok in zip(rows, losses.isfinite().tolist(), strict=True) if not ok]
-                raise ValueError(
-                    f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})"
-                )
-            if clip is not None:
-                clip_gradients(grad_w, grad_b, clip, joint_clip, bias_only)
+            flat[:-2].div_(n_used)
+            finite = losses.isfinite() & _finite(grad_w, grad_b)
+            if not finite.all():
+                check = lambda row: all(bool(part.isfinite().all()) for part in gradients(row)[1:])
+                text = guilty_text(mine, check, lambda row: shown(model, row.tokens[0])) if _finite(delta, biases).all() else None  # fmt: skip
+                texts = [text for text in gathered(text, who) if text]
+                raise NotFinite(_not_finite(rows, finite, losses, done, lr, texts))
+            if settings["clip"] is not None:
+                clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
             rate = lr * (1 - done / steps)
             for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
                 leaf.grad, bias.grad = grad_w[i], grad_b[i]
-            for opt in optimizers:
-                for group in opt.param_groups:
-                    group["lr"] = rate
-                opt.step()
-            done, consumed, n_seen = done + 1, consumed + taken, n_seen + n_step
+            with unbroken():
+                whole = False
+                optimizer_step(optimizers, rate, device if offload else None)
+                done, position, n_seen, n_rows = done + 1, here, n_seen + n_step, n_rows + taken
+                whole = True
             values = losses.tolist()
             if log is not None:
                 entry = {
@@ -190,20 +258,36 @@ def fit_tuned(
                     "loss": {row[0]: v for row, v in zip(rows, values, strict=True)},
                 }
                 log.append(entry) if isinstance(log, list) else log(entry)
-            bar.set_postfix_str(" ".join(f"{_label(rows[i])} {values[i]:.3f}" for i in shown), refresh=False)
-            bar.update()
-            if done % checkpoint_every == 0:
-                save()
+            bar.update(values, n_seen)
+            if done % checkpoint_every == 0 or done == steps:
+                if not (good := _finite(delta, biases)).all():
+                    raise NotFinite(_not_finite(rows, good, None, done, lr, []))
+                with unbroken():
+                    save()
+    except Lost as error:
+        save()
+        kept = "there is no checkpoint" if checkpoint is None else f"the checkpoint {checkpoint} holds the last steps"
+        raise Lost(f"{error} in step {done + 1} of {steps}; {kept}: start all processes again to go on") from error
     except BaseException:
-        save()  # the last whole step: nothing is lost to Ctrl-C, a full disk elsewhere, or a bad batch
+        save()  # the last whole step: nothing is lost to Ctrl-C or to a bad batch
         raise
     finally:
         bar.close()
-    save()
-    meta = record(model, "tuned", n_seen, {**settings, "init_tokens": n_init})
-    meta["settings"].pop("rows")
-    full = delta + base(*delta.shape[1:], device=device)
-    return Translators(rows, full.cpu(), biases.cpu(), n_layers=int(model.cfg.n_layers), meta=meta)
+        stream.close()
+    return delta.cpu(), biases.cpu(), n_init, n_seen
+
+
+def _finite(weights: Tensor, biases: Tensor) -> Tensor:
+    """Per row; a sum is not finite where a summand is not, and needs no memory."""
+    return (weights.flatten(1).sum(1) + biases.sum(1)).isfinite()
+
+
+def _not_finite(rows: list[Row], finite: Tensor, losses: Tensor | None, step: int, lr: float, texts: list[str]) -> str:
+    bad = [row[0] for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+    what = "translator" if losses is None else "gradient" if losses.isfinite().all() else "loss"
+    more = f" and {len(bad) - 1} more" if bad[1:] else ""
+    text = f", on the text {texts[0]}" if texts else ""
+    return f"the {what} is not finite at step {step} for {bad[0]!r}{more}{text}: lower lr (now {lr}){' or leave that text out' if texts else ''}; the last good state is kept"
 
 
 def _label(row: Row) -> str:
@@ -219,6 +303,7 @@ def _start(
     init_tokens: int | None,
     hooks: list[Hook],
     skip_first: bool,
+    offload: bool,
 ) -> tuple[Tensor, Tensor, int]:
     """D and b to start from, and how many tokens that took."""
     d = int(model.cfg.d_model)
@@ -240,44 +325,8 @@ def _start(
         skip_first=skip_first,
         hooks=hooks,
         limit_tokens=init_tokens or max(16 * d, 8192),
+        offload=offload,
         show_progress=False,
     )
     maps = from_moments(model, found, rows)
     return maps.delta.data, maps.biases.data, found.n
-
-
-def _cycle(batches: Iterable[Batch], tokens: Any, seed: int, skip: int) -> Iterator[Batch]:
-    """Batches without end: each epoch in an order of its own, from `seed`; the first `skip` are passed over."""
-    epoch = index = 0
-    while True:
-        if isinstance(batches, TokenBatches):
-            one_pass: Iterator[Batch] = batches.epoch(epoch)
-        elif isinstance(tokens, Tensor) and tokens.ndim == 2:
-            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            one_pass = iter(as_batches(tokens[order.to(tokens.device)]))
-        else:
-            one_pass = iter(batches)
-        for batch in one_pass:
-            index += 1
-            if index > skip:
-                yield batch
-        epoch += 1
-
-
-def _resume(checkpoint: str | Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from, if there is a file.
-
-    Raises:
-        ValueError: it is of other settings (the first difference is named) or not of a fit.
-    """
-    if checkpoint is None or not Path(checkpoint).exists():
-        return None
-    state = load_state(checkpoint)
-    if state.get("format") != "tl_lenses.fit_tuned":
-        raise ValueError(f"{checkpoint} is not a checkpoint of fit_tuned: choose another file")
-    for key, value in settings.items():
-        if (saved := state["settings"].get(key)) != value:
-            raise ValueError(
-                f"the checkpoint {checkpoint} was made with {key}={saved!r}, now it is {value!r}: use the same settings, or delete it to start again"
-            )
-    return state
