@@ -12,7 +12,7 @@ from tl_lenses.data import Batch, TokenBatches, as_batches
 from tl_lenses.fit.common import record, rows_for
 from tl_lenses.fit.optim import LR, WEIGHT_DECAY, make_optimizers
 from tl_lenses.fit.regression import from_moments, gather
-from tl_lenses.fit.step import clip_gradients, loss_and_gradient, scored_pairs
+from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, device_of
 from tl_lenses.progress import progress
@@ -44,6 +44,8 @@ def fit_tuned(
     momentum: float = 0.9,
     clip: float | None = 1.0,
     joint_clip: bool = False,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    subsample: float = 1.0,
     init_tokens: int | None = None,
     checkpoint_every: int = 25,
     show_progress: bool | None = None,
@@ -77,6 +79,8 @@ def fit_tuned(
         log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
         hooks: interventions under which to fit; the teacher is the same hooked run.
         clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
+        precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
+        subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
         init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
 
     Raises:
@@ -97,6 +101,8 @@ def fit_tuned(
         raise ValueError(f"optimizer must be one of {', '.join(map(repr, LR))}, got {optimizer!r}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
+    if not 0 < subsample <= 1:
+        raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {subsample}")
     lr = LR[optimizer] if lr is None else lr
     weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
@@ -105,7 +111,8 @@ def fit_tuned(
     settings = {
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
-        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "rows": [list(row) for row in rows],
+        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip,
+        "precision": precision, "subsample": subsample, "rows": [list(row) for row in rows],
     }  # fmt: skip
     batches = as_batches(tokens)
     state = _resume(checkpoint, settings)
@@ -129,9 +136,7 @@ def fit_tuned(
         for opt, saved in zip(optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
 
-    readout = Readout(model)
-    w_u, b_u = readout.weights()
-    transform = readout.transform if readout.transforms() else None
+    head = head_of(Readout(model), precision)
     stream = _cycle(batches, tokens, seed, consumed)
     shown = sorted({0, len(rows) // 2, len(rows) - 1})
     bar = progress(total=steps, desc="tuned lens", initial=done, show=show_progress)
@@ -151,21 +156,20 @@ def fit_tuned(
             while n_step < (tokens_per_step or 1):
                 batch = next(stream)
                 taken, n_step = taken + 1, n_step + batch.tokens.numel()
-                x, teacher = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss)
-                n = x.shape[1]
-                if n == 0:
+                pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, head.readout)
+                if len(pairs) == 0:
                     continue
-                part_loss, part_w, part_b = loss_and_gradient(
-                    x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size
-                )
-                # Means over the step's positions, however they fell into batches.
-                losses, grad_w, grad_b = losses + n * part_loss, grad_w + n * part_w, grad_b + n * part_b
-                n_used += n
+                # Sums first, so that means are over the step's positions however they fell into batches.
+                losses += loss_and_gradient(
+                    pairs, delta, biases, head, grad_w, grad_b, loss=loss, chunk_size=chunk_size, subsample=subsample,
+                    seed=seed * 1_000_003 + consumed + taken,
+                )  # fmt: skip
+                n_used += len(pairs)
             if n_used == 0:
                 raise ValueError(
                     "no position to train on in a whole step: rows of one token with skip_first, or all pads"
                 )
-            losses, grad_w, grad_b = losses / n_used, grad_w / n_used, grad_b / n_used
+            losses, grad_w, grad_b = losses / n_used, grad_w.div_(n_used), grad_b.div_(n_used)
             if not losses.isfinite().all():
                 bad = [row[0] for row, ok in zip(rows, losses.isfinite().tolist(), strict=True) if not ok]
                 raise ValueError(
