@@ -98,7 +98,8 @@ class _Fused(torch.autograd.Function):
                     block = slice(at, at + step)
                     said = p[block] if own is None else p[own[block]]
                     losses[row] += _residual(z[block], said, bias, transform, wide)
-                grad[row, used] = (z @ w_u.mT).to(wide)
+                if ctx.needs_input_grad[0]:
+                    grad[row, used] = (z @ w_u.mT).to(wide)
         ctx.save_for_backward(grad.div_(n))
         return losses / n
 

@@ -1,5 +1,6 @@
 """One step of tuned-lens training: residuals and teachers of a batch, loss and gradient of every layer, the clip."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,8 +120,7 @@ def loss_and_gradient(
     """
     losses = torch.zeros(len(delta), device=delta.device)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    wide = {} if loss == "ce" else {"teacher_hidden": pairs.hidden}
-    fused = D.fused_kl if loss == "kl" else D.fused_ce
+    fused = _fused(loss, pairs)
     for part in D.chunks(len(pairs), head.w_u.shape[1], head.w_u.dtype, head.w_u.device, chunk_size):
         size = part.stop - part.start
         teacher, picks = pairs.teacher[pairs.scored[part]], None
@@ -136,14 +136,45 @@ def loss_and_gradient(
         y.requires_grad_()
         with torch.enable_grad():
             hidden = head.readout.norm(y.to(head.readout.dtype))
-            each = fused(
-                hidden, teacher, head.w_u, head.b_u, transform=head.transform, chunk_size=size, picks=picks, **wide
-            )
+            each = fused(hidden, teacher, head, size, picks)
             (grad_y,) = torch.autograd.grad(each.sum(), y)
         losses += size * each.detach().to(losses)
         grad_w.baddbmm_(grad_y.mT, x, alpha=size)
         grad_b.add_(grad_y.sum(1), alpha=size)
     return losses
+
+
+@torch.no_grad()
+def summed_losses(
+    pairs: Pairs,
+    delta: Float[Tensor, "rows d_out d_in"],
+    biases: Float[Tensor, "rows d_out"],
+    head: Head,
+    *,
+    loss: Literal["kl", "ce"] = "kl",
+    chunk_size: int | None = None,
+) -> Float[Tensor, " rows"]:
+    """Sum over positions of each layer's loss, without the gradient: half the cost."""
+    losses = torch.zeros(len(delta), device=delta.device)
+    for part in D.chunks(len(pairs), head.w_u.shape[1], head.w_u.dtype, head.w_u.device, chunk_size):
+        x = pairs.take(part)
+        y = torch.baddbmm(biases[:, None], x, delta.mT)
+        hidden = head.readout.norm((y + x if delta.shape[1] == delta.shape[2] else y).to(head.readout.dtype))
+        teacher, size = pairs.teacher[pairs.scored[part]], part.stop - part.start
+        losses += size * _fused(loss, pairs)(hidden, teacher, head, size, None).to(losses)
+    return losses
+
+
+def _fused(loss: Literal["kl", "ce"], pairs: Pairs) -> Callable[..., Tensor]:
+    """Mean loss per row of normed states."""
+
+    def of(hidden: Tensor, teacher: Tensor, head: Head, size: int, picks: Tensor | None) -> Tensor:
+        settings = {"transform": head.transform, "chunk_size": size, "picks": picks}
+        if loss == "ce":
+            return D.fused_ce(hidden, teacher, head.w_u, head.b_u, **settings)
+        return D.fused_kl(hidden, teacher, head.w_u, head.b_u, teacher_hidden=pairs.hidden, **settings)
+
+    return of
 
 
 def clip_gradients(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:
