@@ -179,7 +179,9 @@ def _fused(loss: Literal["kl", "ce"], pairs: Pairs) -> Callable[..., Tensor]:
 
 def clip_gradients(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:
     """Scale gradients down to norm `clip`: per layer, or over all layers together as published."""
-    squares = (grad_b**2).sum(-1) + (0 if bias_only else (grad_w**2).sum((-2, -1)))
+    squares = grad_b.norm(dim=-1) ** 2  # norms and not sums of squares: no second buffer of that size
+    if not bias_only:
+        squares = squares + torch.linalg.vector_norm(grad_w, dim=(-2, -1)) ** 2
     norm = (squares.sum().expand_as(squares) if joint else squares).sqrt()
     factor = (clip / norm.clamp_min(1e-12)).clamp_max(1.0)
     grad_w.mul_(factor[:, None, None])
