@@ -202,7 +202,7 @@ def test_one_sgd_step_is_the_gradient(arch, loss):
     grad_w, grad_b = _naive_gradient(model, start.select([0, 1, 2]), tokens, loss)
     entries = []
     # one step at rate 1 without momentum, decay or clipping moves by minus the gradient; batches of 1 and 2 rows add up
-    got = fit_tuned(model, [tokens[:1], tokens[1:]], steps=1, tokens_per_step=36, loss=loss, init=start, layers=[0, 1, 2], optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip=None, chunk_size=5, log=entries)  # fmt: skip
+    got = fit_tuned(model, [tokens[:1], tokens[1:]], steps=1, tokens_per_step=36, loss=loss, init=start, layers=[0, 1, 2], optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip=None, chunk_size=5, precision="float32", log=entries)  # fmt: skip
     assert torch.allclose(got.delta - start.delta.detach(), -grad_w, atol=2e-5) and grad_w.abs().max() > 1e-3
     assert torch.allclose(got.biases - start.biases.detach(), -grad_b, atol=2e-5)
     assert entries[0]["step"] == 1 and entries[0]["tokens"] == 36 and len(entries[0]["loss"]) == 3

@@ -130,8 +130,8 @@ def flatten_heads(x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch p
 
 def activations(
     model: LensModel, batch: Batch, rows: Sequence[Row], hooks: Sequence[Hook], skip_first: bool
-) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
-    """One forward pass: logits, `{site: [batch, pos, d]}`, positions to use, and the batch as it ran.
+) -> tuple[Float[Tensor, "batch logits_pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
+    """One forward pass: logits (of one position inside `Readout.without_logits`), `{site: [batch, pos, d]}`, positions to use, and the batch as it ran.
 
     Raises:
         ValueError: activations that are not finite (the site is named).
@@ -141,7 +141,7 @@ def activations(
 
 def states(
     model: LensModel, batch: Batch, names: Iterable[str], hooks: Sequence[Hook], skip_first: bool
-) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
+) -> tuple[Float[Tensor, "batch logits_pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
     """`activations` of named sites."""
     batch = prepare(model, batch.tokens, batch.attention_mask)
     seen: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ Per token that is trained on, with R rows (layers), width d and vocabulary V, on
     translators   4 R d^2         y = W x + b, and dL/dW = (dL/dy)^T x
     vocabulary    4 R d V         z = h W_U, and dL/dh = (q - p) W_U^T: nearly all of it
     model         2 P             one forward pass; P parameters less the embedding table
-    elementwise   R V * LOGIT_BYTES moved to turn z into q - p and to reduce it
+    elementwise   R V LOGIT_BYTES bytes moved, to turn z into q - p and to reduce it
 
 and per step of Muon five Newton-Schulz iterations, `5 * 6 R d^3`.
 """
@@ -13,10 +13,11 @@ and per step of Muon five Newton-Schulz iterations, `5 * 6 R d^3`.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tl_lenses.stats import CHUNK_BYTES
+from tl_lenses.divergence import BLOCK, CHUNK
 
-# Bytes moved per student logit between the two products: what `divergence` reads and writes, counted on its own lines.
-LOGIT_BYTES = {"float32": 40, "bfloat16": 26}
+# Bytes moved per student logit between the two products, counted on the lines of `divergence._residual` as if nothing stayed in a cache:
+# products 4, to fp32 6, softmax 12, sum p z 16, two maxima 8, q - p 12, back 6.
+LOGIT_BYTES = 64
 _STATES = {"muon": 1, "sgd": 1, "adam": 2}  # fp32 numbers of optimiser state per weight
 
 
@@ -90,7 +91,8 @@ def plan(
     precision: Literal["float32", "bfloat16"] = "float32",
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     subsample: float = 1.0,
-    chunk_bytes: int | None = None,
+    device: Literal["cpu", "cuda"] = "cuda",
+    chunk_size: int | None = None,
     state_on_cpu: bool = False,
     sharded: int = 1,
 ) -> Plan:
@@ -106,7 +108,8 @@ def plan(
         init: "regression" holds moments in float64 before the first step.
         precision: of the vocabulary product.
         subsample: share of the positions that each layer is trained on.
-        chunk_bytes: bytes of one chunk of fp32 logits; as `divergence` chooses by default.
+        device: the sizes of chunks differ.
+        chunk_size: positions whose logits exist at a time; as `divergence` chooses by default.
         state_on_cpu: optimiser state and moments do not count.
         sharded: processes that the frozen model is spread over.
 
@@ -138,21 +141,22 @@ def plan(
     element = 2 if model_dtype in ("bfloat16", "float16") else 4
     weights = 4 * together * (d_model if bias_only else d_model**2 + d_model)
     maps = 4 * together * (d_model**2 + d_model)
-    used = max(1, round(batch * subsample))
-    chunk = min(chunk_bytes or CHUNK_BYTES, 4 * batch * d_vocab)
+    wide = 2 if precision == "bfloat16" else 4
+    chunk = min(chunk_size or max(1, CHUNK[device] // (wide * d_vocab)), batch)
+    block = min(BLOCK[device], 4 * chunk * d_vocab)
     moments = 2 * 8 * together * d_model**2 if init == "regression" else 0
     state = weights * _STATES[optimizer]
     memory = {
         "model": params * element // sharded,
-        "unembedding for products": 2 * 2 * d_model * d_vocab if precision == "bfloat16" else 0,
+        "unembedding in bf16": 2 * d_model * d_vocab if precision == "bfloat16" and element == 4 else 0,
         "translators": maps * (2 if average else 1),
         # The moments are gone before there is a gradient or a state.
         "moments of the start": 0 if state_on_cpu else max(0, moments - maps - state),
         "gradients": maps,
         "optimiser": 0 if state_on_cpu else state,
-        "residuals": batch * d_model * together * element + 4 * 4 * used * d_model * together,
-        "logits of the model": 2 * batch * d_vocab * element,
-        "logits of a chunk": chunk * 4,
+        "residuals": batch * d_model * (together + 2) * element,
+        # States before and behind the map, normed, and the gradient; the teacher's p in fp32 beside a product.
+        "a chunk": chunk * (6 * 4 * together * d_model + (4 + wide) * d_vocab) + 3 * block,
     }
     groups = -(-rows // together)
     tokens = steps * step
@@ -163,7 +167,7 @@ def plan(
         "vocabulary": 4.0 * rows * d_model * d_vocab * tokens * subsample,
         "optimiser": 30.0 * rows * d_model**3 * steps if optimizer == "muon" and not bias_only else 0.0,
     }
-    moved = float(rows) * d_vocab * LOGIT_BYTES[precision] * tokens * subsample
+    moved = float(rows) * d_vocab * LOGIT_BYTES * tokens * subsample
     return Plan(
         memory,
         operations,

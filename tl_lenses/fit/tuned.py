@@ -13,7 +13,7 @@ from tl_lenses.fit.distributed import Lost, Processes, add_up, agree, gathered, 
 from tl_lenses.fit.optim import LR, WEIGHT_DECAY, move_state, optimizer_step, optimizers_of
 from tl_lenses.fit.regression import from_moments, gather
 from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
-from tl_lenses.fit.step import clip_gradients, loss_and_gradient, scored_pairs
+from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.progress import StepBar
@@ -45,6 +45,8 @@ def fit_tuned(
     momentum: float = 0.9,
     clip: float | None = 1.0,
     joint_clip: bool = False,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    subsample: float = 1.0,
     init_tokens: int | None = None,
     checkpoint_every: int = 25,
     layers_at_once: int | None = None,
@@ -80,11 +82,20 @@ def fit_tuned(
         log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
         hooks: interventions under which to fit; the teacher is the same hooked run.
         clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
+        precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
+        subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
         init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
+        layers_at_once: layers whose translators are held at a time, each group a pass over the same text with a
+            checkpoint of its own (`checkpoint.1of3`); gives what all at once would.
+        offload: optimiser state and the start's moments lie on the CPU between uses.
+
+    Processes that were launched together (`accelerate launch`) share the rows of the text; the first one writes the
+    checkpoint. Ctrl-C saves; a checkpoint that cannot be written is a `checkpoint.Notice` and stops nothing.
 
     Raises:
-        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss that is not finite (names
-        layer and step).
+        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss or gradient that is not finite
+            (names layer, step and text; the last good state is kept).
+        Lost: another process of the fit has ended.
 
     Source: Belrose et al. 2023 (Tuned Lens), section 3 and appendix on training; Muon: the tuned-lens authors' later
     recipe.
@@ -100,6 +111,8 @@ def fit_tuned(
         raise ValueError(f"optimizer must be one of {', '.join(map(repr, LR))}, got {optimizer!r}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
+    if not 0 < subsample <= 1:
+        raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {subsample}")
     lr = LR[optimizer] if lr is None else lr
     weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
@@ -111,6 +124,7 @@ def fit_tuned(
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
         "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "offload": offload,
+        "precision": precision, "subsample": subsample,
     }  # fmt: skip
     found = []
     for i, group in enumerate(groups):
@@ -174,8 +188,7 @@ def _train(
                 move_state(opt, "cpu")
         set_random_state(state["random"])
 
-    w_u, b_u = readout.weights()
-    transform = readout.transform if readout.transforms() else None
+    head = head_of(readout, settings["precision"])
     stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
     bar = StepBar(steps, done, [_label(row) for row in rows], n_seen, None if who.first else False, show_progress)
     # Gradients of all layers, losses, positions and a flag lie in one buffer: one all-reduce per step.
@@ -195,12 +208,20 @@ def _train(
         }, f"at step {done}", who):  # fmt: skip
             on_disk = done
 
-    def gradients(batch: Batch) -> tuple[int, Tensor, Tensor, Tensor]:
-        x, teacher = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss)
-        if x.shape[1] == 0:
-            return 0, losses, grad_w, grad_b
-        part = loss_and_gradient(x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size)
-        return x.shape[1], *part
+    def add_gradients(batch: Batch, losses: Tensor, grad_w: Tensor, grad_b: Tensor, row: int) -> int:
+        """Sums over the positions of a batch, however a step's positions fall into batches and processes; how many."""
+        pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, readout)
+        if len(pairs):
+            losses += loss_and_gradient(
+                pairs, delta, biases, head, grad_w, grad_b, loss=loss, chunk_size=chunk_size,
+                subsample=settings["subsample"], seed=settings["seed"] * 1_000_003 + row,
+            )  # fmt: skip
+        return len(pairs)
+
+    def is_finite(batch: Batch) -> bool:
+        flat.zero_()
+        add_gradients(batch, losses, grad_w, grad_b, 0)
+        return bool(losses.isfinite().all() and _finite(grad_w, grad_b).all())
 
     try:
         save()
@@ -216,11 +237,7 @@ def _train(
                     if own is None:
                         continue
                     mine.append(own)
-                    n, part_loss, part_w, part_b = gradients(own)
-                    # Means over the step's positions, however they fell into batches and processes.
-                    if n:
-                        losses.add_(part_loss, alpha=n), grad_w.add_(part_w, alpha=n), grad_b.add_(part_b, alpha=n)
-                        counts[0] += n
+                    counts[0] += add_gradients(own, losses, grad_w, grad_b, n_rows + taken)
             except Exception as wrong:  # the other processes would wait for this one
                 error = NotFinite(f"{wrong}, at step {done}") if isinstance(wrong, NotFinite) else wrong
                 counts[1] += 1
@@ -235,10 +252,11 @@ def _train(
             flat[:-2].div_(n_used)
             finite = losses.isfinite() & _finite(grad_w, grad_b)
             if not finite.all():
-                check = lambda row: all(bool(part.isfinite().all()) for part in gradients(row)[1:])
-                text = guilty_text(mine, check, lambda row: shown(model, row.tokens[0])) if _finite(delta, biases).all() else None  # fmt: skip
+                found = losses.clone(), finite.clone()
+                searched = mine if _finite(delta, biases).all() else []  # with such maps every text is guilty
+                text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
                 texts = [text for text in gathered(text, who) if text]
-                raise NotFinite(_not_finite(rows, finite, losses, done, lr, texts))
+                raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
             if settings["clip"] is not None:
                 clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
             rate = lr * (1 - done / steps)
