@@ -33,6 +33,13 @@ class Processes:
         """Whether this one writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def device(self) -> str | None:
+        """The accelerator of this process; None for whatever a single process would take."""
+        if self.world == 1 or not torch.cuda.is_available():
+            return None
+        return f"cuda:{torch.cuda.current_device()}"
+
 
 def processes() -> Processes:
     """Those that were launched together; joined here where the script has not done so.
