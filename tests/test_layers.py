@@ -38,7 +38,7 @@ LATE = {
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
-    "fit": {"fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.step"},
+    "fit": {"fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"},
     "experiments": {"experiments.common", "experiments.facts", "experiments.picture"},
     "views": None,
     "patchscopes": None,
