@@ -101,6 +101,11 @@ class Readout:
         """Type of the unembedding's weights, to which residuals are cast."""
         return self.model.W_U.dtype  # type: ignore[attr-defined]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the unembedding: of a model spread over several, the one with the most work for a lens."""
+        return self.model.W_U.device  # type: ignore[attr-defined]
+
     def weights(self) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_vocab"] | None]:
         """`W_U` and `b_U` (None where it is zero), for the fused losses."""
         w: Tensor = self.model.W_U.detach()  # type: ignore[attr-defined]

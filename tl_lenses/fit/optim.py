@@ -45,12 +45,43 @@ def rate_scales(losses: Sequence[float], power: float) -> list[float]:
 
 def set_scales(optimizers: Sequence[torch.optim.Optimizer], scales: Sequence[float]) -> None:
     """Keep a layer's factor in its group, and with it in the optimiser's state."""
+    if len(optimizers[0].param_groups) == len(scales):
+        pairs = [pair for opt in optimizers for pair in zip(opt.param_groups, scales, strict=True)]
+    else:  # one layer per optimiser, or per pair of them
+        each = len(optimizers) // len(scales)
+        pairs = [(opt.param_groups[0], scales[i // each]) for i, opt in enumerate(optimizers)]
+    for group, scale in pairs:
+        group["scale"] = scale
+
+
+def optimizers_of(
+    name: str, leaves: list[nn.Parameter], biases: list[nn.Parameter], settings: dict[str, Any], offload: bool
+) -> list[torch.optim.Optimizer]:
+    """Of all layers together; with `offload` layer by layer, so that the state of one at a time is on the device."""
+    rates = settings["lr"], settings["weight_decay"], settings["momentum"]
+    parts = [([leaf], [bias]) for leaf, bias in zip(leaves, biases, strict=True)] if offload else [(leaves, biases)]
+    return [
+        opt
+        for matrices, vectors in parts
+        for opt in make_optimizers(name, [] if settings["bias_only"] else matrices, vectors, *rates)
+    ]
+
+
+def optimizer_step(optimizers: list[torch.optim.Optimizer], lr: float, device: torch.device | None) -> None:
+    """One step of all; with a device, each optimiser's state comes there for its step and goes back to the CPU."""
     for opt in optimizers:
-        for group, scale in zip(opt.param_groups, scales, strict=True):
-            group["scale"] = scale
+        for group in opt.param_groups:
+            group["lr"] = lr * group["scale"]
+        if device is not None:
+            move_state(opt, device)
+        opt.step()
+        if device is not None:
+            move_state(opt, "cpu")
 
 
-def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of every layer for the next step."""
-    for group in opt.param_groups:
-        group["lr"] = lr * group["scale"]
+def move_state(opt: torch.optim.Optimizer, device: str | torch.device) -> None:
+    """The numbers that an optimiser keeps per parameter, to a device."""
+    for state in opt.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim:  # AdamW counts its steps on the CPU
+                state[key] = value.to(device)

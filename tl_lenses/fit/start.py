@@ -53,10 +53,10 @@ def _raising(error: ValueError) -> Iterator[tuple[Batch, Place]]:
 
 
 def regression_start(
-    model: LensModel, batches: list[Batch], rows: list[Row], hooks: list[Hook], skip_first: bool
+    model: LensModel, batches: list[Batch], rows: list[Row], hooks: list[Hook], skip_first: bool, offload: bool = False
 ) -> tuple[Tensor, Tensor, int]:
     """D and b of the regression lens, and how many positions that took."""
-    found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, show_progress=False)
+    found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, offload=offload, show_progress=False)
     maps = from_moments(model, found, rows)
     return maps.delta.data, maps.biases.data, found.n
 

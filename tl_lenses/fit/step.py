@@ -60,7 +60,9 @@ class Pairs:
         """States `[rows, m, d_in]`, fp32: of the part's positions, or of a row's own picks among them."""
         at = self.at[part]
         own = [at] * len(self.states) if picks is None else [at[one] for one in picks]
-        return torch.stack([states[one].float() for states, one in zip(self.states, own, strict=True)])
+        # A model that is spread over devices has its states on several.
+        taken = [states[one.to(states.device)].float() for states, one in zip(self.states, own, strict=True)]
+        return torch.stack([states.to(self.teacher.device) for states in taken])
 
 
 def scored_pairs(
@@ -85,12 +87,12 @@ def scored_pairs(
     b, t = b[there], t[there]
     there = real[b, t + shift]
     b, t = b[there], t[there]
-    teacher = batch.tokens if loss == "ce" else read[0] if read else logits
+    teacher = batch.tokens.to(logits.device) if loss == "ce" else read[0] if read else logits
     return Pairs(
         [seen[source].flatten(0, 1) for source, _ in rows],
         b * width + t,
         teacher.flatten(0, 1),
-        b * width + t + shift,
+        (b * width + t + shift).to(teacher.device),
         bool(read) and loss == "kl",
     )
 

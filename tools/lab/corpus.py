@@ -110,7 +110,11 @@ def _words(texts: list[str], most: int) -> list[str]:
 
 
 def _mix(
-    kinds: Mapping[str, Callable[[], str]], shares: Mapping[str, float], n_tokens: int, tokenizer: Any, rng: random.Random
+    kinds: Mapping[str, Callable[[], str]],
+    shares: Mapping[str, float],
+    n_tokens: int,
+    tokenizer: Any,
+    rng: random.Random,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """A stream of `n_tokens` tokens of documents of every kind, by their shares, and how many tokens each kind has in it."""
     written = dict.fromkeys(shares, 0)
@@ -177,7 +181,10 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
         "repeated": writer.repeated,
     }
     tokens, written = _mix(kinds, settings["shares"], settings["tokens"], tokenizer, rng)
-    log(f"{len(tokens):,} tokens: " + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items()))
+    log(
+        f"{len(tokens):,} tokens: "
+        + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items())
+    )
 
     def ids_of(texts: list[str]) -> np.ndarray:
         rows_ = tokenizer([text + EOS for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
