@@ -51,7 +51,7 @@ MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {
-        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.step"),
+        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
         *("fit.distributed", "fit.evidence", "fit.state"),
     },
     "experiments": {"experiments.common", "experiments.facts", "experiments.picture"},

@@ -160,3 +160,99 @@ def test_refusals_of_the_fit(unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             tll.fit_tuned(model, zoo.tokens(4, 8), steps=1, init="identity", **kwargs)
+
+
+# --- the start, and the end
+
+
+def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stream():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(30, 16)
+    batches = [tokens[i : i + 5] for i in range(0, 30, 5)]
+    start = tll.fit_regression(model, batches[:2])
+    expected = tll.fit_tuned(model, batches, steps=3, init=start)
+    for source in (batches, iter(batches)):  # a source that can be read only once will do
+        got = tll.fit_tuned(model, source, steps=3, init_tokens=160)
+        assert torch.allclose(got.weights, expected.weights, atol=1e-6)
+        assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240
+    # A short text is used once for the start, and a second time only by training.
+    short = tll.fit_tuned(model, batches, steps=0, init_tokens=10_000)
+    assert torch.allclose(short.weights, tll.fit_regression(model, batches).weights, atol=1e-6)
+    with pytest.raises(ValueError, match="one pass"):
+        tll.fit_tuned(model, iter(batches), steps=7, init_tokens=10_000)
+
+
+def test_the_best_translators_on_held_out_text_are_the_result():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    log = []
+    got = tll.fit_tuned(
+        model,
+        tokens[:32],
+        steps=40,
+        lr=0.3,
+        init_tokens=600,
+        held_out=tokens[32:],
+        held_out_every=4,
+        patience=3,
+        log=log,
+    )
+    seen = [list(entry["held_out"].values()) for entry in log if "held_out" in entry]
+    assert len(log) < 40 and len(seen) >= 3  # such a rate makes it worse, so it ends early
+    best = got.meta["held_out"]["loss"]
+    scores = tll.evaluate(model, tll.Lens(model, got), tokens[32:])
+    start = tll.evaluate(
+        model, tll.Lens(model, tll.fit_tuned(model, tokens[:32], steps=0, init_tokens=600)), tokens[32:]
+    )
+    for layer in range(model.cfg.n_layers):
+        assert scores.value("lens", layer) == pytest.approx(best[layer], rel=0.02, abs=1e-4)
+        assert scores.value("lens", layer) <= start.value("lens", layer) * 1.01
+        assert best[layer] <= min(row[layer] for row in seen) + 1e-6
+
+
+def test_a_share_of_a_tensor_is_its_last_rows():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    settings = dict(steps=4, init="identity", held_out_every=2)
+    a = tll.fit_tuned(model, tokens, held_out=0.2, **settings)
+    b = tll.fit_tuned(model, tokens[:32], held_out=tokens[32:], **settings)
+    assert torch.equal(a.weights, b.weights)
+
+
+def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(tmp_path):
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    settings = dict(
+        steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05
+    )
+    log = []
+    whole = tll.fit_tuned(model, tokens[:32], log=log, **settings)
+    rates = [entry["lr"] for entry in log]
+    falls = next(i for i, rate in enumerate(rates) if rate < rates[0])
+    assert rates[falls - 1] == rates[0] and rates[-1] < rates[0] / 2 and len(log) < 2000
+    assert all(a >= b for a, b in zip(rates[falls:], rates[falls + 1 :], strict=False))
+    file = tmp_path / "fit.safetensors"
+
+    def stop(entry):
+        if entry["step"] == falls + 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tll.fit_tuned(model, tokens[:32], checkpoint=file, log=stop, **settings)
+    again = tll.fit_tuned(model, tokens[:32], checkpoint=file, **settings)
+    assert torch.allclose(again.weights, whole.weights, atol=1e-6)
+
+
+def test_refusals_of_held_out(unchecked):
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(8, 8)
+    for kwargs, message in (
+        (dict(steps="auto"), "'auto' with held_out= text"),
+        (dict(steps="soon", held_out=0.5), "steps must be a number"),
+        (dict(steps=1, held_out=1.5), "leaves -4 to train on"),
+        (dict(steps=1, held_out=0.5, tokens=[tokens]), "needs tokens"),
+        (dict(steps=1, held_out=0.5, patience=0), "at least 1"),
+        (dict(steps=1, held_out=zoo.tokens(2, 1)), "no position to score in held_out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tll.fit_tuned(model, **{"tokens": tokens, "init": "identity", **kwargs})

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_lenses.data import as_batches
+
 COOLING = 4  # the rate falls over 1/COOLING of the steps before it
 GAIN = 2e-3  # a fall of the mean loss by less than this share is none
 MOST = 20_000  # steps of "auto" at most
@@ -99,3 +101,25 @@ class Watch:
     def load(state: dict[str, Any]) -> "Watch":
         """What `state` gave."""
         return Watch(**state)
+
+
+def split_held_out(tokens: Any, held_out: Any) -> tuple[Any, Any]:
+    """What to train on, and batches of what not to, None for nothing.
+
+    Raises:
+        ValueError: a share of a text whose length is not known, or one that leaves nothing.
+    """
+    if held_out is None:
+        return tokens, None
+    if not isinstance(held_out, (int, float)):
+        return tokens, as_batches(held_out)
+    if not (isinstance(tokens, Tensor) and tokens.ndim == 2):
+        raise ValueError(
+            f"a share, held_out={held_out!r}, needs tokens [n, seq], whose number is known: give other text, such as held_out=token_batches(...)"
+        )
+    kept = round(len(tokens) * (1 - held_out))
+    if not 0 < kept < len(tokens):
+        raise ValueError(
+            f"held_out={held_out!r} of {len(tokens)} rows leaves {kept} to train on: give a share between 0 and 1"
+        )
+    return tokens[:kept], as_batches(tokens[kept:])

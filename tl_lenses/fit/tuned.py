@@ -1,19 +1,29 @@
 """The tuned lens: translators that minimise KL(model || lens), all layers in the same pass over a frozen model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tl_lenses.data import Batch, Position, TokenBatches, as_batches, positions
+from tl_lenses.data import Batch, Position, as_batches, positions
 from tl_lenses.fit.common import NotFinite, record, row_groups, rows_for, shown
 from tl_lenses.fit.distributed import Lost, Processes, add_up, agree, gathered, own_rows, processes, same_settings
-from tl_lenses.fit.optim import LR, WEIGHT_DECAY, move_state, optimizer_step, optimizers_of
-from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.fit.optim import (
+    LR,
+    LR_POWER,
+    WEIGHT_DECAY,
+    move_state,
+    optimizer_step,
+    optimizers_of,
+    rate_scales,
+    set_scales,
+)
+from tl_lenses.fit.start import default_tokens, first_batches, regression_start
 from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
-from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs
+from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs, summed_losses
+from tl_lenses.fit.stop import Watch, split_held_out
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.progress import StepBar
@@ -25,7 +35,7 @@ from tl_lenses.unembed import Readout
 def fit_tuned(
     model: LensModel,
     tokens: Any,
-    steps: int = 250,
+    steps: int | Literal["auto"] = 250,
     tokens_per_step: int | None = None,
     loss: Literal["kl", "ce"] = "kl",
     init: Literal["regression", "identity"] | Translators = "regression",
@@ -45,9 +55,13 @@ def fit_tuned(
     momentum: float = 0.9,
     clip: float | None = 1.0,
     joint_clip: bool = False,
+    lr_power: float | None = None,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     subsample: float = 1.0,
     init_tokens: int | None = None,
+    held_out: Any = None,
+    held_out_every: int = 25,
+    patience: int = 4,
     checkpoint_every: int = 25,
     layers_at_once: int | None = None,
     offload: bool = False,
@@ -59,17 +73,18 @@ def fit_tuned(
     The published
     recipe is `steps=250, tokens_per_step=2**18, init="identity", optimizer="sgd", joint_clip=True,
     skip_first=False`; its Muon successor
-    `init="identity", optimizer="muon", tokens_per_step=2**18`.
+    `init="identity", optimizer="muon", lr=0.01, lr_power=0, joint_clip=True, tokens_per_step=2**18`.
 
     Args:
         tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; gone through again (in another order,
             from `seed`) when it ends
             and can be.
-        steps: optimiser steps; the rate falls linearly to zero over them.
+        steps: optimiser steps; the rate falls linearly to zero over them. "auto", with `held_out`: the rate stays until the
+            held-out loss does, then falls to zero over a quarter as many steps as there were.
         tokens_per_step: batches are added up to about this many tokens; one batch by default.
         loss: "kl" against the model's distribution, or "ce" against the text.
-        init: where to start: "regression" fits the closed form on the first tokens of the stream, "identity" is the
-            logit lens.
+        init: where to start: "regression" fits the closed form on the first tokens of the stream, which are trained on
+            too (no second pass over the text); "identity" is the logit lens.
         optimizer: "muon" (matrices; AdamW for biases), "sgd" (Nesterov), "adam" (AdamW).
         lr, weight_decay: by optimiser if None; decay pulls to the identity.
         token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
@@ -85,6 +100,11 @@ def fit_tuned(
         precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
         subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
         init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
+        held_out: text that is not trained on (as `tokens`), or of a tensor `[n, seq]` the share of its last rows. Its loss is
+            taken before the first step, every `held_out_every` steps and at the end; each layer's translators of its best
+            look are the result; and after `patience` looks without a gain the fit ends.
+        lr_power: a layer's rate is `lr * min(KL, 1 nat) ** lr_power`, of its KL at the first step: the last layers, nearly right
+            from the start, want small steps. 0 is the same rate for all; by optimiser if None.
         layers_at_once: layers whose translators are held at a time, each group a pass over the same text with a
             checkpoint of its own (`checkpoint.1of3`); gives what all at once would.
         offload: optimiser state and the start's moments lie on the CPU between uses.
@@ -109,11 +129,22 @@ def fit_tuned(
         raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
     if optimizer not in LR:
         raise ValueError(f"optimizer must be one of {', '.join(map(repr, LR))}, got {optimizer!r}")
-    if steps < 0:
+    if isinstance(steps, str) and (steps != "auto" or held_out is None):
+        raise ValueError(
+            f"steps must be a number, or 'auto' with held_out= text to stop by; got {steps!r} and held_out={held_out!r}"
+        )
+    if isinstance(steps, int) and steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
+    if held_out_every < 1 or patience < 1:
+        raise ValueError(f"held_out_every and patience must be at least 1, got {held_out_every} and {patience}")
+    tokens, apart = split_held_out(tokens, held_out)
     if not 0 < subsample <= 1:
         raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {subsample}")
     lr = LR[optimizer] if lr is None else lr
+    if (
+        lr_power is None
+    ):  # cross entropy does not fall to zero where a layer is right, so it says nothing about the rate
+        lr_power = LR_POWER[optimizer] if loss == "kl" else 0.0
     weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
     rows = rows_for(model, None if layers is None else list(layers))
@@ -124,18 +155,24 @@ def fit_tuned(
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
         "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "offload": offload,
-        "precision": precision, "subsample": subsample,
+        "precision": precision, "subsample": subsample, "lr_power": lr_power,
+        "held_out": apart is not None, "held_out_every": held_out_every, "patience": patience,
     }  # fmt: skip
     found = []
     for i, group in enumerate(groups):
         found.append(_train(
-            model, as_batches(tokens), tokens, group, settings, init, list(hooks), init_tokens, chunk_size,
+            model, as_batches(tokens), tokens, apart, group, settings, init, list(hooks), init_tokens, chunk_size,
             state_file(checkpoint, i, len(groups)), checkpoint_every, log, show_progress, processes(),
         ))  # fmt: skip
-    deltas, biases, n_init, n_seen = zip(*found, strict=True)
+    deltas, biases, n_init, n_seen, watches = zip(*found, strict=True)
     meta = record(model, "tuned", n_seen[0], {**settings, "init_tokens": n_init[0]})
     if len(groups) > 1:
         meta["settings"]["layers_at_once"] = layers_at_once
+    if apart is not None:
+        meta["held_out"] = {
+            "loss": [x for watch in watches if watch.best is not None for x in watch.best.tolist()],
+            "looks": [w.looks for w in watches],
+        }
     full = torch.cat(deltas) + base(*deltas[0].shape[1:])
     return Translators(rows, full, torch.cat(biases), n_layers=n_layers(model), meta=meta)
 
@@ -144,6 +181,7 @@ def _train(
     model: LensModel,
     batches: Iterable[Batch],
     tokens: Any,
+    apart: Iterable[Batch] | None,
     rows: list[Row],
     settings: dict[str, Any],
     init: Any,
@@ -155,8 +193,8 @@ def _train(
     log: Any,
     show_progress: bool | None,
     who: Processes,
-) -> tuple[Tensor, Tensor, int, int]:
-    """D and b of some rows on the CPU, tokens that the start took, tokens seen."""
+) -> tuple[Tensor, Tensor, int, int, Watch]:
+    """D and b of some rows on the CPU, tokens that the start took, tokens seen, and the held-out losses."""
     settings = {**settings, "rows": [list(row) for row in rows]}
     same_settings(settings, who)
     optimizer, loss, lr, steps = (settings[key] for key in ("optimizer", "loss", "lr", "steps"))
@@ -166,8 +204,11 @@ def _train(
     readout = Readout(model)
     device = readout.device
     state = resume(checkpoint, "fit_tuned", settings, who)
+    position = Position.load(state["position"]) if state is not None and state["position"] else None
+    stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
+    feed: Iterator[tuple[Batch, Position]] = stream
     if state is None:
-        weights, biases, n_init = _start(model, batches, rows, init, init_tokens, hooks, skip_first, offload)
+        weights, biases, n_init, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
     # D and b, the stacked buffers
@@ -178,10 +219,10 @@ def _train(
     bias_leaves = [nn.Parameter(b) for b in biases]
     optimizers = optimizers_of(optimizer, leaves, bias_leaves, settings, offload)
     done = n_seen = n_rows = 0
-    position = None
+    watch = Watch(steps if isinstance(steps, int) else None, settings["held_out_every"], settings["patience"])
     if state is not None:
         done, n_seen, n_rows = state["step"], state["tokens"], state["rows_seen"]
-        position = Position.load(state["position"]) if state["position"] else None
+        watch = Watch.load(state["watch"])
         for opt, saved in zip(optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
             if offload:
@@ -189,8 +230,7 @@ def _train(
         set_random_state(state["random"])
 
     head = head_of(readout, settings["precision"])
-    stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
-    bar = StepBar(steps, done, [_label(row) for row in rows], n_seen, None if who.first else False, show_progress)
+    bar = StepBar(watch.steps, done, [_label(row) for row in rows], n_seen, None if who.first else False, show_progress)
     # Gradients of all layers, losses, positions and a flag lie in one buffer: one all-reduce per step.
     flat = torch.zeros(delta.numel() + biases.numel() + len(rows) + 2, device=device)
     grad_w, grad_b, losses, counts = flat.split([delta.numel(), biases.numel(), len(rows), 2])
@@ -205,6 +245,7 @@ def _train(
             "settings": settings, "step": done, "tokens": n_seen, "rows_seen": n_rows, "init_tokens": n_init,
             "position": None if position is None else position.state(), "random": random_state(), "delta": delta,
             "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
+            "watch": watch.state(),
         }, f"at step {done}", who):  # fmt: skip
             on_disk = done
 
@@ -223,14 +264,28 @@ def _train(
         add_gradients(batch, losses, grad_w, grad_b, 0)
         return bool(losses.isfinite().all() and _finite(grad_w, grad_b).all())
 
+    def look() -> None:
+        """The loss on held-out text, in every process the same."""
+        if apart is None or not watch.due(done):
+            return
+        sums, n = torch.zeros(len(rows), device=device), 0
+        for batch in apart:
+            pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, readout)
+            sums, n = sums + summed_losses(pairs, delta, biases, head, loss=loss, chunk_size=chunk_size), n + len(pairs)
+        if n == 0:
+            raise ValueError("no position to score in held_out: rows of one token with skip_first, or all pads")
+        watch.look(done, sums / n, delta, biases)
+
     try:
+        if state is None:
+            look()
         save()
-        while done < steps:
+        while not watch.ended(done):
             flat.zero_()
             n_step, taken, here, mine, error = 0, 0, position, [], None
             try:
                 while n_step < (settings["tokens_per_step"] or 1):
-                    batch, here = next(stream)
+                    batch, here = next(feed)
                     n_step += batch.tokens.numel()
                     own, _ = own_rows(batch, n_rows + taken, who)
                     taken += len(batch.tokens)
@@ -259,7 +314,9 @@ def _train(
                 raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
             if settings["clip"] is not None:
                 clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
-            rate = lr * (1 - done / steps)
+            if done == 0:
+                set_scales(optimizers, rate_scales(losses.tolist(), settings["lr_power"]))
+            rate = lr * watch.rate(done)
             for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
                 leaf.grad, bias.grad = grad_w[i], grad_b[i]
             with unbroken():
@@ -267,6 +324,7 @@ def _train(
                 optimizer_step(optimizers, rate, device if offload else None)
                 done, position, n_seen, n_rows = done + 1, here, n_seen + n_step, n_rows + taken
                 whole = True
+            look()
             values = losses.tolist()
             if log is not None:
                 entry = {
@@ -275,9 +333,11 @@ def _train(
                     "lr": rate,
                     "loss": {row[0]: v for row, v in zip(rows, values, strict=True)},
                 }
+                if watch.looks and watch.looks[-1]["step"] == done:
+                    entry["held_out"] = {row[0]: v for row, v in zip(rows, watch.looks[-1]["loss"], strict=True)}
                 log.append(entry) if isinstance(log, list) else log(entry)
             bar.update(values, n_seen)
-            if done % checkpoint_every == 0 or done == steps:
+            if done % checkpoint_every == 0 or watch.ended(done):
                 if not (good := _finite(delta, biases)).all():
                     raise NotFinite(_not_finite(rows, good, None, done, lr, []))
                 with unbroken():
@@ -285,14 +345,16 @@ def _train(
     except Lost as error:
         save()
         kept = "there is no checkpoint" if checkpoint is None else f"the checkpoint {checkpoint} holds the last steps"
-        raise Lost(f"{error} in step {done + 1} of {steps}; {kept}: start all processes again to go on") from error
+        raise Lost(f"{error} in step {done + 1}; {kept}: start all processes again to go on") from error
     except BaseException:
         save()  # the last whole step: nothing is lost to Ctrl-C or to a bad batch
         raise
     finally:
         bar.close()
         stream.close()
-    return delta.cpu(), biases.cpu(), n_init, n_seen
+    if watch.delta is not None and watch.biases is not None:
+        delta, biases = watch.delta, watch.biases
+    return delta.cpu(), biases.cpu(), n_init, n_seen, watch
 
 
 def _finite(weights: Tensor, biases: Tensor) -> Tensor:
@@ -315,36 +377,23 @@ def _label(row: Row) -> str:
 
 def _start(
     model: LensModel,
-    batches: Iterable[Batch],
+    stream: Iterator[tuple[Batch, Position]],
     rows: list[Row],
     init: Any,
     init_tokens: int | None,
     hooks: list[Hook],
     skip_first: bool,
     offload: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """D and b to start from, and how many tokens that took."""
+) -> tuple[Tensor, Tensor, int, Iterator[tuple[Batch, Position]]]:
+    """D and b to start from, how many tokens that took, and the stream, from its beginning still."""
     d = int(model.cfg.d_model)
     if isinstance(init, Translators):
         chosen = [init[row] for row in rows]
-        return torch.stack([a.weight - base(*a.weight.shape) for a in chosen]), torch.stack([a.bias for a in chosen]), 0
+        delta = torch.stack([a.weight - base(*a.weight.shape) for a in chosen])
+        return delta, torch.stack([a.bias for a in chosen]), 0, stream
     if init == "identity":
-        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0
+        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0, stream
     if init != "regression":
         raise ValueError(f"init must be 'regression', 'identity' or Translators, got {init!r}")
-    if isinstance(batches, TokenBatches) and batches.one_shot:
-        raise ValueError(
-            "init='regression' reads the first tokens and then starts again, and this source can be read only once: pass a function that returns an iterator, or init='identity'"
-        )
-    found, _ = gather(
-        model,
-        batches,
-        rows,
-        skip_first=skip_first,
-        hooks=hooks,
-        limit_tokens=init_tokens or max(16 * d, 8192),
-        offload=offload,
-        show_progress=False,
-    )
-    maps = from_moments(model, found, rows)
-    return maps.delta.data, maps.biases.data, found.n
+    first, stream = first_batches(stream, init_tokens or default_tokens(model))
+    return (*regression_start(model, first, rows, hooks, skip_first, offload), stream)
