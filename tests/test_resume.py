@@ -283,6 +283,8 @@ def test_groups_of_layers_give_what_all_at_once_give(tmp_path, optimizer):
 def test_groups_are_refused_where_they_would_change_the_result(unchecked):
     with pytest.raises(ValueError, match="joint_clip needs the gradients of all layers"):
         _fit(layers_at_once=1, joint_clip=True)
+    with pytest.raises(ValueError, match="held_out stops by the mean over all layers"):
+        _fit(layers_at_once=1, held_out=zoo.tokens(4, 16))
     with pytest.raises(ValueError, match="layers_at_once is 0"):
         _fit(layers_at_once=0)
     with pytest.raises(ValueError, match="3 groups of layers are 3 passes over the text"):

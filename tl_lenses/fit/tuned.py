@@ -151,6 +151,8 @@ def fit_tuned(
     groups = row_groups(rows, layers_at_once, tokens)
     if len(groups) > 1 and joint_clip:
         raise ValueError("joint_clip needs the gradients of all layers at once: leave out layers_at_once")
+    if len(groups) > 1 and apart is not None:
+        raise ValueError("held_out stops by the mean over all layers: leave out layers_at_once, or held_out")
     settings = {
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
@@ -265,20 +267,25 @@ def _train(
         return bool(losses.isfinite().all() and _finite(grad_w, grad_b).all())
 
     def look() -> None:
-        """The loss on held-out text, in every process the same."""
-        if apart is None or not watch.due(done):
+        """The loss on held-out text, in every process the same; where it is due and the fit was not killed behind it."""
+        if apart is None or not watch.due(done) or (watch.looks and watch.looks[-1]["step"] == done):
             return
-        sums, n = torch.zeros(len(rows), device=device), 0
+        sums, first = torch.zeros(len(rows) + 1, device=device), 0
         for batch in apart:
-            pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, readout)
-            sums, n = sums + summed_losses(pairs, delta, biases, head, loss=loss, chunk_size=chunk_size), n + len(pairs)
-        if n == 0:
+            own, _ = own_rows(batch, first, who)
+            first += len(batch.tokens)
+            if own is not None:
+                pairs = scored_pairs(model, own, rows, hooks, skip_first, shift, loss, readout)
+                sums[:-1] += summed_losses(pairs, delta, biases, head, loss=loss, chunk_size=chunk_size)
+                sums[-1] += len(pairs)
+        add_up(sums, who)
+        if sums[-1] == 0:
             raise ValueError("no position to score in held_out: rows of one token with skip_first, or all pads")
-        watch.look(done, sums / n, delta, biases)
+        with unbroken():
+            watch.look(done, sums[:-1] / sums[-1], delta, biases)
 
     try:
-        if state is None:
-            look()
+        look()
         save()
         while not watch.ended(done):
             flat.zero_()
@@ -345,7 +352,9 @@ def _train(
     except Lost as error:
         save()
         kept = "there is no checkpoint" if checkpoint is None else f"the checkpoint {checkpoint} holds the last steps"
-        raise Lost(f"{error} in step {done + 1}; {kept}: start all processes again to go on") from error
+        raise Lost(
+            f"{error} in step {done + 1}{'' if watch.steps is None else f' of {watch.steps}'}; {kept}: start all processes again to go on"
+        ) from error
     except BaseException:
         save()  # the last whole step: nothing is lost to Ctrl-C or to a bad batch
         raise
