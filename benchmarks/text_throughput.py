@@ -1,6 +1,6 @@
 """How fast text becomes batches, and how long a fit waits for them with and without the thread that is ahead.
 
-    python benchmarks/text_throughput.py [--tokens 400000] [--output results/text_throughput.json]
+    python benchmarks/text_throughput.py [--tokens 400000] [--json text_throughput.json]
 
 The consumer multiplies matrices (torch, one thread) for about as long as the text takes, which is the hardest case: with more
 work per token there is nothing to wait for, with less no way to hide it. Also: seconds to go on near the end of the text.
@@ -44,7 +44,7 @@ def consume(stream, seconds: float) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     text, tokenizer = tll.lab.text("train"), tll.lab.load("lab-gpt2").tokenizer
@@ -67,9 +67,8 @@ def main() -> None:
     next(positions(batches(text, tokenizer, options.tokens, 0), at=Position.load(state), endless=False))
     found["seconds_to_go_on_at_90_percent"] = time.perf_counter() - start
     print(json.dumps(found, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
