@@ -293,7 +293,7 @@ def fit_plan(
         made = lambda at_once: plan(
             width, depth, int(model.W_U.shape[1]), n_params=parameters, n_rows=rows, rows_at_once=at_once,
             tokens_per_batch=batches.seq_len * batches.batch_size, tokens_per_step=tokens_per_step, steps=steps,
-            optimizer=optimizer, state_on_cpu=offload, model_dtype={2: "bfloat16", 4: "float32"}.get(element, "float32"),
+            optimizer=optimizer, state_on_cpu=offload, model_dtype="bfloat16" if element == 2 else "float32",
         )  # fmt: skip
         found = made(layers_at_once)
         needed, text = found.peak, str(found)

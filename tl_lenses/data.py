@@ -3,7 +3,7 @@
 `token_batches` is for corpora, `tokenize` for prompts, `as_batches` and `check_tokens` for ids that already exist.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ def as_batches(tokens: Any, batch_size: int | None = None) -> Iterable[Batch]:
 
 def positions(
     tokens: Any, *, seed: int = 0, at: Position | None = None, endless: bool = True
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position], None, None]:
     """Batches of `tokens`, each with the position behind it, from which reading goes on in another process.
 
     Text is read on from the place in its source (`texts`), a tensor from its row; of other iterables the batches before

@@ -21,7 +21,7 @@ class StepBar:
     """A line for training: steps, loss at the first, middle and last layer, tokens per second, time left."""
 
     def __init__(
-        self, steps: int, done: int, labels: Sequence[str], tokens: int, default: bool | None, show: bool | None
+        self, steps: int | None, done: int, labels: Sequence[str], tokens: int, default: bool | None, show: bool | None
     ):
         self.bar = progress(total=steps, desc="tuned lens", initial=done, show=default if default is False else show)
         self.labels, self.tokens, self.start = labels, tokens, time.perf_counter()

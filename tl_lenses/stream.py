@@ -6,7 +6,7 @@ tokenises that one group again and nothing before it.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -257,7 +257,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def ahead(items: Iterator[T], size: int) -> Iterator[T]:
+def ahead(items: Iterator[T], size: int) -> Generator[T, None, None]:
     """The same items, made by a thread that is up to `size` of them ahead.
 
     A thread and not a process: fast tokenizers work without the interpreter's lock and so does torch, and nothing has

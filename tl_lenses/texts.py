@@ -131,7 +131,7 @@ def _hub(source: str | Path, split: str, streaming: bool) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*source.split(":"), split=split, streaming=streaming)
+        return datasets.load_dataset(*source.split(":"), split=split, streaming=streaming)  # pyright: ignore
     except Exception as error:  # datasets has its own errors for each way in which a name can be wrong or out of reach
         raise ValueError(f"'{source}' is no file here, and as a dataset it did not load: {error}") from error
 

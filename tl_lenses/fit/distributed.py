@@ -86,15 +86,17 @@ def merged(parts: Sequence[tuple[Moments, ...]], who: Processes) -> list[tuple[M
     found = []
     for i, part in enumerate(parts):
         known = next((s[i] for s in shapes if s[i]), [])
-        found.append(tuple(_merged(part[g] if part else None, *known[g], who) for g in range(len(known))))
+        found.append(
+            tuple(_merged(part[g] if part else None, known[g][0], known[g][1], who) for g in range(len(known)))
+        )
     return found
 
 
-def _merged(m: Moments | None, mean_x: torch.Size, yx: torch.Size, who: Processes) -> Moments:
+def _merged(m: Moments | None, shape_x: torch.Size, shape_yx: torch.Size, who: Processes) -> Moments:
     if m is None:
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)
-        d_in = mean_x[-1]
-        m = Moments(0, zeros(*mean_x), zeros(*yx[:2]), zeros(*mean_x, d_in), zeros(*yx), zeros(*yx[:2]))
+        pair = shape_yx[:2]
+        m = Moments(0, zeros(*shape_x), zeros(*pair), zeros(*shape_x, shape_x[-1]), zeros(*shape_yx), zeros(*pair))
     sums = torch.cat([m.mean_x.new_tensor([m.n]), m.n * m.mean_x.flatten(), m.n * m.mean_y.flatten()])
     add_up(sums, who)
     n = round(float(sums[0]))
@@ -107,8 +109,8 @@ def _merged(m: Moments | None, mean_x: torch.Size, yx: torch.Size, who: Processe
         (m.yy + m.n * dy**2).flatten(),
     ])  # fmt: skip
     add_up(flat, who)
-    xx, yx_, yy = flat.split([m.xx.numel(), m.yx.numel(), m.yy.numel()])
-    return Moments(n, mean_x, mean_y, xx.view_as(m.xx), yx_.view_as(m.yx), yy.view_as(m.yy))
+    xx, yx, yy = flat.split([m.xx.numel(), m.yx.numel(), m.yy.numel()])
+    return Moments(n, mean_x, mean_y, xx.view_as(m.xx), yx.view_as(m.yx), yy.view_as(m.yy))
 
 
 def gathered(value: Any, who: Processes) -> list[Any]:
@@ -142,7 +144,7 @@ def same_settings(settings: dict[str, Any], who: Processes) -> None:
     """
     for rank, other in enumerate(gathered(settings, who)):
         for key, value in settings.items():
-            if other.get(key) != value:
+            if other.get(key) != value and repr(other.get(key)) != repr(value):  # NaN is not NaN
                 raise ValueError(
                     f"process {rank} was started with {key}={other.get(key)!r}, process {who.rank} with {value!r}: "
                     "start all of them with the same settings"
