@@ -16,7 +16,19 @@ GROUPS: list[tuple[str, bool, list[str]]] = [
     (
         "outside",
         True,
-        ["texts", "token_text", "data", "model", "sites", "hooks", "unembed", "fingerprint", "checkpoint", "progress"],
+        [
+            "texts",
+            "token_text",
+            "stream",
+            "data",
+            "model",
+            "sites",
+            "hooks",
+            "unembed",
+            "fingerprint",
+            "checkpoint",
+            "progress",
+        ],
     ),
     ("ideas", True, ["lens", "trajectory", "evaluation", "invariants", "patchscopes"]),
     ("methods", False, ["fit", "experiments"]),
@@ -48,7 +60,10 @@ LATE = {
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
-    "fit": {"fit.common", "fit.regression"},
+    "fit": {
+        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
+        *("fit.distributed", "fit.evidence", "fit.state"),
+    },
     "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
     "views": None,
     "patchscopes": None,
