@@ -46,10 +46,11 @@ LATE = {
     "experiments": {"views"},
 }
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
+_COMMON = ("common", "facts", "lines", "picture", "report")
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {"fit.common", "fit.regression"},
-    "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
+    "experiments": {f"experiments.{name}" for name in (*_COMMON, "choices", "injections", "norms", "ranks")},
     "views": None,
     "patchscopes": None,
     "lab": None,
