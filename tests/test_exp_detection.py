@@ -218,3 +218,22 @@ def test_the_result_prints_draws_and_saves(model, tmp_path):
     folder = found.save(tmp_path / "a")
     assert (folder / "heat.svg").exists() and (folder / "heat-ignore.svg").exists()
     assert len(found.to_frame()) == 3 and set(found.to_frame()["method"]) == set(found.methods)
+
+
+def test_the_command_takes_a_folder(model, tmp_path):
+    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+
+    (tmp_path / "text_attack_test.json").write_text(json.dumps({"a": ["Sing."]}))
+    relation = {
+        "prompt_templates": ["{} is"],
+        "samples": [{"subject": f"s{i}", "object": "ab"[i % 2]} for i in range(40)],
+    }
+    (tmp_path / "lre-relations").mkdir()
+    (tmp_path / "lre-relations" / "r.json").write_text(json.dumps(relation))
+    maps = tll.fit_regression(model, zoo.tokens(20, 12))
+    try:
+        found = RUNNERS["detection"][0](model, Wanted(str(tmp_path), lenses={"maps": maps}, limit=40))
+    except ValueError as error:  # the tiny model's context of 64 tokens
+        assert "context of 64" in str(error)
+    else:
+        assert found.settings["source"] == "BIPIA"

@@ -48,8 +48,8 @@ def test_the_depth_of_a_linear_model_is_known(monkeypatch):
     other = tll.run(linear, ids)[:, -1].argmax(-1) != constant
     assert other.sum() > 70 and (found.depth["from 0"] == 0).all() and (found.learned == 0).all()
     assert (found.depth["from 2"][other] == 2).all()
-    # broken: the first layer that agrees rather than the start of the last run, or the depth of another row
-    monkeypatch.setattr(module, "settled", lambda top: (top == top[0]).flip(0).long().cumprod(0).sum(0))
+    # broken: the end of the first run rather than the start of the last
+    monkeypatch.setattr(module, "settled", lambda top: (top == top[0]).long().cumprod(0).sum(0) - 1)
     assert not (run().sets[TOKENS].depth["from 2"][other] == 2).all()
 
 
@@ -132,3 +132,17 @@ def test_a_loaded_checkpoint_of_another_vocabulary_is_refused(model):
     small = SimpleNamespace(hook_dict={}, cfg=SimpleNamespace(d_vocab=7))
     with pytest.raises(ValueError, match="checkpoint 0 has another vocabulary"):
         difficulty(model, {"logit": tll.Lens(model)}, zoo.tokens(4, 10), [(0, lambda: small), (1, model), (2, model)])
+
+
+def test_the_command_needs_checkpoints(model, monkeypatch):
+    from tl_lenses import cli_inputs
+    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+
+    maps = tll.fit_regression(model, zoo.tokens(20, 12))
+    wanted = Wanted(lenses={"maps": maps}, limit=40, lab=False)
+    with pytest.raises(ValueError, match="name them with --checkpoint STEP=MODEL"):
+        RUNNERS["difficulty"][0](model, wanted)
+    monkeypatch.setattr(cli_inputs, "load_model", lambda name, device, dtype: zoo.build(name, zoo.FEW_KINDS[0]))
+    given = Wanted(lenses={"maps": maps}, limit=40, lab=False, checkpoints=("1=neox", "2=gpt2"))
+    found = RUNNERS["difficulty"][0](model, given)
+    assert found.steps == [1, 2, 3] and len(found.sets) > 1 and found.lenses == ["logit", "maps"]
