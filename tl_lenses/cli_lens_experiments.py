@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tl_lenses.cli_inputs import SEQ_LEN, read_batches
+from tl_lenses.cli_inputs import read_batches
 
 # What a lens is fitted on where none is given, and what it is measured on.
 FIT_STEPS, FIT_TOKENS_PER_STEP, FIT_REGRESSION = 60, 1024, 2**14
@@ -47,7 +47,7 @@ def text_of(model: Any, wanted: Wanted, *, fit: bool = False, tokens: int = 4096
         split = "train" if fit else "heldout"
     else:  # files have one split
         split = "train" if fit or Path(wanted.data).exists() else "validation"
-    return read_batches(model, wanted.data, "text", split, seq_len or SEQ_LEN, 8, tokens, wanted.seed)
+    return read_batches(model, wanted.data, "text", split, seq_len, 8, tokens, wanted.seed)
 
 
 def lenses_of(model: Any, wanted: Wanted, names: tuple[str, ...] = ("logit", "regression", "tuned")) -> dict[str, Any]:
