@@ -436,7 +436,8 @@ def test_heat_maps_escape_and_leave_holes():
 
 def test_every_experiment_has_a_command():
     from tl_lenses.cli_experiments import _RUN
+    from tl_lenses.cli_lens_experiments import RUNNERS
 
-    assert set(_RUN) == set(Name) and {name.value for name in Name} == {
+    assert {*_RUN, *RUNNERS} == {name.value for name in Name} and set(_RUN) == {
         cls.name for cls in Result.__subclasses__()
     }  # fmt: skip

@@ -58,13 +58,14 @@ LATE = {
     "experiments": {"views"},
 }
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
+_COMMON = ("common", "facts", "lines", "picture", "report")
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {
         *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
         *("fit.distributed", "fit.evidence", "fit.state"),
     },
-    "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
+    "experiments": {f"experiments.{name}" for name in (*_COMMON, "choices", "injections", "norms", "ranks")},
     "views": None,
     "patchscopes": None,
     "lab": None,

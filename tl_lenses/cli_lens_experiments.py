@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tl_lenses.cli_inputs import SEQ_LEN, read_batches
+from tl_lenses.cli_inputs import read_batches
 
 # What a lens is fitted on where none is given, and what it is measured on.
 FIT_STEPS, FIT_TOKENS_PER_STEP, FIT_REGRESSION = 60, 1024, 2**14
@@ -27,6 +27,7 @@ class Wanted:
         k: directions, or None for the default.
         seed: of every draw.
         lab: whether the model is a lab model, whose defaults are small.
+        checkpoints: `STEP=MODEL` as given with --checkpoint.
     """
 
     data: str = "lab"
@@ -37,6 +38,7 @@ class Wanted:
     k: int | None = None
     seed: int = 0
     lab: bool = True
+    checkpoints: tuple[str, ...] = ()
 
 
 def text_of(model: Any, wanted: Wanted, *, fit: bool = False, tokens: int = 4096, seq_len: int | None = None) -> Any:
@@ -45,7 +47,7 @@ def text_of(model: Any, wanted: Wanted, *, fit: bool = False, tokens: int = 4096
         split = "train" if fit else "heldout"
     else:  # files have one split
         split = "train" if fit or Path(wanted.data).exists() else "validation"
-    return read_batches(model, wanted.data, "text", split, seq_len or SEQ_LEN, 8, tokens, wanted.seed)
+    return read_batches(model, wanted.data, "text", split, seq_len, 8, tokens, wanted.seed)
 
 
 def lenses_of(model: Any, wanted: Wanted, names: tuple[str, ...] = ("logit", "regression", "tuned")) -> dict[str, Any]:
@@ -74,9 +76,90 @@ def lenses_of(model: Any, wanted: Wanted, names: tuple[str, ...] = ("logit", "re
 # --- detection, difficulty, weights, inversion
 
 
+def _detection(model: Any, wanted: Wanted) -> Any:
+    from dataclasses import replace
+
+    from tl_lenses.experiments.detection import detection
+    from tl_lenses.experiments.injections import RELATIONS, read_instructions, read_relations, tasks_of
+
+    folder = None if wanted.data == "lab" else wanted.data
+    source, instructions = read_instructions(folder)
+    facts = read_relations(folder)
+    known = [name for name in RELATIONS if any(fact.relation == name for fact in facts)]
+    relations = known[:4] or list(dict.fromkeys(fact.relation for fact in facts))
+    tasks = tasks_of(facts, instructions, relations=relations, n=wanted.limit or 60, seed=wanted.seed)
+    lenses = lenses_of(model, replace(wanted, data="lab"), ("logit", "tuned"))
+    result = detection(model, lenses, tasks, layers=wanted.layers, seed=wanted.seed)
+    return replace(result, settings={**result.settings, "source": source})
+
+
+def _difficulty(model: Any, wanted: Wanted) -> Any:
+    from tl_lenses.experiments.difficulty import difficulty
+    from tl_lenses.experiments.injections import beside, read_relations, zero_shot
+
+    n = wanted.limit or 2000
+    questions = zero_shot(read_relations(beside()), n=min(n, 60), seed=wanted.seed)
+    lenses = lenses_of(model, wanted, ("logit", "tuned"))
+    text = text_of(model, wanted, tokens=n + n // 8 + 256)
+    return difficulty(
+        model,
+        lenses,
+        text,
+        _checkpoints(model, wanted),
+        questions=questions,
+        layers=wanted.layers,
+        n=n,
+        seed=wanted.seed,
+    )
+
+
+def _checkpoints(model: Any, wanted: Wanted) -> list[tuple[int, Any]]:
+    """Those of --checkpoint, or a lab model's own, the finished model last."""
+    from tl_lenses import lab
+    from tl_lenses.cli_inputs import load_model
+    from tl_lenses.model import name_of
+
+    given = [(int(step), name) for step, _, name in (one.partition("=") for one in wanted.checkpoints)]
+    if given:
+        return [
+            *((step, lambda name=name: load_model(name, None, "float32")) for step, name in given),
+            (given[-1][0] + 1, model),
+        ]
+    name = name_of(model)
+    steps = lab.steps(name) if wanted.lab else []
+    if not steps:
+        raise ValueError(
+            f"{name} has no checkpoints at hand: name them with --checkpoint STEP=MODEL, or use --model lab-neox"
+        )
+    return [*((step, lambda step=step: lab.load(name, step=step)) for step in steps[:-1]), (steps[-1], model)]
+
+
+def _weights(model: Any, wanted: Wanted) -> Any:
+    from tl_lenses.experiments.weights import weights
+
+    lenses = lenses_of(model, wanted, ("logit", "tuned"))
+    more = {} if wanted.k is None else {"directions": wanted.k}
+    columns = {} if wanted.limit is None else {"columns": wanted.limit}
+    return weights(model, lenses, blocks=wanted.layers, seed=wanted.seed, **more, **columns)
+
+
+def _inversion(model: Any, wanted: Wanted) -> Any:
+    from tl_lenses.experiments.inversion import inversion
+
+    lenses = lenses_of(model, wanted, ("logit", "tuned"))
+    depth = model.cfg.n_layers
+    layers = wanted.layers or sorted({*range(0, depth, max(1, depth // 4)), depth})
+    text = text_of(model, wanted, tokens=8192)
+    return inversion(model, lenses, text, layers=layers, n=wanted.limit or 24, seed=wanted.seed)
+
+
 # name -> (runner, options beside --data, --limit, --layers and --seed that it takes, what --limit counts)
 RUNNERS: dict[str, tuple[Callable[[Any, Wanted], Any], tuple[str, ...], str]] = {
     # quality, transfer, fine-tune, gradients, sampling
     # causal-basis, alignment, ablations
     # detection, difficulty, weights, inversion
+    "detection": (_detection, ("lens",), "prompts of a task"),
+    "difficulty": (_difficulty, ("lens", "checkpoint"), "positions, and questions of a relation up to 60"),
+    "weights": (_weights, ("lens", "k"), "columns of an MLP and block"),
+    "inversion": (_inversion, ("lens",), "distributions"),
 }

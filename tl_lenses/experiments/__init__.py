@@ -8,31 +8,54 @@
 | whether a larger model can read a smaller one | `cross_model(model, to, maps, tokens)` |
 | whether a patch makes two hops out of one | `multihop(model, facts)` |
 
+and those of the Tuned Lens paper:
+
+| I want to know | Call |
+|---|---|
+| whether a trajectory gives an injected prompt away | `detection(model, lenses, tasks)` |
+| whether what settles late in the layers is learned late | `difficulty(model, lenses, tokens, checkpoints)` |
+| what weights write and read | `weights(model, lenses)` |
+| which state would say this | `inversion(model, lenses, tokens)`, `invert(lens[l], logp)` |
+
 Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5.
 """
 
 from tl_lenses.experiments.attributes import Attributes, attributes
 from tl_lenses.experiments.common import Result
 from tl_lenses.experiments.cross_model import CrossModel, cross_model
+from tl_lenses.experiments.detection import Detection, detection
+from tl_lenses.experiments.difficulty import Difficulty, difficulty
 from tl_lenses.experiments.entities import Entities, entities
 from tl_lenses.experiments.facts import Fact, read_facts
+from tl_lenses.experiments.inversion import Gaussian, Inversion, inversion, invert
 from tl_lenses.experiments.multihop import Multihop, multihop
 from tl_lenses.experiments.next_token import NextToken, next_token
 from tl_lenses.experiments.report import Report
+from tl_lenses.experiments.weights import Weights, weights
 
 __all__ = [
     "Attributes",
     "CrossModel",
+    "Detection",
+    "Difficulty",
     "Entities",
     "Fact",
+    "Gaussian",
+    "Inversion",
     "Multihop",
     "NextToken",
     "Report",
     "Result",
+    "Weights",
     "attributes",
     "cross_model",
+    "detection",
+    "difficulty",
     "entities",
+    "inversion",
+    "invert",
     "multihop",
     "next_token",
     "read_facts",
+    "weights",
 ]
