@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tl_lenses"
 # Groups from the bottom of the stack up. A file imports from groups above its own in this list (earlier ones) and, in the groups marked
 # so, from files beside it.
 GROUPS: list[tuple[str, bool, list[str]]] = [
-    ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence"]),
+    ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence", "aitchison"]),
     (
         "outside",
         True,
@@ -49,7 +49,7 @@ MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {"fit.common", "fit.regression"},
-    "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
+    "experiments": {f"experiments.{name}" for name in ("basis", "common", "energy", "facts", "lines", "picture", "report")},
     "views": None,
     "patchscopes": None,
     "lab": None,
