@@ -1,4 +1,4 @@
-"""The experiments of the Patchscopes paper, each a function that takes a model and returns a result that prints and saves.
+"""The experiments of the Patchscopes and Tuned Lens papers, each a function that takes a model and returns a result that prints and saves.
 
 | I want to know | Call |
 |---|---|
@@ -7,11 +7,17 @@
 | when a name becomes an entity | `entities(model, descriptions)` |
 | whether a larger model can read a smaller one | `cross_model(model, to, maps, tokens)` |
 | whether a patch makes two hops out of one | `multihop(model, facts)` |
+| which directions matter to a lens, and to the model as well | `causal_basis(model, lens, tokens)` |
+| whether a lens responds to an intervention as the model does | `alignment(model, lenses, tokens)` |
+| what a block, a head, a subspace or the order of blocks is worth | `ablations(model, tokens)` |
 
-Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5.
+Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5; Belrose et al. 2023 (Tuned Lens), sections 3 to 5.
 """
 
+from tl_lenses.experiments.ablations import Ablations, ablations
+from tl_lenses.experiments.alignment import Alignment, alignment
 from tl_lenses.experiments.attributes import Attributes, attributes
+from tl_lenses.experiments.causal_basis import CausalBasis, causal_basis
 from tl_lenses.experiments.common import Result
 from tl_lenses.experiments.cross_model import CrossModel, cross_model
 from tl_lenses.experiments.entities import Entities, entities
@@ -21,7 +27,10 @@ from tl_lenses.experiments.next_token import NextToken, next_token
 from tl_lenses.experiments.report import Report
 
 __all__ = [
+    "Ablations",
+    "Alignment",
     "Attributes",
+    "CausalBasis",
     "CrossModel",
     "Entities",
     "Fact",
@@ -29,7 +38,10 @@ __all__ = [
     "NextToken",
     "Report",
     "Result",
+    "ablations",
+    "alignment",
     "attributes",
+    "causal_basis",
     "cross_model",
     "entities",
     "multihop",

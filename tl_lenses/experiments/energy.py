@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import stats as S
@@ -25,9 +25,7 @@ CHUNK = 2**18  # logits at a time: four such buffers stay in a core's cache
 PLANE = 1e-3  # how far from its plane, relative to its length, a state may lie
 
 
-def ablate(
-    states: Float[Tensor, "n d"], v: Float[Tensor, " d"], mean: Float[Tensor, " d"]
-) -> Float[Tensor, "n d"]:
+def ablate(states: Float[Tensor, "n d"], v: Float[Tensor, " d"], mean: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
     """`r(h, v) = h - v v^T (h - mu)`, v of length 1.
 
     >>> ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -43,7 +41,7 @@ class Energy:
     Attributes:
         decode: `lens[l]`.
         states: `[n, d_model]`, float32.
-        mean: mu; of more states than these where these are a part of them.
+        mean: mu.
         teacher: logits of the states as they are, `[n, d_vocab]`.
         plane: what the fast path keeps, or None.
     """
@@ -72,11 +70,6 @@ class Energy:
         """The same, from the lens' own logits: what is reported, and what the published procedure follows."""
         logp = S.log_probs(self.teacher)
         return S.kl(logp, S.log_probs(self.decode(ablate(self.states, v, self.mean)))).mean()
-
-    def part(self, rows: Any) -> "Energy":
-        """On some of the states, with the same mean."""
-        plane = None if self.plane is None else self.plane.part(rows)
-        return Energy(self.decode, self.states[rows], self.mean, self.teacher[rows], plane)
 
 
 @torch.no_grad()
@@ -109,7 +102,7 @@ def energy_of(decode: LayerLens, states: Float[Tensor, "n d"], *, fast: bool = T
     p, moved = teacher.softmax(-1), normed - at_zero
     toward = p @ w_u.T
     constant = (moved * toward).sum(-1) - teacher.logsumexp(-1)
-    plane = Plane(moved, at_zero, w_u, base, moved @ w_u, toward, constant)
+    plane = Plane(moved, at_zero, w_u, base, moved @ w_u, toward, constant, teacher.argmax(-1))
     generator = torch.Generator().manual_seed(0)
     for length in (1.0, 30.0):  # an ordinary ablation and a violent one
         v = torch.randn(states.shape[1], generator=generator).to(states)
@@ -132,12 +125,15 @@ class Plane:
     logits: Float[Tensor, "n d_vocab"]
     toward: Float[Tensor, "n d"]
     constant: Float[Tensor, " n"]
+    lead: Int[Tensor, " n"]
 
     def __call__(self, normed: Float[Tensor, "n d"], turned: Float[Tensor, " d"]) -> Float[Tensor, ""]:
         """Mean KL of the ablated states `normed`, moved along `turned` = norm(W v)."""
         direction, ablated = turned - self.at_zero, normed - self.at_zero
         along, across = self.coordinates(ablated, direction)
-        partition = _Partition.apply(along.float(), across.float(), direction @ self.w_u, self.logits, self.base)
+        partition = _Partition.apply(
+            along.float(), across.float(), direction @ self.w_u, self.logits, self.base, self.lead
+        )
         return (self.constant - (ablated * self.toward).sum(-1)).mean() + partition  # type: ignore[operator]
 
     def coordinates(
@@ -157,32 +153,30 @@ class Plane:
         gap = ablated - along[:, None] * self.moved - across[:, None] * direction
         return float((gap.norm(dim=-1) / ablated.norm(dim=-1).clamp_min(1e-12)).max())
 
-    def part(self, rows: Any) -> "Plane":
-        """Some of the states."""
-        return Plane(
-            self.moved[rows], self.at_zero, self.w_u, self.base, self.logits[rows], self.toward[rows],
-            self.constant[rows],
-        )  # fmt: skip
-
 
 class _Partition(torch.autograd.Function):
     """Mean over n of `logsumexp(A_n x_n + G_n g + b)`; the gradient is ready with the value."""
 
     @staticmethod
-    def forward(ctx: Any, along: Tensor, across: Tensor, g: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        ctx: Any, along: Tensor, across: Tensor, g: Tensor, x: Tensor, b: Tensor, lead: Tensor
+    ) -> Tensor:
         n, total = len(x), torch.zeros((), dtype=torch.float64, device=x.device)
         d_along, d_across, d_g = torch.empty_like(along), torch.empty_like(across), torch.zeros_like(g)
-        sides = torch.stack([g, b])
+        sides = torch.stack([g, b, torch.ones_like(g)])
+        # Before the exponential each row is lowered by its logit of the token that led before the ablation: one product.
+        shift = along * x.gather(-1, lead[:, None])[:, 0] + across * g[lead] + b[lead]
+        weights = torch.stack([across, torch.ones_like(across), -shift], 1)
         buffer = torch.empty(max(1, CHUNK // x.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
         for part in S.chunks(n, x.shape[1], len(buffer)):
             z = buffer[: part.stop - part.start]
-            weights = torch.stack([across[part], torch.ones_like(across[part])], 1)
-            torch.mul(x[part], along[part, None], out=z)
-            z.addmm_(weights, sides)
-            top = z.amax(-1, keepdim=True)
-            z.sub_(top).exp_()
-            mass = z.sum(-1)
-            total += (mass.log() + top[:, 0]).sum(dtype=torch.float64)
+            torch.mul(x[part], along[part, None], out=z).addmm_(weights[part], sides).exp_()
+            mass, above = z.sum(-1), torch.zeros_like(shift[part])
+            if not float(mass.max()) < 1e30:  # another token leads by far
+                torch.mul(x[part], along[part, None], out=z).addmm_(weights[part], sides)
+                above = z.amax(-1)
+                mass = z.sub_(above[:, None]).exp_().sum(-1)
+            total += (mass.log() + shift[part] + above).sum(dtype=torch.float64)
             d_along[part] = torch.linalg.vecdot(z, x[part]) / mass
             d_across[part] = z @ g / mass
             d_g += (across[part] / mass) @ z
@@ -190,8 +184,8 @@ class _Partition(torch.autograd.Function):
         return (total / n).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
-        return *(grad * part for part in ctx.saved_tensors), None, None  # type: ignore[return-value]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        return *(grad * part for part in ctx.saved_tensors), None, None, None  # type: ignore[return-value]
 
 
 def _normed(readout: Readout, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
