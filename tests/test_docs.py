@@ -16,7 +16,9 @@ import tl_lenses as tll
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
 # The mathematics, and what needs no model. The example of token_text needs a tokenizer of the Hub.
-DOCTESTED = "data edits lab moments patchscopes.scopes sites solve stats translators views.glyphs views.grid".split()
+DOCTESTED = (
+    "aitchison data edits lab moments patchscopes.scopes sites solve stats translators views.glyphs views.grid".split()
+)
 _BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

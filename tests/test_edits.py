@@ -25,6 +25,8 @@ ALL = {
     "interpolate": edits.interpolate(V, 0.3),
     "project": edits.project(V),
     "project-keep": edits.project(V, keep=True),
+    "project-toward-edit": edits.project(V, toward=edits.mean(over="all")),
+    "where": edits.where(torch.tensor([[True, False, True]] * 4), edits.resample(2)),
     "norm_match": edits.norm_match(V),
     "affine": edits.affine(MAP),
     "affine-pinv": edits.affine(MAP, pinv=True),
@@ -117,3 +119,27 @@ def test_values_per_position_and_per_row():
         edits.replace(torch.zeros(5))(X)
     with pytest.raises(ValueError, match="over must be"):
         edits.mean(over="rows")
+
+
+def test_projection_toward_another_edit_and_orthonormal_directions():
+    basis = torch.linalg.qr(torch.randn(D, 2, generator=torch.Generator().manual_seed(5))).Q.T
+    other = edits.resample(1)(X)
+    got = edits.project(basis, toward=edits.resample(1), orthonormal=True)(X)
+    assert torch.allclose(got @ basis.T, other @ basis.T, atol=1e-5)
+    out = X - (X @ basis.T) @ basis
+    assert torch.allclose(got - (got @ basis.T) @ basis, out, atol=1e-5)
+    for skewed in (basis * 1.1, torch.stack([basis[0], basis[0] + 0.1 * basis[1]]), torch.full((2, D), torch.nan)):
+        with pytest.raises(ValueError, match="said to be orthonormal and are not"):
+            edits.project(skewed, orthonormal=True)
+    edits.project(basis * 1.1)  # nobody said so
+
+
+def test_where_edits_the_masked_positions_as_one_batch():
+    mask = torch.rand(4, 3, generator=torch.Generator().manual_seed(6)) < 0.6
+    y = edits.where(mask, edits.mean())(X)
+    assert torch.equal(y[~mask], X[~mask])
+    assert torch.allclose(y[mask], X[mask].mean(0).expand(int(mask.sum()), D), atol=1e-6)
+    z = edits.where(mask, edits.resample(3))(X)
+    assert torch.equal(z[mask].sort(0).values, X[mask].sort(0).values) and (z[mask] != X[mask]).all()
+    with pytest.raises(ValueError, match=r"mask of shape \[4, 2\] does not fit positions \[4, 3\]"):
+        edits.where(mask[:, :2], edits.zero)(X)

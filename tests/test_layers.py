@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tl_lenses"
 # Groups from the bottom of the stack up. A file imports from groups above its own in this list (earlier ones) and, in the groups marked
 # so, from files beside it.
 GROUPS: list[tuple[str, bool, list[str]]] = [
-    ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence"]),
+    ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence", "aitchison"]),
     (
         "outside",
         True,
@@ -65,7 +65,10 @@ SHARED = {
         *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
         *("fit.distributed", "fit.evidence", "fit.state"),
     },
-    "experiments": {f"experiments.{name}" for name in (*_COMMON, "choices", "injections", "norms", "ranks")},
+    "experiments": {
+        f"experiments.{name}"
+        for name in (*_COMMON, "basis", "choices", "energy", "injections", "norms", "ranks", "states", "streams")
+    },
     "views": None,
     "patchscopes": None,
     "lab": None,

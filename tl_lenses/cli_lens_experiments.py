@@ -72,6 +72,56 @@ def lenses_of(model: Any, wanted: Wanted, names: tuple[str, ...] = ("logit", "re
 
 # --- causal-basis, alignment, ablations
 
+ABLATED_TOKENS = 4 * (SEQ_LEN - 1)  # four rows: every direction, head and block is a forward pass over them
+
+
+def _one(lenses: Mapping[str, Any], name: str) -> Any:
+    """The lens of an experiment that reads through one."""
+    if len(lenses) > 1:
+        raise ValueError(f"{name} reads through one lens, got --lens {', --lens '.join(lenses)}")
+    return next(iter(lenses.values()))
+
+
+def _causal_basis(model: Any, wanted: Wanted) -> Any:
+    from tl_lenses.experiments.causal_basis import causal_basis
+
+    lens = _one(lenses_of(model, wanted, ("tuned",)), "causal-basis")
+    n, k = wanted.limit or ABLATED_TOKENS, wanted.k or min(16, model.cfg.d_model)
+    text = text_of(model, wanted, tokens=max(n, 2 * SEQ_LEN) + 8 * SEQ_LEN)
+    return causal_basis(model, lens, text, k=k, layers=wanted.layers, n=n)
+
+
+def _alignment(model: Any, wanted: Wanted) -> Any:
+    import tl_lenses as tll
+    from tl_lenses.experiments.alignment import alignment
+
+    lenses = {"logit": tll.Lens(model)} | lenses_of(model, wanted, ("tuned",))
+    n, k = wanted.limit or ABLATED_TOKENS, wanted.k or min(8, model.cfg.d_model)
+    text = text_of(model, wanted, tokens=max(n, 2 * SEQ_LEN) + 8 * SEQ_LEN)
+    return alignment(model, lenses, text, k=k, layers=wanted.layers, n=n, seed=wanted.seed)
+
+
+def _ablations(model: Any, wanted: Wanted) -> Any:
+    import torch
+
+    from tl_lenses.experiments.ablations import ablations
+    from tl_lenses.experiments.basis import bases_of
+    from tl_lenses.experiments.states import states_of, texts_of, wanted_layers
+
+    lens = _one(lenses_of(model, wanted, ("regression",)), "ablations")
+    n, k = wanted.limit or ABLATED_TOKENS, wanted.k or min(8, model.cfg.d_model)
+    text = text_of(model, wanted, tokens=max(n, 2 * SEQ_LEN) + 8 * SEQ_LEN)
+    blocks = wanted_layers(model, wanted.layers)
+    states = states_of(model, texts_of(model, text, n=n), [b for b in blocks if b < model.cfg.n_layers])
+    bases = {b: basis.vectors for b, basis in bases_of(lens, states, k).items()}
+    generator = torch.Generator().manual_seed(wanted.seed)
+    drawn = {b: torch.linalg.qr(torch.randn(len(v.T), k, generator=generator)).Q.T.to(v) for b, v in bases.items()}
+    spaces = {
+        "1 causal direction": {b: v[0] for b, v in bases.items()}, f"{k} causal directions": bases,
+        f"{k} random directions": drawn,
+    }  # fmt: skip
+    return ablations(model, text, subspaces=spaces, layers=wanted.layers, n=n, seed=wanted.seed)
+
 
 # --- detection, difficulty, weights, inversion
 
@@ -157,6 +207,9 @@ def _inversion(model: Any, wanted: Wanted) -> Any:
 RUNNERS: dict[str, tuple[Callable[[Any, Wanted], Any], tuple[str, ...], str]] = {
     # quality, transfer, fine-tune, gradients, sampling
     # causal-basis, alignment, ablations
+    "causal-basis": (_causal_basis, ("lens", "k"), "positions"),
+    "alignment": (_alignment, ("lens", "k"), "positions"),
+    "ablations": (_ablations, ("lens", "k"), "positions"),
     # detection, difficulty, weights, inversion
     "detection": (_detection, ("lens",), "prompts of a task"),
     "difficulty": (_difficulty, ("lens", "checkpoint"), "positions, and questions of a relation up to 60"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Edit = Callable[[Tensor], Tensor]
@@ -133,18 +133,39 @@ def interpolate(value: Float[Tensor, "*shape"], alpha: float) -> Edit:
 def project(
     directions: Float[Tensor, "k d"] | Float[Tensor, " d"],
     keep: bool = False,
-    toward: Float[Tensor, " d"] | None = None,
+    toward: Float[Tensor, "*shape"] | Edit | None = None,
+    *,
+    orthonormal: bool = False,
 ) -> Edit:
     """`x -> x + P (c - x)`, P the projector on the span of `directions`: ablates a subspace (or keeps only it).
 
     Args:
         directions: rows that span the subspace; they need not be orthogonal.
         keep: keep the subspace and ablate its complement.
-        toward: c, what the ablated part becomes: 0 by default, a mean for mean ablation.
+        toward: c, what the ablated part becomes: 0 by default, a mean for mean ablation, or an edit that is applied to
+            x, such as `resample(seed)` for resample ablation.
+        orthonormal: the rows are orthonormal, which is checked.
+
+    Raises:
+        ValueError: directions that are all zero, or that are not orthonormal and said to be.
 
     Source: Belrose et al. 2023 (Tuned Lens), appendix on ablating subspaces.
+
+    Example:
+        >>> x = torch.tensor([[[3.0, 4.0]], [[5.0, 6.0]]])
+        >>> project(torch.tensor([1.0, 0.0]), toward=mean(over="all"))(x)
+        tensor([[[4., 4.]],
+        <BLANKLINE>
+                [[4., 6.]]])
     """
     rows = directions[None] if directions.ndim == 1 else directions
+    if orthonormal:
+        error = (rows.double() @ rows.double().T - torch.eye(len(rows), dtype=torch.float64, device=rows.device)).abs()
+        if not float(error.max()) < 1e-3:
+            raise ValueError(
+                f"the directions are said to be orthonormal and are not: V V^T differs from the identity by "
+                f"{float(error.max()):.3g}; orthonormalise them, or leave orthonormal=True away"
+            )
     # The right singular vectors span the rows even where they are dependent, unlike QR.
     _, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
     if not s.numel() or s[0] == 0:
@@ -153,11 +174,42 @@ def project(
 
     def edit(x: Tensor) -> Tensor:
         b = basis.to(x)
-        gap = -x if toward is None else _like(toward, x) - x
+        goal = toward if toward is None or isinstance(toward, Tensor) else toward(x)
+        gap = -x if goal is None else _like(goal, x) - x
         inside = (gap @ b.T) @ b
         return x + (gap - inside if keep else inside)
 
     return edit
+
+
+def where(mask: Bool[Tensor, "batch k"], edit: Edit) -> Edit:
+    """`x[mask] -> edit(x[mask])`: an edit of some positions, which it sees as rows `[n, 1, d]` of one batch.
+
+    So the mean of `mean()` is over all of them, and `resample()` gives each the activation of another one, whatever
+    their row. Pads and the first position stay out of an ablation like this.
+
+    Args:
+        mask: of the selected positions; True is edited.
+        edit: what happens there.
+
+    Raises:
+        ValueError: a mask of another shape than the selection.
+
+    Example:
+        >>> where(torch.tensor([[False, True]]), scale(2.0))(torch.ones(1, 2, 1))
+        tensor([[[1.],
+                 [2.]]])
+    """
+
+    def edited(x: Tensor) -> Tensor:
+        if x.shape[:2] != mask.shape:
+            raise ValueError(f"a mask of shape {list(mask.shape)} does not fit positions {list(x.shape[:2])}")
+        chosen = mask.to(x.device)
+        out = x.clone()
+        out[chosen] = edit(x[chosen][:, None])[:, 0]
+        return out
+
+    return edited
 
 
 def norm_match(edit: Edit | Float[Tensor, "*shape"], norm: float | Tensor | None = None) -> Edit:

@@ -1,4 +1,4 @@
-"""The experiments of the Patchscopes paper, each a function that takes a model and returns a result that prints and saves.
+"""The experiments of the Patchscopes and Tuned Lens papers, each a function that takes a model and returns a result that prints and saves.
 
 | I want to know | Call |
 |---|---|
@@ -12,15 +12,21 @@ and those of the Tuned Lens paper:
 
 | I want to know | Call |
 |---|---|
+| which directions matter to a lens, and to the model as well | `causal_basis(model, lens, tokens)` |
+| whether a lens responds to an intervention as the model does | `alignment(model, lenses, tokens)` |
+| what a block, a head, a subspace or the order of blocks is worth | `ablations(model, tokens)` |
 | whether a trajectory gives an injected prompt away | `detection(model, lenses, tasks)` |
 | whether what settles late in the layers is learned late | `difficulty(model, lenses, tokens, checkpoints)` |
 | what weights write and read | `weights(model, lenses)` |
 | which state would say this | `inversion(model, lenses, tokens)`, `invert(lens[l], logp)` |
 
-Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5.
+Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5; Belrose et al. 2023 (Tuned Lens), sections 3 to 5.
 """
 
+from tl_lenses.experiments.ablations import Ablations, ablations
+from tl_lenses.experiments.alignment import Alignment, alignment
 from tl_lenses.experiments.attributes import Attributes, attributes
+from tl_lenses.experiments.causal_basis import CausalBasis, causal_basis
 from tl_lenses.experiments.common import Result
 from tl_lenses.experiments.cross_model import CrossModel, cross_model
 from tl_lenses.experiments.detection import Detection, detection
@@ -34,7 +40,10 @@ from tl_lenses.experiments.report import Report
 from tl_lenses.experiments.weights import Weights, weights
 
 __all__ = [
+    "Ablations",
+    "Alignment",
     "Attributes",
+    "CausalBasis",
     "CrossModel",
     "Detection",
     "Difficulty",
@@ -47,7 +56,10 @@ __all__ = [
     "Report",
     "Result",
     "Weights",
+    "ablations",
+    "alignment",
     "attributes",
+    "causal_basis",
     "cross_model",
     "detection",
     "difficulty",
