@@ -49,7 +49,9 @@ MATHEMATICS = {"torch", "einops", "jaxtyping"}
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
     "fit": {"fit.common", "fit.regression"},
-    "experiments": {f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "report")},
+    "experiments": {
+        f"experiments.{name}" for name in ("common", "facts", "lines", "picture", "ranks", "report", "streams")
+    },
     "views": None,
     "patchscopes": None,
     "lab": None,
