@@ -12,6 +12,11 @@ and those of the Tuned Lens paper:
 
 | I want to know | Call |
 |---|---|
+| how good and how biased lenses are | `quality(model, lenses, tokens)` |
+| whether the lens of one layer reads another | `transfer(model, lens, tokens)` |
+| whether a lens still reads a fine-tune | `fine_tune(model, base, own, tokens)` |
+| whether blocks go down the loss' gradient | `gradients(model, tokens)` |
+| what the model would write from layer l | `sampling(model, lenses, prompts)`, `sample_from(model, lens, layer, prompt)` |
 | which directions matter to a lens, and to the model as well | `causal_basis(model, lens, tokens)` |
 | whether a lens responds to an intervention as the model does | `alignment(model, lenses, tokens)` |
 | what a block, a head, a subspace or the order of blocks is worth | `ablations(model, tokens)` |
@@ -20,7 +25,7 @@ and those of the Tuned Lens paper:
 | what weights write and read | `weights(model, lenses)` |
 | which state would say this | `inversion(model, lenses, tokens)`, `invert(lens[l], logp)` |
 
-Source: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5; Belrose et al. 2023 (Tuned Lens), sections 3 to 5.
+Sources: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5; Belrose et al. 2023 (Tuned Lens), sections 3 to 5.
 """
 
 from tl_lenses.experiments.ablations import Ablations, ablations
@@ -33,10 +38,15 @@ from tl_lenses.experiments.detection import Detection, detection
 from tl_lenses.experiments.difficulty import Difficulty, difficulty
 from tl_lenses.experiments.entities import Entities, entities
 from tl_lenses.experiments.facts import Fact, read_facts
+from tl_lenses.experiments.fine_tune import FineTune, fine_tune
+from tl_lenses.experiments.gradients import Gradients, gradients
 from tl_lenses.experiments.inversion import Gaussian, Inversion, inversion, invert
 from tl_lenses.experiments.multihop import Multihop, multihop
 from tl_lenses.experiments.next_token import NextToken, next_token
+from tl_lenses.experiments.quality import Quality, quality
 from tl_lenses.experiments.report import Report
+from tl_lenses.experiments.sampling import Sampling, sample_from, sampling
+from tl_lenses.experiments.transfer import Transfer, transfer
 from tl_lenses.experiments.weights import Weights, weights
 
 __all__ = [
@@ -51,13 +61,18 @@ __all__ = [
     "Fact",
     "Gaussian",
     "Inversion",
+    "FineTune",
+    "Gradients",
     "Multihop",
     "NextToken",
+    "Quality",
     "Report",
     "Result",
     "Weights",
     "ablations",
     "alignment",
+    "Sampling",
+    "Transfer",
     "attributes",
     "causal_basis",
     "cross_model",
@@ -66,8 +81,14 @@ __all__ = [
     "entities",
     "inversion",
     "invert",
+    "fine_tune",
+    "gradients",
     "multihop",
     "next_token",
+    "quality",
     "read_facts",
     "weights",
+    "sample_from",
+    "sampling",
+    "transfer",
 ]
