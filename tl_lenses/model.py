@@ -187,7 +187,7 @@ class Decoder:
 
     def feed(
         self, tokens: Int[Tensor, "batch new"], last: int | None = None
-    ) -> Float[Tensor, "batch returned d_vocab"]:
+    ) -> Float[Tensor, "rows returned d_vocab"]:
         """Add columns (the first ones too, where there was no `start`) and return the logits of each.
 
         With `last` only those of as many last columns, and the others are not computed where the model can leave them
@@ -287,7 +287,7 @@ class Decoder:
 
     def _run(
         self, tokens: Int[Tensor, "batch new"], last: int | None = None
-    ) -> Float[Tensor, "batch returned d_vocab"]:
+    ) -> Float[Tensor, "rows returned d_vocab"]:
         assert self.batch is not None
         mask = self.batch.attention_mask
         kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
