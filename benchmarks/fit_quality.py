@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-SEQ_LEN, PER_STEP, NOISE = 128, 512, 2.0
+SEQ_LEN, PER_STEP, START, NOISE = 128, 512, 2**14, 2.0
 OURS = "ours"
 PUBLISHED = {"init": "identity", "lr_power": 0.0, "joint_clip": True}
 RECIPES: dict[str, dict[str, Any] | None] = {
@@ -125,7 +125,7 @@ def fit(model: Any, text: Any, settings: dict[str, Any] | None, budget: int, see
     if settings is None:
         return tll.fit_regression(model, text)
     return tll.fit_tuned(
-        model, text, budget // PER_STEP, PER_STEP, seed=seed, init_tokens=min(8192, budget), **{**settings}
+        model, text, budget // PER_STEP, PER_STEP, seed=seed, init_tokens=min(START, budget), **settings
     )
 
 

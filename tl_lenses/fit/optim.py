@@ -8,7 +8,7 @@ from torch import nn
 
 # Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since torch's momentum
 # multiplies by its inverse. Muon: docs/log.md, "rates of the tuned lens".
-LR = {"muon": 0.03, "sgd": 0.1, "adam": 1e-3}
+LR = {"muon": 0.04, "sgd": 0.1, "adam": 1e-3}
 WEIGHT_DECAY = {"muon": 0.01, "sgd": 1e-3, "adam": 0.0}
 # A layer's rate follows its KL at the first step: layers near the end are nearly right and want small steps (docs/log.md).
 LR_POWER = {"muon": 0.75, "sgd": 0.0, "adam": 0.0}

@@ -62,5 +62,5 @@ def regression_start(
 
 
 def default_tokens(model: LensModel) -> int:
-    """Enough for a covariance of this width: `max(16 d_model, 8192)`."""
-    return max(16 * d_model(model), 8192)
+    """Where more tokens help the covariance of this width little: `max(64 d_model, 8192)` (docs/log.md)."""
+    return max(64 * d_model(model), 8192)

@@ -99,7 +99,7 @@ def fit_tuned(
         clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
         precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
         subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
-        init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
+        init_tokens: tokens for the regression start; by default `max(64 d_model, 8192)`.
         held_out: text that is not trained on (as `tokens`), or of a tensor `[n, seq]` the share of its last rows. Its loss is
             taken before the first step, every `held_out_every` steps and at the end; each layer's translators of its best
             look are the result; and after `patience` looks without a gain the fit ends.
