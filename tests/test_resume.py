@@ -83,6 +83,7 @@ def _dies_at(moment):
         setattr(module, name, counting(getattr(module, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_twenty_random_moments(tmp_path):
     whole, file, chance = _fit(), tmp_path / "state", random.Random(5)

@@ -20,9 +20,9 @@ from tl_lenses import stats as S
 Transform = Callable[[Tensor], Tensor]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Bytes of a chunk's student logits in the type of the product. On a CPU 256 rows of 50,257 bf16 logits: the product of
-# fewer rows packs W_U too often (431 against 474 GFLOP/s at 128 and 256 rows, AVX512-bf16), of more is no faster.
-CHUNK = {"cpu": 25 * 2**20, "cuda": 256 * 2**20}
+# Bytes of a chunk's student logits in the type of the product. On a CPU 180 rows of 50,257 bf16 logits: the product of
+# fewer rows packs W_U too often (431 against 474 GFLOP/s at 128 and 256 rows, AVX512-bf16), and more rows hold more memory.
+CHUNK = {"cpu": 18 * 2**20, "cuda": 256 * 2**20}
 # Bytes of fp32 logits between the products that are worked on at once: in the second-level cache of a CPU core.
 BLOCK = {"cpu": 3 * 2**19, "cuda": 64 * 2**20}
 

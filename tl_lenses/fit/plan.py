@@ -155,8 +155,8 @@ def plan(
         "gradients": maps,
         "optimiser": 0 if state_on_cpu else state,
         "residuals": batch * d_model * (together + 2) * element,
-        # States before and behind the map, normed, and the gradient; the teacher's p in fp32 beside a product.
-        "a chunk": chunk * (6 * 4 * together * d_model + (4 + wide) * d_vocab) + 3 * block,
+        # States behind the map, normed, in the product's type, and their gradient; the teacher's p in fp32 beside a product.
+        "a chunk": chunk * (4 * 4 * together * d_model + (4 + wide) * d_vocab) + 3 * block,
     }
     groups = -(-rows // together)
     tokens = steps * step

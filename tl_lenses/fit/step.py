@@ -56,13 +56,25 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.at)
 
-    def take(self, part: slice, picks: Int[Tensor, "rows m"] | None = None) -> Float[Tensor, "rows m d_in"]:
-        """States `[rows, m, d_in]`, fp32: of the part's positions, or of a row's own picks among them."""
-        at = self.at[part]
-        own = [at] * len(self.states) if picks is None else [at[one] for one in picks]
+    def take(self, row: int, part: slice, picks: Int[Tensor, "rows m"] | None = None) -> Float[Tensor, "m d_in"]:
+        """States of a row, fp32: of the part's positions, or of the row's own picks among them."""
+        at = self.at[part] if picks is None else self.at[part][picks[row]]
         # A model that is spread over devices has its states on several.
-        taken = [states[one.to(states.device)].float() for states, one in zip(self.states, own, strict=True)]
-        return torch.stack([states.to(self.teacher.device) for states in taken])
+        states = self.states[row]
+        return states[at.to(states.device)].float().to(self.teacher.device)
+
+
+def translated(
+    x: Float[Tensor, "n d_in"], row: int, delta: Float[Tensor, "rows d_out d_in"], biases: Float[Tensor, "rows d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """`x + D x + b`, without the first where the widths differ."""
+    y = torch.addmm(biases[row], x, delta[row].mT)
+    return y.add_(x) if delta.shape[1] == delta.shape[2] else y
+
+
+def normed(y: Float[Tensor, "n d_model"], head: Head) -> Float[Tensor, "n d_model"]:
+    """By the model's own final norm."""
+    return head.readout.norm(y.to(head.readout.dtype))
 
 
 def scored_pairs(
@@ -130,19 +142,20 @@ def loss_and_gradient(
             kept = max(1, round(subsample * size))
             order = torch.rand(len(delta), size, generator=generator).argsort(-1)
             picks = order[:, :kept].to(teacher.device)
-        x = pairs.take(part, picks)
+        # Row by row but for the fused part: what a norm keeps for its gradient is several times the states.
         with torch.no_grad():
-            y = torch.baddbmm(biases[:, None], x, delta.mT)
-            if delta.shape[1] == delta.shape[2]:
-                y += x
-        y.requires_grad_()
+            y = torch.stack([translated(pairs.take(row, part, picks), row, delta, biases) for row in range(len(delta))])
+            hidden = torch.stack([normed(one, head) for one in y]).requires_grad_()
         with torch.enable_grad():
-            hidden = head.readout.norm(y.to(head.readout.dtype))
             each = fused(hidden, teacher, head, size, picks)
-            (grad_y,) = torch.autograd.grad(each.sum(), y)
+            (grad,) = torch.autograd.grad(each.sum(), hidden)
+        for row, one in enumerate(y):
+            with torch.enable_grad():
+                one.requires_grad_()
+                (grad_y,) = torch.autograd.grad(normed(one, head), one, grad[row].to(head.readout.dtype))
+            grad_w[row].addmm_(grad_y.mT, pairs.take(row, part, picks), alpha=size)
+            grad_b[row].add_(grad_y.sum(0), alpha=size)
         losses += size * each.detach().to(losses)
-        grad_w.baddbmm_(grad_y.mT, x, alpha=size)
-        grad_b.add_(grad_y.sum(1), alpha=size)
     return losses
 
 
@@ -159,9 +172,8 @@ def summed_losses(
     """Sum over positions of each layer's loss, without the gradient: half the cost."""
     losses = torch.zeros(len(delta), device=delta.device)
     for part in D.chunks(len(pairs), head.w_u.shape[1], head.w_u.dtype, head.w_u.device, chunk_size):
-        x = pairs.take(part)
-        y = torch.baddbmm(biases[:, None], x, delta.mT)
-        hidden = head.readout.norm((y + x if delta.shape[1] == delta.shape[2] else y).to(head.readout.dtype))
+        rows = range(len(delta))
+        hidden = torch.stack([normed(translated(pairs.take(row, part), row, delta, biases), head) for row in rows])
         teacher, size = pairs.teacher[pairs.scored[part]], part.stop - part.start
         losses += size * _fused(loss, pairs)(hidden, teacher, head, size, None).to(losses)
     return losses
