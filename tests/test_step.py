@@ -9,7 +9,9 @@ from tl_lenses import divergence as D
 from tl_lenses.data import Batch
 from tl_lenses.divergence import fused_ce, fused_kl
 from tl_lenses.fit.common import rows_for
+from tl_lenses.fit.optim import optimizer_step, optimizers_of, rate_scales, set_scales
 from tl_lenses.fit.step import head_of, loss_and_gradient, scored_pairs
+from tl_lenses.fit.stop import Watch
 from tl_lenses.unembed import Readout
 
 KIND = zoo.FEW_KINDS[0]
@@ -256,3 +258,37 @@ def test_refusals_of_held_out(unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             tll.fit_tuned(model, **{"tokens": tokens, "init": "identity", **kwargs})
+
+
+def test_a_layers_rate_follows_its_loss():
+    assert rate_scales([4.0, 1.0, 1 / 16, -1e-9], 0.75) == [1.0, 1.0, 0.125, 0.0]
+    assert rate_scales([4.0, 0.1], 0.0) == [1.0, 1.0]
+    leaves = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
+    biases = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "bias_only": False}
+    for name, offload in (("sgd", False), ("sgd", True), ("muon", False), ("muon", True), ("adam", True)):
+        optimizers = optimizers_of(name, leaves, biases, settings, offload)
+        set_scales(optimizers, [1.0, 0.25])
+        for parameter in (*leaves, *biases):
+            torch.nn.init.zeros_(parameter)
+            parameter.grad = torch.ones_like(parameter)
+        optimizer_step(optimizers, 0.1, None)
+        for part in (leaves, biases):
+            assert torch.allclose(part[1] * 4, part[0], rtol=1e-5) and part[0].abs().min() > 0, (name, offload)
+
+
+def test_the_watch_keeps_the_best_of_each_layer_and_cools_down():
+    watch = Watch(None, every=2, patience=2)
+    maps = lambda value: (torch.full((2, 3, 3), value), torch.full((2, 3), value))
+    for step, losses in ((0, [1.0, 0.5]), (2, [0.9, 0.6]), (4, [0.95, 0.6])):
+        assert watch.rate(step) == 1.0 and watch.due(step) and not watch.ended(step)
+        watch.look(step, torch.tensor(losses), *maps(float(step)))
+    assert watch.best.tolist() == pytest.approx([0.9, 0.5]) and watch.delta[:, 0, 0].tolist() == [2.0, 0.0]
+    assert (start := watch.cooling_from) == 4
+    assert watch.rate(start) == 1.0 and watch.rate(start + 1) == 0.5 and watch.rate(start + 2) == 0.0
+    assert watch.ended(start + 2) and not watch.ended(start + 1)
+    fixed = Watch(10, every=2, patience=1)
+    assert [fixed.rate(step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0] and fixed.ended(10)
+    for step, loss in ((0, 1.0), (2, 1.1)):
+        fixed.look(step, torch.full((1,), loss), torch.zeros(1, 2, 2), torch.zeros(1, 2))
+    assert fixed.ended(2)

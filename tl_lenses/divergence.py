@@ -23,7 +23,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # Bytes of a chunk's student logits in the type of the product. On a CPU 180 rows of 50,257 bf16 logits: the product of
 # fewer rows packs W_U too often (431 against 474 GFLOP/s at 128 and 256 rows, AVX512-bf16), and more rows hold more memory.
 CHUNK = {"cpu": 18 * 2**20, "cuda": 256 * 2**20}
-# Bytes of fp32 logits between the products that are worked on at once: in the second-level cache of a CPU core.
+# Bytes of fp32 logits between the products that are worked on at once: in the second-level cache of each CPU core.
 BLOCK = {"cpu": 3 * 2**19, "cuda": 64 * 2**20}
 
 
@@ -79,7 +79,7 @@ class _Fused(torch.autograd.Function):
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         losses = torch.zeros(rows, dtype=wide, device=hidden.device)
         grad = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
-        step = max(1, BLOCK.get(w_u.device.type, BLOCK["cuda"]) // (4 * w_u.shape[1]))
+        step = _block_rows(w_u)
         narrow = hidden.to(w_u.dtype)
         bias = None if b_u is None else b_u.to(wide)
         # A row's own picks are among all of the teacher's positions, so the teacher is one chunk then.
@@ -107,6 +107,13 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
         return grad * grads[0][:, None, None].to(grad), None, None, None, None, None, None, None
+
+
+def _block_rows(w_u: Tensor) -> int:
+    """Rows worked on at once; on a CPU as many for each thread, since each core has a cache of its own."""
+    kind = w_u.device.type
+    rows = max(1, BLOCK.get(kind, BLOCK["cuda"]) // (4 * w_u.shape[1]))
+    return rows * torch.get_num_threads() if kind == "cpu" else rows
 
 
 def _teacher(
