@@ -45,7 +45,7 @@ def spearman(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Floa
     return (x * y).sum(-1) / ((x**2).sum(-1) * (y**2).sum(-1)).sqrt()
 
 
-def percentiles(draws: Float[Tensor, "draw *any"], level: float = 0.95) -> tuple[Tensor, Tensor]:
+def percentiles(draws: Float[Tensor, "draw ..."], level: float = 0.95) -> tuple[Tensor, Tensor]:
     """The middle `level` of bootstrap draws (percentile interval), along the first axis; draws that are NaN are left out."""
     tail = (1 - level) / 2
     return draws.nanquantile(tail, 0), draws.nanquantile(1 - tail, 0)
