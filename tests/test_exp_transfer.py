@@ -31,7 +31,7 @@ def check_by_hand(model, maps):
     tll.run(model, tokens, [tll.read(layer, seen) for layer in range(3)])
 
     def nats(translator, layer):
-        logp = lens[translator](seen[layer])[:, 1:-1].log_softmax(-1)
+        logp = lens[translator](seen[layer])[:, 1:-1].log_softmax(-1).detach()
         return -float(logp.gather(-1, tokens[:, 2:, None]).mean())
 
     for a in range(3):

@@ -75,17 +75,17 @@ class FineTune(Report):
         return found
 
     def pictures(self) -> dict[str, Picture]:
-        """Bits per byte of the three lenses; cost per layer."""
+        """Cost per layer; bits per byte of the three lenses."""
         lines = lambda scores: {
             name: list(zip(self.layers, x.mean(0).tolist(), strict=True)) for name, x in scores.items()
         }
+        costs = {"in cross entropy": self.cost(), "in KL to the fine-tune": self.cost("kl")}
         return {
+            "cost": Lines(
+                f"what the lens of {self.base} costs on {self.model}", lines(costs), up="over its own lens, bits per byte"
+            ),
             "bits_per_byte": Lines(
                 f"lenses on {self.model}", lines(self.bits_per_byte), up="cross entropy, bits per byte"
-            ),
-            "cost": Lines(
-                f"cost of the lens of {self.base}",
-                lines({"bits per byte": self.cost(), "KL, bits per byte": self.cost("kl")}), up="bits per byte",
             ),
         }  # fmt: skip
 

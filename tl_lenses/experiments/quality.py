@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log, nan
 from typing import Any
 
 from tl_lenses.evaluation import Scores, evaluate
@@ -109,19 +109,26 @@ class Quality(Report):
         return found
 
     def pictures(self) -> dict[str, Picture]:
-        """Bits per byte, KL and bias against the share of the depth: first lens and last lens of every model."""
+        """Bits per byte over the model's own, KL and bias, against the share of the depth, on logarithmic axes.
+
+        Of several models the first and the last lens, or nobody can read the lines. The last layer, where all are 0, is left out.
+        """
         found: dict[str, Picture] = {}
-        for key, (_, title) in _SHOWN.items():
+        for key, (_, title) in {"bits_per_byte": _SHOWN["bits_per_byte"], **_SHOWN}.items():
             series: dict[str, list[tuple[float, float]]] = {}
             for model, scores in self.scores.items():
                 lenses = list(dict.fromkeys(row["lens"] for row in scores.rows))
-                # Of several models no more than two lines each, or nobody can read them.
                 for lens in dict.fromkeys([lenses[0], lenses[-1]]) if len(self.scores) > 1 else lenses:
                     mine = [r for r in self.rows() if (r["model"], r["lens"]) == (model, lens)]
-                    series[f"{model}, {lens}"] = [(r["depth"], r[key]) for r in mine]
-            across = "layer / number of layers"
-            found[key] = Lines(f"{title.split(',')[0]} by layer", series, across, title)
-        return {"bits_per_byte": found.pop("bits_per_byte"), **found}
+                    own = mine[-1][key]  # the model itself: 0 for KL and bias
+                    over = [(r["depth"], r[key] - own) for r in mine[:-1]]
+                    series[f"{model}, {lens}"] = [(x, y if y > 0 else nan) for x, y in over]
+            if any(isfinite(y) for points in series.values() for _, y in points):
+                up = f"{title}, over the model's own" if key == "bits_per_byte" else title
+                found[key] = Lines(
+                    f"{title.split(',')[0]} by layer", series, "layer / number of layers", up, log_y=True
+                )
+        return found
 
 
 def quality(
@@ -145,7 +152,7 @@ def quality(
         model: the model that the lenses are of.
         lenses: a lens or `{name: lens}`; the first one is what the others are compared with.
         tokens: held-out text, as `evaluate` takes it.
-        layers: all that every lens has, by default.
+        layers: all that every lens has, by default; the last one, which is the model itself, is always there.
         skip_first: leave out real position 0 of each row.
         hooks: your interventions; the model that the lenses are compared with is the same hooked run.
         bytes_per_token: for plain ids; batches know their own, a tokenizer can decode the rest.
@@ -166,8 +173,9 @@ def quality(
     """
     found = check_lenses(model, lenses, "quality")
     called, depth = name or named(model), n_layers(model)
+    rows = sorted({*common_layers(found, layers, depth), depth})
     scores = evaluate(
-        model, found, tokens, layers=common_layers(found, layers, depth), skip_first=skip_first, hooks=hooks, bytes_per_token=bytes_per_token,
+        model, found, tokens, layers=rows, skip_first=skip_first, hooks=hooks, bytes_per_token=bytes_per_token,
         chunk_size=chunk_size, show_progress=show_progress,
     )  # fmt: skip
     settings = {"tokens": {called: scores.tokens}, "lenses": list(found), "skip_first": skip_first}
