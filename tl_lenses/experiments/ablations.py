@@ -84,7 +84,7 @@ class Ablations(Report):
         for (part, how), values in self.loss.items():
             if part not in self.heads:
                 name = how if part in ("block", "order") else f"{part}, {how}"
-                lines[name] = list(zip(self.blocks, values.tolist(), strict=True))
+                lines[name] = list(zip(map(float, self.blocks), values.tolist(), strict=True))
         found: dict[str, Picture] = {}
         if lines:
             found["loss"] = Lines(f"ablations, {self.model}", lines, "block", "rise of the loss, nats")

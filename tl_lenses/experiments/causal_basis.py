@@ -71,7 +71,7 @@ class CausalBasis(Report):
         )  # fmt: skip
         found: dict[str, Picture] = {"effects": scatter}
         if len(self.bases) > 1 and len(next(iter(self.effects.values()))) > 2:
-            ranks = [(layer, self.spearman(layer)) for layer in self.bases]
+            ranks = [(float(layer), self.spearman(layer)) for layer in self.bases]
             found["spearman"] = Lines(f"lens against model, {self.model}", {"Spearman": ranks}, up="rank correlation")
         return found
 
