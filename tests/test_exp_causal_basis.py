@@ -49,7 +49,7 @@ def test_a_planted_direction_is_found_first(model, solver):
 
 def test_an_ablation_to_zero_is_caught(model, monkeypatch):
     decode, states, along, aside = planted(model)
-    monkeypatch.setattr(EN, "ablate", lambda states, v, mean: states - (states @ v)[:, None] * v)
+    monkeypatch.setattr(EN, "ablate", lambda h, v, mean, x=None: (x or (h, v))[0] - (h @ v)[:, None] * (x or (h, v))[1])
     found = B.extract(decode, states, 3)
     assert abs(float(found.vectors[0] @ along)) < 0.95 and abs(float(found.vectors[0] @ aside)) > 0.2
 

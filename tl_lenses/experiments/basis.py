@@ -25,7 +25,7 @@ SOLVERS = ("fast", "lbfgs")
 # The published procedure: so many evaluations per direction, and the relative change of the energy that ends it.
 MAX_EVALUATIONS, ENOUGH = 100, 1e-4
 # The fast one stops where so many evaluations add less than this share of the energy.
-PATIENCE, FLAT = 5, 5e-4
+PATIENCE, FLAT = 4, 1e-3
 
 
 @dataclass(frozen=True)
