@@ -132,3 +132,51 @@ def test_states_round_trip_and_are_written_whole(tmp_path, monkeypatch):
         checkpoint.save_state(file, {"a": torch.zeros(3)})
     monkeypatch.undo()
     assert torch.equal(checkpoint.load_state(file)["a"], tree["a"]) and os.listdir(file.parent) == ["state"]
+
+
+def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):
+    stacked = torch.randn(3, 4)
+    checkpoint.save_state(tmp_path / "state", {"all": stacked, "rows": list(stacked), "again": stacked[1:, 2:]})
+    back = checkpoint.load_state(tmp_path / "state")
+    assert torch.equal(back["all"], stacked) and torch.equal(torch.stack(back["rows"]), stacked)
+    assert torch.equal(back["again"], stacked[1:, 2:])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_two_states_are_kept_and_a_damaged_one_falls_back(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    file = tmp_path / "state"
+    for step in range(4):
+        checkpoint.save_state(file, {"step": step, "x": torch.full((500,), step)})
+    assert sorted(os.listdir(tmp_path)) == ["state", "state.previous"]
+    assert checkpoint.load_state(file)["step"] == 3
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1]), b"", None):
+        file.write_bytes(damaged) if damaged is not None else file.unlink()
+        with pytest.warns(checkpoint.Notice, match=r"state is damaged .*: going on from .*state.previous, one earlier"):
+            assert checkpoint.load_state(file)["step"] == 2
+        assert checkpoint.state_exists(file)
+    checkpoint.previous_of(file).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is damaged .* and state.previous beside it is damaged too"):
+        checkpoint.load_state(file)
+    checkpoint.remove_state(file)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_write_that_really_fails_keeps_both_states(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    import signal
+
+    file = tmp_path / "state"
+    for step in range(2):
+        checkpoint.save_state(file, {"step": step})
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk, files end early
+    try:
+        with pytest.raises(OSError):
+            checkpoint.save_state(file, {"step": 2, "x": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoint.load_state(file)["step"] == 1 and sorted(os.listdir(tmp_path)) == ["state", "state.previous"]

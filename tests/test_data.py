@@ -254,7 +254,7 @@ def test_the_last_batch_knows_the_bytes_of_text_that_filled_no_row(tokenizer):
 
 
 def test_bytes_per_token_of_an_endless_source_is_measured_on_its_beginning(tokenizer, monkeypatch):
-    monkeypatch.setattr(tl_lenses.data, "MEASURED", 1000)
+    monkeypatch.setattr(tl_lenses.stream, "MEASURED", 1000)
     batches = token_batches(lambda: (TEXTS[n % 40] for n in count()), tokenizer, seq_len=8, batch_size=4)
     assert abs(batches.bytes_per_token - direct_ratio(TEXTS, tokenizer)) < 0.1
 
@@ -362,7 +362,7 @@ def test_a_dataset_name_is_streamed(tokenizer, monkeypatch, name, arguments):
 
 
 def documents(path):
-    return list(tl_lenses.texts._documents(path))
+    return [text for text, _ in tl_lenses.texts._documents(path)]
 
 
 def test_text_without_separators_is_cut_at_blank_lines_into_passages(tmp_path):

@@ -173,9 +173,10 @@ def test_source_passes_are_shared_between_layers_and_positions(model, monkeypatc
     hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
     from tl_lenses.patchscopes import sources as module
 
-    plain = module.run
-    monkeypatch.setattr(module, "run", lambda m, tokens, hooks: plain(m, tokens, [*hooks, hook]))
-    tll.patchscope(model, [tll.Source(PROMPT, pos=i) for i in range(3)], tll.Target(TARGET), target_layers=range(4))
+    plain = module.installed
+    monkeypatch.setattr(module, "installed", lambda m, hooks: plain(m, [*hooks, hook]))
+    sources = [tll.Source(PROMPT, pos=i) for i in range(3)]
+    tll.patchscope(model, sources, tll.Target(TARGET), target_layers=range(4), share=False)
     assert len(passes) == 1 and passes[0][0] == 1
 
 
@@ -285,11 +286,7 @@ def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch
     def never(*args, **kwargs):
         raise AssertionError("a forward pass ran")
 
-    from tl_lenses.patchscopes import core
-    from tl_lenses.patchscopes import sources as module
-
-    monkeypatch.setattr(module, "run", never)
-    monkeypatch.setattr(core, "prefix", never)
+    monkeypatch.setattr(type(model), "forward", never)
     S, T = tll.Source, tll.Target
     nan = torch.full((32,), float("nan"))
     cases = [

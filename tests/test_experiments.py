@@ -436,7 +436,11 @@ def test_heat_maps_escape_and_leave_holes():
 
 def test_every_experiment_has_a_command():
     from tl_lenses.cli_experiments import _RUN
+    from tl_lenses.cli_lens_experiments import RUNNERS
+    from tl_lenses.experiments import Report
 
-    assert set(_RUN) == set(Name) and {name.value for name in Name} == {
-        cls.name for cls in Result.__subclasses__()
-    }  # fmt: skip
+    def below(cls):
+        return {cls, *(deeper for sub in cls.__subclasses__() for deeper in below(sub))}
+
+    names = {cls.name for cls in below(Report) if cls.__module__.startswith("tl_lenses.")} - {Report.name, Result.name}
+    assert {name.value for name in Name} == names == {name.replace("_", "-") for name in _RUN} | set(RUNNERS)

@@ -22,6 +22,7 @@ SHAPES = {
     "lab-gpt2": (8, 256, 8),
     "lab-gpt2-small": (6, 128, 4),
     "lab-neox": (8, 128, 4),
+    "lab-neo": (6, 192, 6),
     "lab-gpt2-tuned": (8, 256, 8),
 }
 

@@ -16,7 +16,19 @@ GROUPS: list[tuple[str, bool, list[str]]] = [
     (
         "outside",
         True,
-        ["texts", "token_text", "data", "model", "sites", "hooks", "unembed", "fingerprint", "checkpoint", "progress"],
+        [
+            "texts",
+            "token_text",
+            "stream",
+            "data",
+            "model",
+            "sites",
+            "hooks",
+            "unembed",
+            "fingerprint",
+            "checkpoint",
+            "progress",
+        ],
     ),
     ("ideas", True, ["lens", "trajectory", "evaluation", "invariants", "patchscopes"]),
     ("methods", False, ["fit", "experiments"]),
@@ -46,11 +58,16 @@ LATE = {
     "experiments": {"views"},
 }
 MATHEMATICS = {"torch", "einops", "jaxtyping"}
+_COMMON = ("common", "facts", "lines", "picture", "report")
 # Beside-imports inside folders: what several methods share, and the drawing primitives.
 SHARED = {
-    "fit": {"fit.common", "fit.regression"},
+    "fit": {
+        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
+        *("fit.distributed", "fit.evidence", "fit.state"),
+    },
     "experiments": {
-        f"experiments.{name}" for name in ("basis", "common", "energy", "facts", "lines", "picture", "report", "states")
+        f"experiments.{name}"
+        for name in (*_COMMON, "basis", "choices", "energy", "injections", "norms", "ranks", "states", "streams")
     },
     "views": None,
     "patchscopes": None,

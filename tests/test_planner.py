@@ -1,6 +1,7 @@
 """The planner against the naive procedure: whole prompts, one cell at a time, no cache. And that it saves what it says."""
 
 import random
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import zoo
 
 import tl_lenses as tll
 from tl_lenses.hooks import check_patterns
-from tl_lenses.patchscopes import planner
+from tl_lenses.patchscopes import joining, planner
+from tl_lenses.patchscopes.joining import joinable
 
 WORDS = "the cat sat on mat a bird sang in tree dog ran far away under old stone bridge".split()
 NO_CACHE = "whole prompts (the cache of this model cannot be shared)"
@@ -94,22 +96,24 @@ def counting(model, monkeypatch):
     """Tokens that pass through block 0, by forward pass."""
     passes = []
     hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
-    from tl_lenses import hooks
+    from tl_lenses.patchscopes import sources
 
     plain = planner.installed
     both = lambda m, pairs: plain(m, [*pairs, hook])
     monkeypatch.setattr(planner, "installed", both)
-    monkeypatch.setattr(hooks, "installed", both)
+    monkeypatch.setattr(sources, "installed", both)
     return passes
 
 
 def test_nothing_runs_twice(model, monkeypatch):
+    assert joinable(model)  # tried before it is counted
     passes = counting(model, monkeypatch)
     tll.patchscope(model, [SOURCE, tll.Source(SOURCE.prompt, pos=2)], TARGET, target_layers=range(4))
     n = model.to_tokens(TARGET.prompt, prepend_bos=True).shape[1]
     m = model.to_tokens(SOURCE.prompt, prepend_bos=True).shape[1]
-    # One source pass for both positions and all layers, one prefix, one batch of 32 suffixes of two tokens.
-    assert passes == [(1, m), (1, n - 2), (32, 2)]
+    # One pass for both positions and all layers of the source and for the target's prefix, and one batch of 32 suffixes:
+    # an unpatched one and those patched at layer 0, the others join at their layers.
+    assert passes == [(2, max(m, n - 2)), (1 + 8, 2)]
 
 
 def test_rows_leave_when_they_have_finished(model, monkeypatch):
@@ -125,8 +129,8 @@ def test_rows_leave_when_they_have_finished(model, monkeypatch):
     stop = next(p for p in sorted(pieces) if p.strip() and 0 < sum(p in t for t in texts) < len(texts))
     stopped = tll.patchscope(model, sources, last, **sweep, stop=[stop])
     rows = [batch for batch, width in passes if width == 1]
-    # Every step runs the rows that it gives a token to, and no other.
-    assert rows == (stopped.tokens >= 0).flatten(0, 1).sum(0).tolist()
+    # Every step runs the rows that it gives a token to, and no other; in the first pass most rows join behind block 0.
+    assert rows[0] == 1 + 3 and rows[1:] == (stopped.tokens >= 0).flatten(0, 1).sum(0).tolist()[1:]
     assert rows[-1] < rows[0] and (stopped.tokens >= 0).sum() < (plain.tokens >= 0).sum()
     for cut, whole in zip([t for row in stopped.text for t in row], texts, strict=True):
         assert cut == whole.split(stop)[0]
@@ -213,3 +217,39 @@ def test_a_pattern_that_cannot_be_edited_is_refused(arch, kind):
     with pytest.raises(RuntimeError, match="ignores edits of hook_pattern"):
         tll.run(model, "the cat", [tll.patch("blocks.1.attn.hook_pattern", tll.edits.zero)])
     tll.run(model, "the cat", [tll.read("blocks.1.attn.hook_pattern", {})])  # reading is fine
+
+
+def test_rows_join_where_they_are_patched(model, monkeypatch):
+    """A block runs the unpatched row and the rows that are patched before it; nothing changes but that."""
+    assert joinable(model)
+    rows = []
+    plain = joining.installed
+    count = lambda x, hook=None: rows.append(len(x))
+    reads = [(f"blocks.{i}.hook_attn_out", count) for i in range(3)]
+    monkeypatch.setattr(joining, "installed", lambda m, hooks: plain(m, [*hooks, *reads]))
+    options = dict(pairs=[(1, 3), (2, 0), (0, 1), (1, 1), (3, 0), (3, "blocks.1.hook_resid_post")], max_new_tokens=3)
+    got = tll.patchscope(model, SOURCE, TARGET, **options)
+    assert rows == [1 + 2, 1 + 4, 1 + 5]
+    monkeypatch.setattr(planner, "joinable", lambda model: False)
+    want = tll.patchscope(model, SOURCE, TARGET, **options)
+    assert len(rows) == 3 and torch.equal(got.tokens, want.tokens)
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=0)
+
+
+def test_rows_do_not_join_a_model_that_cannot_have_them(model, monkeypatch):
+    """Told by what comes out: a block that refuses more rows than the pass began with, and one that answers wrong."""
+    plain = joining.run_joining
+
+    def refusing(*args, **kwargs):
+        raise RuntimeError("expected a batch of 1")
+
+    def wrong(*args, **kwargs):
+        logits, decoder = plain(*args, **kwargs)
+        return logits.roll(1, 0), decoder
+
+    for broken in (refusing, wrong):
+        monkeypatch.setattr(joining, "_JOINABLE", WeakKeyDictionary())
+        monkeypatch.setattr(joining, "run_joining", broken)
+        assert not joinable(model)
+    monkeypatch.setattr(joining, "run_joining", plain)
+    assert not joinable(model)  # found once

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,8 @@ def save(translators: Translators, path: str | Path, *, overwrite: bool = False)
         }
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
+        for written in (temporary / WEIGHTS, temporary / CONFIG, temporary):
+            _sync(written)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.rename(path, old / "old")
@@ -91,6 +95,7 @@ def save(translators: Translators, path: str | Path, *, overwrite: bool = False)
             shutil.rmtree(old)
         else:
             os.rename(temporary, path)
+        _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -164,19 +169,46 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --- the state of a fit, one file
+# --- the state of a fit: one file, and the one before it
+
+
+class Notice(UserWarning):
+    """What a user should know and that stops nothing: a checkpoint that could not be written, or was damaged."""
+
+
+def previous_of(path: str | Path) -> Path:
+    """Where the checkpoint before the newest one is kept."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.previous")
+
+
+def remove_state(path: str | Path) -> None:
+    """Remove a checkpoint and the one before it."""
+    for file in (Path(path), previous_of(path)):
+        file.unlink(missing_ok=True)
 
 
 def save_state(path: str | Path, tree: dict[str, Any]) -> None:
-    """Write nested dicts and lists of tensors and JSON values as one safetensors file, atomically."""
-    from safetensors.torch import save
+    """Write nested dicts and lists of tensors and JSON values as one safetensors file, atomically.
 
+    What `path` held stays beside it as `path.previous`. Killed at any moment, `path` is one of the two, whole.
+
+    Raises:
+        OSError: the disk is full, or cannot be written; both files are as they were.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
 
     def strip(node: Any) -> Any:
         if isinstance(node, Tensor):
             name = str(len(tensors))
-            tensors[name] = node.detach().cpu().contiguous()
+            # rows of a stacked tensor are views of one storage, which safetensors refuses
+            held = node.detach().cpu().contiguous()
+            tensors[name] = held.clone() if held.untyped_storage().nbytes() > held.nbytes else held
             return {"tensor": name}
         if isinstance(node, dict):
             return {"dict": [[key, strip(value)] for key, value in node.items()]}
@@ -185,22 +217,64 @@ def save_state(path: str | Path, tree: dict[str, Any]) -> None:
         return {"value": node}
 
     skeleton = json.dumps(strip(tree))
-    write_bytes(path, save(tensors or {"": torch.zeros(0)}, {"tree": skeleton}))
+    metadata = {"tree": skeleton, "crc32": str(_crc32(skeleton, tensors))}
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary, kept = Path(name), Path(f"{name}.previous")
+    try:
+        try:
+            save_file(tensors or {"": torch.zeros(0)}, temporary, metadata)
+        except SafetensorError as error:  # safetensors writes by itself and has its own error for a full disk
+            raise OSError(f"writing {path} failed: {error}") from error
+        _sync(temporary)
+        temporary.chmod(0o644)
+        if path.exists():
+            _link(path, kept)
+            os.replace(kept, previous_of(path))
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        for file in (temporary, kept):
+            file.unlink(missing_ok=True)
+        raise
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
+    """Read what `save_state` wrote; where the newest is missing or damaged the one before it, saying so (`Notice`).
 
     Raises:
-        ValueError: damaged.
+        ValueError: both are damaged, or there is no other.
     """
+    previous = previous_of(path)
+    try:
+        return _read_state(Path(path))
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        try:
+            found = _read_state(previous)
+        except ValueError:
+            raise ValueError(f"{error}, and {previous.name} beside it is damaged too") from None
+        warnings.warn(f"{str(error).split(': delete')[0]}: going on from {previous}, one earlier", Notice, stacklevel=2)
+        return found
+
+
+def state_exists(path: str | Path) -> bool:
+    """Whether there is anything for `load_state` to read."""
+    return Path(path).exists() or previous_of(path).exists()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            skeleton = json.loads((file.metadata() or {})["tree"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        skeleton = json.loads(metadata["tree"])
+        if "crc32" in metadata and int(metadata["crc32"]) != _crc32(metadata["tree"], tensors):
+            raise ValueError("its checksum is another")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from None
 
     def grow(node: Any) -> Any:
@@ -212,6 +286,14 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return [grow(value) for value in content] if kind == "list" else content
 
     return grow(skeleton)
+
+
+def _crc32(skeleton: str, tensors: dict[str, Tensor]) -> int:
+    """Of everything, so that a flipped bit is found; a truncated file safetensors finds itself."""
+    crc = zlib.crc32(skeleton.encode())
+    for name in sorted(tensors, key=int):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)  # pyright: ignore
+    return crc
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -226,6 +308,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _link(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links: the copy costs time, and is as safe
+        shutil.copyfile(path, other)
+        _sync(other)
+
+
+def _sync(path: Path) -> None:
+    """On the disk and not only in memory; a folder too, without which a rename is lost when the power fails."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -25,6 +25,7 @@ from tl_lenses.cli_inputs import (
     check_file,
     data_source,
     fail,
+    fit_plan,
     interrupted,
     joined,
     lens_names,
@@ -35,8 +36,11 @@ from tl_lenses.cli_inputs import (
     quiet,
     ranges,
     read_batches,
+    remove_states,
     same_command,
+    saved_when_terminated,
     say,
+    states_of,
     write_scores,
 )
 from tl_lenses.cli_patchscope import patchscope
@@ -166,7 +170,24 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File for the state of training; OUTPUT.checkpoint by default.")
+        Path | None, typer.Option(help="File for the state of the fit; OUTPUT.checkpoint by default.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps (regression: batches) between two states.", min=1)] = 25,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on from the state, if there is one, or delete it first.")
+    ] = True,
+    layers_at_once: Annotated[
+        int | None, typer.Option(help="Layers in memory at a time, each group a pass over the text; all by default.")
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Optimiser state and moments on the CPU between uses.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream/--download", help="Read a `datasets` name as it is needed, or all of it first.")
+    ] = True,
+    shuffle_buffer: Annotated[int, typer.Option(help="Documents that the shuffle draws from.", min=1)] = 1000,
+    show_progress: Annotated[
+        bool | None, typer.Option("--progress/--no-progress", help="Loss, tokens/s and time left; on in a terminal.")
     ] = None,
     text_column: TextColumn = "text",
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
@@ -179,53 +200,87 @@ def fit(
     device: Device = None,
     dtype: DType = Dtype.float32,
 ) -> None:
-    """Fit a lens and save it. After Ctrl-C the same command goes on where it stopped.
+    """Fit a lens and save it. After Ctrl-C, a crash or a kill the same command goes on where it stopped.
+
+    On several processes or machines: accelerate launch --num_processes 8 -m tl_lenses fit ...
 
     Example: tl-lenses fit --model gpt2 --data corpus.txt --output my-lens
     """
     from tl_lenses.checkpoint import check_output
+    from tl_lenses.fit.distributed import processes
 
-    check_output(output, overwrite=overwrite)
+    who = processes()
     state = checkpoint or Path(f"{output}.checkpoint")
-    check_output(state.parent, overwrite=True)
+    if who.first:
+        check_output(output, overwrite=overwrite)
+        check_output(state.parent, overwrite=True)
     data = data_source(data, model, text_column)
 
     import tl_lenses as tll
 
-    loaded = load_model(model, device, dtype.value)
+    loaded = load_model(model, device or who.device, dtype.value)
     chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers)
     regression = method is Method.regression
     limit = limit_tokens or (REGRESSION_TOKENS if regression else None)
-    batches = read_batches(loaded, data, text_column, split, seq_len, batch_size, limit, seed)
+    batches = read_batches(
+        loaded,
+        data,
+        text_column,
+        split,
+        seq_len,
+        batch_size,
+        limit,
+        seed,
+        streaming=stream,
+        shuffle_buffer=shuffle_buffer,
+    )
+    settings = {
+        "model": model, "data": data, "text_column": text_column, "split": split, "seq_len": batches.seq_len,
+        "batch_size": batch_size, "limit_tokens": limit_tokens, "dtype": dtype.value, "seed": seed,
+        "shuffle_buffer": shuffle_buffer, "layers_at_once": layers_at_once,
+    }  # fmt: skip
+    if who.first:
+        if not resume:
+            remove_states(state)
+        same_command(state, settings)
+    scale: dict[str, Any] = {
+        "layers_at_once": layers_at_once, "offload": offload, "checkpoint": state, "checkpoint_every": checkpoint_every,
+        "show_progress": show_progress,
+    }  # fmt: skip
+    if who.first:
+        planned = fit_plan(
+            loaded, chosen, batches, regression, steps, tokens_per_step, optimizer.value, layers_at_once, offload
+        )
+        say(planned)
     start = time.perf_counter()
     history: list[dict[str, Any]] = []
-    if regression:
-        translators = tll.fit_regression(loaded, batches, chosen)
-    else:
-        settings = {
-            "model": model, "data": data, "text_column": text_column, "split": split, "seq_len": batches.seq_len,
-            "batch_size": batch_size, "limit_tokens": limit_tokens, "dtype": dtype.value,
-        }  # fmt: skip
-        same_command(state, settings)
-        try:
-            translators = tll.fit_tuned(
-                loaded, batches, steps, tokens_per_step, loss.value, optimizer=optimizer.value, lr=lr, layers=chosen,
-                seed=seed, checkpoint=state, log=history,
-            )  # fmt: skip
-        except BaseException as error:
-            if not state.exists():
-                note_of(state).unlink(missing_ok=True)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
+    try:
+        with saved_when_terminated():
+            if regression:
+                translators = tll.fit_regression(loaded, batches, chosen, **scale)
+            else:
+                translators = tll.fit_tuned(
+                    loaded, batches, steps, tokens_per_step, loss.value, optimizer=optimizer.value, lr=lr, layers=chosen,
+                    seed=seed, log=history, **scale,
+                )  # fmt: skip
+    except BaseException as error:
+        if who.first and not states_of(state):
+            note_of(state).unlink(missing_ok=True)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        if who.first:
             typer.echo(interrupted(state, history, steps), err=True)
-            raise typer.Exit(130) from None
+        raise typer.Exit(130) from None
     seconds = time.perf_counter() - start
+    if not who.first:
+        return
     translators.save(output, overwrite=overwrite)
-    for file in () if regression else (state, note_of(state)):
-        file.unlink(missing_ok=True)
+    remove_states(state)
+    note_of(state).unlink(missing_ok=True)
 
     say(
         f"{method.value} lens of {model}: layers {ranges(translators.sources)}, {translators.meta['tokens_seen']:,} tokens, {seconds:.0f} s"
+        + f" in {who.world} processes" * (who.world > 1)
     )
     if history:
         last = list(history[-1]["loss"].values())

@@ -13,7 +13,6 @@ from tl_lenses.cli_inputs import (
     DType,
     Dtype,
     Lenses,
-    Model,
     data_source,
     lens_names,
     load_model,
@@ -31,10 +30,12 @@ _ONLY = {
     "max_new_tokens": ("attributes", "entities", "multihop"),
 }  # fmt: skip
 _LIMITS = {"next-token": 400, "attributes": 60, "entities": 60, "cross-model": 60, "multihop": 12}
+# Whose default is not lab-gpt2: it has no checkpoints.
+_MODELS = {"difficulty": "lab-neox"}
 # Those of the Tuned Lens paper say which options they take.
 _ONLY = {
     option: (*_ONLY.get(option, ()), *(name for name, (_, options, _) in RUNNERS.items() if option in options))
-    for option in ("to", "lens", "no_guard", "target_layers", "max_new_tokens", "k")
+    for option in ("to", "lens", "no_guard", "target_layers", "max_new_tokens", "k", "checkpoint")
 }
 
 Name = Enum("Name", {name.replace("-", "_"): name for name in (*_LIMITS, *RUNNERS)}, type=str)
@@ -42,7 +43,12 @@ Name = Enum("Name", {name.replace("-", "_"): name for name in (*_LIMITS, *RUNNER
 
 def experiment(
     name: Annotated[Name, typer.Argument(help="Which one.")],  # type: ignore[valid-type]
-    model: Model = "lab-gpt2",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A Hugging Face name, a local directory, or a lab model; lab-gpt2 by default, lab-neox for difficulty."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for result.json, result.csv and heat maps; experiments/NAME by default.")
     ] = None,
@@ -61,6 +67,10 @@ def experiment(
         int | None, typer.Option(help="Items (positions, facts, entities, queries, tokens, examples).")
     ] = None,
     k: Annotated[int | None, typer.Option(help="Directions of a basis.")] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="difficulty: STEP=MODEL, an earlier checkpoint; repeatable. A lab model's own by default."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of generated texts; 8 for the lab models, else the paper's 20 (entities: 50).")
     ] = None,
@@ -81,12 +91,16 @@ def experiment(
     given = {
         "to": to is not None, "lens": bool(lens), "no_guard": no_guard, "target_layers": target_layers is not None,
         "max_new_tokens": max_new_tokens is not None, "k": k is not None,
+        "checkpoint": bool(checkpoint),
     }  # fmt: skip
     for option, those in _ONLY.items():
         if given[option] and name.value not in those:
             raise ValueError(f"--{option.replace('_', '-')} is for {', '.join(those)}, not for {name.value}")
     if limit is not None and limit < 2:
         raise ValueError(f"--limit {limit} is too few: an experiment needs two items at least")
+    if wrong := [one for one in checkpoint or () if not one.partition("=")[0].isdigit() or not one.partition("=")[2]]:
+        raise ValueError(f"--checkpoint {wrong[0]!r}: expected STEP=MODEL, such as 1000=folder")
+    model = model or _MODELS.get(name.value, "lab-gpt2")
     if name.value == "cross-model" and to is None:
         to = "lab-gpt2"
         model = "lab-gpt2-small" if model == "lab-gpt2" else model
@@ -106,7 +120,17 @@ def experiment(
         settings["target_layers"] = parse_layers(target_layers, goal.cfg.n_layers + 1)
     lab = model.startswith("lab-")
     if name.value in RUNNERS:
-        wanted = Wanted(inputs[0], None if to is None else goal, inputs[1], settings.get("layers"), limit, k, seed, lab)
+        wanted = Wanted(
+            inputs[0],
+            None if to is None else goal,
+            inputs[1],
+            settings.get("layers"),
+            limit,
+            k,
+            seed,
+            lab,
+            tuple(checkpoint or ()),
+        )
         result = RUNNERS[name.value][0](loaded, wanted)
     else:
         options = _Options(limit or _LIMITS[name.value], max_new_tokens, lab, not no_guard)
@@ -135,9 +159,19 @@ def _inputs(name: str, data: str | None, lens: Any) -> Any:
         return read_descriptions(data)
     from tl_lenses.translators import Translators
 
+    if (
+        name == "detection"
+    ):  # instructions and relations rather than text; the folder beside the checkout where there is one
+        from tl_lenses.experiments.injections import beside, read_instructions
+
+        folder = data or beside()
+        read_instructions(folder)
+        data_read = "lab" if folder is None else str(folder)
+    else:
+        data_read = data_source(data or "lab", "", "text")
     folders = lens_names(lens, taken=("token identity", "logit lens", "regression", "logit"))
     found = {one: Translators.load(folder) for one, folder in folders.items()}
-    return data_source(data or "lab", "", "text"), found
+    return data_read, found
 
 
 def _text(model: Any, data: str, fit: bool, seed: int, rows: int = 0) -> Any:

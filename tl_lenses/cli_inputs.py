@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -125,7 +127,15 @@ def data_source(data: str | None, model: str, column: str) -> str:
 
 
 def read_batches(
-    model: Any, data: str, column: str, split: str, seq_len: int | None, batch_size: int, limit: int | None, seed: int
+    model: Any,
+    data: str,
+    column: str,
+    split: str,
+    seq_len: int | None,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+    **settings: Any,
 ) -> Any:
     from tl_lenses import lab
     from tl_lenses.data import token_batches
@@ -140,6 +150,7 @@ def read_batches(
         split=split,
         limit_tokens=limit,
         shuffle_seed=seed,
+        **settings,
     )
 
 
@@ -219,7 +230,7 @@ def same_command(state: Path, settings: dict[str, Any]) -> None:
     from tl_lenses.checkpoint import write_bytes
 
     note = note_of(state)
-    if state.exists() and note.exists():
+    if states_of(state) and note.exists():
         saved = json.loads(note.read_text(encoding="utf-8"))
         for key, value in settings.items():
             if saved.get(key) != value:
@@ -230,8 +241,87 @@ def same_command(state: Path, settings: dict[str, Any]) -> None:
     write_bytes(note, json.dumps(settings).encode())
 
 
+def states_of(state: Path) -> list[Path]:
+    """The file of a fit's state, the one before it, and those of groups of layers."""
+    names = rf"{re.escape(state.name)}(\.\d+of\d+)?(\.previous)?"
+    folder = state.parent
+    return [file for file in folder.iterdir() if re.fullmatch(names, file.name)] if folder.is_dir() else []
+
+
+def remove_states(state: Path) -> None:
+    for file in states_of(state):
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saved_when_terminated() -> Iterator[None]:
+    """A scheduler that takes the machine back sends SIGTERM: the same as Ctrl-C, so that the state is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fit_plan(
+    model: Any,
+    layers: list[int | str] | None,
+    batches: Any,
+    regression: bool,
+    steps: int,
+    tokens_per_step: int | None,
+    optimizer: Any,
+    layers_at_once: int | None,
+    offload: bool,
+) -> str:
+    """Memory of a fit, before its first step; says how many layers fit where not all of them do."""
+    from tl_lenses.fit.plan import plan
+    from tl_lenses.model import d_model, n_layers
+
+    depth, width, element = n_layers(model), d_model(model), next(model.parameters()).element_size()
+    parameters = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    rows = depth if layers is None else len(layers)
+    if regression:  # moments of every layer, in float64
+        each, rest = 0 if offload else 2 * 8 * width**2, parameters * element
+        at_once = min(rows, layers_at_once or rows)
+        needed = rest + each * at_once
+        text = f"memory: {needed / 1e9:.2f} GB, of which moments {each * at_once / 1e9:.2f} GB"
+    else:
+        made = lambda at_once: plan(
+            width, depth, int(model.W_U.shape[1]), n_params=parameters, n_rows=rows, rows_at_once=at_once,
+            tokens_per_batch=batches.seq_len * batches.batch_size, tokens_per_step=tokens_per_step, steps=steps,
+            optimizer=optimizer, state_on_cpu=offload, model_dtype="bfloat16" if element == 2 else "float32",
+        )  # fmt: skip
+        found = made(layers_at_once)
+        needed, text = found.peak, str(found)
+        at_once = min(rows, layers_at_once or rows)
+        each = (found.peak - made(1).peak) / max(1, at_once - 1) if at_once > 1 else 0
+    there = _memory(model)
+    if there is not None and needed > there + parameters * element:
+        fits = int(at_once - (needed - there - parameters * element) / each) if each else 0
+        hint = f"pass --layers-at-once {fits}" if fits > 0 else "use a smaller --batch-size or a larger machine"
+        text += f"\n{there / 1e9:.1f} GB are free beside the model, less than that: {hint}"
+    return text
+
+
+def _memory(model: Any) -> int | None:
+    """Bytes that are free where the model is."""
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not everywhere
+        return None
+
+
 def interrupted(state: Path, history: list[dict[str, Any]], steps: int) -> str:
-    if not state.exists():
+    if not states_of(state):
         return "interrupted before the first step: nothing was written"
     where = f"after step {history[-1]['step']} of {steps}" if history else "before its first step"
     return f"interrupted {where}: the state is in {state}; run the same command again to go on"
@@ -280,6 +370,10 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            from tl_lenses.checkpoint import Notice
+
+            warnings.simplefilter("always", Notice)
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {joined(message)}", err=True)
             yield
     finally:
         logging.disable(level)

@@ -3,27 +3,18 @@
 `token_batches` is for corpora, `tokenize` for prompts, `as_batches` and `check_tokens` for ids that already exist.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.texts import GROUP, reader, starter
+from tl_lenses.stream import Batch, Position, TokenBatches, ahead, encode
+from tl_lenses.texts import reader, starter
 
-MEASURED = 2**20  # tokens `bytes_per_token` reads when no pass was made: a streamed corpus may have no end
 ROWS = 8  # rows of a bare tensor that `as_batches` puts in a batch
-
-
-class Batch(NamedTuple):
-    """Ids `[batch, pos]`, their mask (1 real, 0 pad; None: all real), and the bytes per token of the text so far."""
-
-    tokens: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"] | None = None
-    bytes_per_token: float | None = None
 
 
 def token_batches(
@@ -39,11 +30,14 @@ def token_batches(
     split: str = "train",
     limit_tokens: int | None = None,
     drop_last: bool = False,
-) -> "TokenBatches":
+    streaming: bool = True,
+    prefetch: int = 4,
+) -> TokenBatches:
     """Streams text as batches `[batch, seq_len]` of full rows, from the start each time it is iterated over.
 
     Documents, EOS between them, are cut into rows that each start with BOS; EOS and BOS only where the tokenizer has
-    them. Tokens left over after the last full row are dropped.
+    them. Tokens left over after the last full row are dropped. Nothing but the shuffle's buffer is held in memory, and
+    a fit notes in its checkpoint where in the text it is (`positions`).
 
     Args:
         source: an iterable of texts (or of rows with a text column); a path to a .txt, .jsonl, .json, .parquet or .csv
@@ -60,6 +54,8 @@ def token_batches(
         split: the split of a source that has splits.
         limit_tokens: the rows together hold at most so many tokens.
         drop_last: leave out a last batch with fewer rows.
+        streaming: read a data set by name over the network as it is needed; False downloads all of it first.
+        prefetch: batches that a thread tokenises ahead of a fit; 0 for none.
 
     Raises:
         ValueError: the source is missing, empty, not UTF-8, without the column, or too short for one row.
@@ -74,101 +70,18 @@ def token_batches(
         ("seq_len", seq_len, 2, "one token to read and one to predict"),
         ("batch_size", batch_size, 1, "one row"),
         ("shuffle_buffer", shuffle_buffer, 1, "one document"),
+        ("prefetch", prefetch + 1, 1, "0"),
         ("limit_tokens", seq_len if limit_tokens is None else limit_tokens, seq_len, "one row of seq_len"),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; pass at least {least}, {why}.")
-    start, name = reader(source, text_column, split)
+    start, name = reader(source, text_column, split, streaming)
     bos = _bos(tokenizer, prepend_bos)
     shuffle = None if shuffle_seed is None else (shuffle_seed, shuffle_buffer)
     one_shot = isinstance(source, Iterator)
-    return TokenBatches(start, name, one_shot, tokenizer, seq_len, batch_size, bos, shuffle, limit_tokens, drop_last)
-
-
-@dataclass(eq=False, repr=False)
-class TokenBatches:
-    """What `token_batches` returns. `n_tokens` counts the tokens in the batches of the last pass, BOS and EOS too."""
-
-    start: Callable[[], Iterator[str]]
-    name: str
-    one_shot: bool
-    tokenizer: Any
-    seq_len: int
-    batch_size: int
-    bos: int | None
-    shuffle: tuple[int, int] | None
-    limit_tokens: int | None
-    drop_last: bool
-    n_tokens: int = 0
-    counted: tuple[int, int] = (0, 0)  # tokens and bytes of the documents of the longest pass
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        """One pass. With a shuffle seed each index has an order of its own; `iter()` is `epoch(0)`."""
-        return self._batches(self._texts(index))
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of the documents (BOS and EOS not counted) that the longest pass so far has read.
-
-        Before any pass, documents are read for it: up to `limit_tokens`, or about a million tokens.
-        """
-        if not self.counted[0] and self.one_shot:
-            raise ValueError(f"{self.name} can be read only once: ask for bytes_per_token after iterating over it.")
-        if not self.counted[0]:
-            enough = self.limit_tokens or MEASURED
-            next((ids for ids in self._ids(self._texts(0)) if self.counted[0] >= enough), None)
-        if not self.counted[0]:
-            raise ValueError(f"{self.name} holds no text, so bytes_per_token is not known. Pass a source with text.")
-        return self.counted[1] / self.counted[0]
-
-    def _texts(self, epoch: int) -> Iterator[str]:
-        if self.shuffle is None:
-            return self.start()
-        seed, size = self.shuffle
-        # with seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1: seeds meant to be independent are not
-        return _shuffled(self.start(), size, torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
-
-    def _ids(self, texts: Iterator[str]) -> Iterator[list[int]]:
-        tokens = size = 0
-        while group := list(islice(texts, GROUP)):
-            size += sum(len(text.encode()) for text in group)
-            encoded = _encode(self.tokenizer, group)
-            tokens += sum(map(len, encoded))
-            self.counted = max(self.counted, (tokens, size))
-            yield from filter(None, encoded)  # an empty document would only double a separator
-
-    def _rows(self, texts: Iterator[str]) -> Iterator[list[int]]:
-        head = [] if self.bos is None else [self.bos]
-        width = self.seq_len - len(head)
-        eos = self.tokenizer.eos_token_id
-        pending, separator = [], []
-        for ids in self._ids(texts):
-            pending += separator + ids
-            separator = [] if eos is None else [eos]
-            full = len(pending) - len(pending) % width
-            yield from (head + pending[at : at + width] for at in range(0, full, width))
-            del pending[:full]
-
-    def _batches(self, texts: Iterator[str]) -> Iterator[Batch]:
-        rows = self._rows(texts)
-        if self.limit_tokens is not None:
-            rows = islice(rows, self.limit_tokens // self.seq_len)
-        self.n_tokens = n_tokens = 0
-        needed = self.batch_size if self.drop_last else 1
-        batch = list(islice(rows, self.batch_size))
-        while len(batch) >= needed:
-            after = list(islice(rows, self.batch_size))  # one ahead, so that the last batch knows the bytes of all text
-            self.n_tokens = n_tokens = n_tokens + len(batch) * self.seq_len
-            yield Batch(torch.tensor(batch), None, self.bytes_per_token)
-            batch = after
-        if not n_tokens:
-            raise ValueError(
-                f"{self.name} holds {self.counted[0]} tokens: too few for {needed} row{'s' * (needed > 1)} of "
-                f"seq_len {self.seq_len}. Pass more text or a smaller seq_len{' or batch_size' * self.drop_last}."
-            )
+    return TokenBatches(
+        start, name, one_shot, tokenizer, seq_len, batch_size, bos, shuffle, limit_tokens, drop_last, prefetch
+    )
 
 
 def tokenize(
@@ -198,7 +111,7 @@ def tokenize(
         raise ValueError("prompts is an empty list; pass at least one string.")
     if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
         raise TypeError(f"prompts should be strings, got {wrong[0]}. Token ids need no tokenize().")
-    bos, rows = _bos(tokenizer, prepend_bos), _encode(tokenizer, texts)
+    bos, rows = _bos(tokenizer, prepend_bos), encode(tokenizer, texts)
     if bos is not None:  # compared as ids: the text may spell BOS, and some tokenizers add it whatever they are told
         rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
     if not all(rows):
@@ -273,6 +186,40 @@ def as_batches(tokens: Any, batch_size: int | None = None) -> Iterable[Batch]:
     return _Batches(starter(tokens, "tokens"), batch_size)
 
 
+def positions(
+    tokens: Any, *, seed: int = 0, at: Position | None = None, endless: bool = True
+) -> Generator[tuple[Batch, Position], None, None]:
+    """Batches of `tokens`, each with the position behind it, from which reading goes on in another process.
+
+    Text is read on from the place in its source (`texts`), a tensor from its row; of other iterables the batches before
+    the position are made again and dropped.
+
+    Args:
+        tokens: anything that `as_batches` takes. Where the stream is endless, a tensor `[n, pos]` is shuffled in each
+            pass, from `seed`; `TokenBatches` are by their own seed.
+        at: go on behind this position.
+        endless: begin again when the tokens are through.
+
+    Example:
+        >>> stream = positions(torch.arange(6)[:, None], endless=False)
+        >>> [position.index for _, position in stream]
+        [1]
+    """
+    batches, at = as_batches(tokens), at or Position()
+    for epoch in range(at.epoch, 2**62 if endless else at.epoch + 1):
+        start = at if epoch == at.epoch else Position(epoch)
+        if isinstance(batches, TokenBatches):
+            yield from ahead(batches.marked(epoch, start), batches.prefetch)
+            continue
+        one_pass = batches
+        if isinstance(tokens, Tensor) and tokens.ndim == 2 and endless:
+            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            one_pass = as_batches(tokens[order.to(tokens.device)])
+        for index, batch in enumerate(one_pass, 1):
+            if index > start.index:
+                yield batch, Position(epoch, index)
+
+
 @dataclass(eq=False, repr=False)
 class _Batches:
     start: Callable[[], Iterator[Any]]
@@ -331,18 +278,3 @@ def _bos(tokenizer: Any, prepend_bos: bool) -> int | None:
     if tokenizer is None:
         raise ValueError("the tokenizer is None: text needs one. Load the model with its tokenizer, or pass token ids.")
     return tokenizer.bos_token_id if prepend_bos else None
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # no special tokens, or BOS would come twice; not verbose, or it warns of documents longer than the context
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _shuffled(texts: Iterator[str], size: int, generator: torch.Generator) -> Iterator[str]:
-    """Each text once: a new one takes the place of one drawn from a buffer."""
-    buffer = list(islice(texts, size))
-    for text in texts:
-        drawn = int(torch.randint(len(buffer), (), generator=generator))
-        yield buffer[drawn]
-        buffer[drawn] = text
-    yield from (buffer[drawn] for drawn in torch.randperm(len(buffer), generator=generator).tolist())

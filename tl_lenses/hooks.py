@@ -203,9 +203,11 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
             raise ValueError(f"the edit at {name!r} returned shape {list(new.shape)}, expected {list(part.shape)}")
         return new.to(part)  # a bridge refuses another dtype, HookedTransformer would spread it
 
-    def hook_fn(x: Tensor, hook: Any = None) -> Tensor:
+    def hook_fn(x: Tensor, hook: Any = None) -> Tensor | None:
         axis = _position_axis(name)
         n, length = _prompt_part(x, axis), x.shape[axis]
+        if n == 0 and when == "prompt":  # a generated step
+            return None
         columns = _columns(pos, n, x.shape[0], name) if n else None
         if n == length:
             return _spread(x, columns, apply(_select(x, columns)))
@@ -271,7 +273,7 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
         ValueError: a hook name that the model does not have.
         RuntimeError: hooks that are switched off, or that never fired.
     """
-    pairs = _checked(model, hooks)
+    pairs = checked_hooks(model, hooks)
     fired = [False] * len(pairs)
 
     def counted(i: int, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,7 +305,13 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
         )
 
 
-def _checked(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
+def checked_hooks(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
+    """Hooks as pairs of a name and a function, filters of names resolved.
+
+    Raises:
+        TypeError: something that is no hook.
+        ValueError: a name that the model does not have.
+    """
     pairs: list[Hook] = []
     for hook in hooks:
         if not (isinstance(hook, (tuple, list)) and len(hook) == 2 and callable(hook[1])):
@@ -320,9 +328,18 @@ def _checked(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
             }  # a bridge has aliases: one name per point
             pairs += [(n, fn) for n in names if points[id(model.hook_dict[n])] == n and not _switched_off(model, n)]
         else:
-            check_names(model, [name])
             pairs.append((name, fn))
+    check_names(model, [name for name, _ in pairs])
     return pairs
+
+
+def hooked(model: LensModel) -> bool:
+    """Whether somebody's hooks are on the model already (bridges put some of their own on, OPT's for one)."""
+    handles = (handle for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", []))
+    own = lambda handle: str(getattr(getattr(handle, "user_hook", None), "__module__", "")).startswith(
+        "transformer_lens"
+    )
+    return not all(own(handle) for handle in handles)
 
 
 def _switched_off(model: LensModel, name: str) -> str | None:

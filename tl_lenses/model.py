@@ -6,8 +6,10 @@ cannot be avoided (key-value caches, see `Decoder`) are told apart by the signat
 """
 
 import copy
+import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -137,13 +139,31 @@ def forward(model: LensModel, batch: Batch, return_type: str | None = "logits") 
     return model(batch.tokens, return_type=return_type, **kwargs)  # type: ignore[operator]
 
 
+@functools.cache
+def _parameters(forward_method: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward_method).parameters)
+
+
+def _fewer_logits(model: LensModel, last: int) -> dict[str, Any]:
+    """What makes a forward pass unembed its last columns only (0: as few as it can); empty where it unembeds all.
+
+    Hugging Face models take `logits_to_keep`, which a bridge hands on (0 would mean all there); HookedTransformer leaves
+    the unembedding out with `return_type=None`.
+    """
+    wrapped = getattr(model, "original_model", None)
+    if wrapped is None:
+        return {"return_type": None} if last == 0 else {}
+    return {"logits_to_keep": max(last, 1)} if "logits_to_keep" in _parameters(type(wrapped).forward) else {}
+
+
 class Decoder:
     """Decoding one forward pass at a time, with or without a key-value cache that rows of a batch can share.
 
     `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both
     return the
-    logits `[batch, d_vocab]` of the last column. `feed` adds several columns and returns the logits of each;
-    `repeated(n)` goes on with n copies of a single row, `select(rows)` with some of the rows.
+    logits `[batch, d_vocab]` of the last column. `feed` adds several columns and returns the logits of each, or of the
+    last ones only; `repeated(n)` goes on with n copies of a single row, `select(rows)` with some of the rows,
+    `cut(row, n)` with the first n columns of one row.
     """
 
     def __init__(self, model: LensModel, *, use_cache: bool = True):
@@ -152,8 +172,7 @@ class Decoder:
         self.cache: Any = None
         # HookedTransformer takes `past_kv_cache`; a bridge swallows that name in **kwargs and runs uncached, so the
         # signature decides.
-        forward_method: Any = type(model).forward  # type: ignore[attr-defined]
-        self.takes_own_cache = "past_kv_cache" in inspect.signature(forward_method).parameters
+        self.takes_own_cache = "past_kv_cache" in _parameters(type(model).forward)  # type: ignore[attr-defined]
 
     def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """Run a prompt, padded or not."""
@@ -166,18 +185,27 @@ class Decoder:
         """Add one column."""
         return self.feed(tokens[:, None])[:, -1]
 
-    def feed(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new d_vocab"]:
-        """Add columns (the first ones too, where there was no `start`) and return the logits of each."""
+    def feed(
+        self, tokens: Int[Tensor, "batch new"], last: int | None = None
+    ) -> Float[Tensor, "batch returned d_vocab"]:
+        """Add columns (the first ones too, where there was no `start`) and return the logits of each.
+
+        With `last` only those of as many last columns, and the others are not computed where the model can leave them
+        out: hooks at the unembedding then see fewer columns.
+        """
+        last = tokens.shape[1] if last is None else last
         if self.batch is None:
             self.batch = Batch(tokens, None)
             if self.use_cache and self.takes_own_cache:
                 self.cache = _hooked_cache(self.model, tokens.shape[0])
-            return self._run(tokens)
-        seen, mask, _ = self.batch
-        if mask is not None:
-            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        self.batch = Batch(torch.cat([seen, tokens], 1), mask)
-        return self._run(tokens if self.use_cache else self.batch.tokens)[:, -tokens.shape[1] :]
+        else:
+            seen, mask, _ = self.batch
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            self.batch = Batch(torch.cat([seen, tokens], 1), mask)
+            tokens = tokens if self.use_cache else self.batch.tokens
+        logits = self._run(tokens, last)
+        return logits[:, max(logits.shape[1] - last, 0) :]
 
     def shareable(self) -> bool:
         """Whether the cache holds the keys and values of every column and nothing else, so that rows can share it."""
@@ -194,13 +222,53 @@ class Decoder:
             and self.cache.get_seq_length() == self.batch.tokens.shape[1]
         )
 
-    def repeated(self, n: int) -> "Decoder":
-        """A decoder of n rows that all continue this one's single row; this one stays as it is."""
+    def repeated(self, n: int | list[int]) -> "Decoder":
+        """A decoder of n rows that all continue this one's single row; this one stays as it is.
+
+        A list has a number per block, for a pass that begins with one row and is joined by others: `spread` then makes
+        the rows of all blocks equal again.
+        """
         assert self.batch is not None and len(self.batch.tokens) == 1 and self.batch.attention_mask is None
         other = Decoder(self.model, use_cache=self.use_cache)
-        other.batch = Batch(self.batch.tokens.expand(n, -1), None)
+        count = lambda block: n if isinstance(n, int) else 1 if block is None else n[block]
+        other.batch = Batch(self.batch.tokens.expand(count(None), -1), None)
         if self.cache is not None:
-            other.cache = _repeat(self.cache, n, self.takes_own_cache)
+            expand = lambda x, block: x.expand(count(block), *x.shape[1:])
+            other.cache = _shaped(self.cache, self.takes_own_cache, expand)
+        return other
+
+    def spread(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows; a block that has not run one of them takes its row 0 for it."""
+        assert self.batch is not None and len(self.batch.tokens) == 1
+
+        def take(x: Tensor, block: int | None) -> Tensor:
+            if block is None:
+                return x.expand(len(rows), *x.shape[1:])
+            index = rows.to(x.device)
+            return x[torch.where(index < len(x), index, torch.zeros_like(index))]
+
+        self.cache = _shaped(self.cache, self.takes_own_cache, take)
+        self.batch = Batch(self.batch.tokens.expand(len(rows), -1), None)
+
+    def cut(self, row: int, n: int) -> "Decoder | None":
+        """A decoder of the first n columns of one row, or None where the cache does not allow it.
+
+        It continues as if that row had run alone: no column depends on those behind it.
+        """
+        assert self.batch is not None and self.batch.attention_mask is None
+        if not self.shareable():
+            return None
+        kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", [])}
+        if not self.takes_own_cache and kinds != {"DynamicLayer"}:
+            return None  # a sliding window may have dropped what belongs to the first n
+        other = Decoder(self.model)
+        other.batch = Batch(self.batch.tokens[row : row + 1, :n], None)
+        axis = 1 if self.takes_own_cache else -2
+        other.cache = _shaped(
+            self.cache,
+            self.takes_own_cache,
+            lambda x, block: x[row : row + 1].narrow(axis if block is not None else 1, 0, n),
+        )
         return other
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -217,16 +285,21 @@ class Decoder:
             entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
         self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
 
-    def _run(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new d_vocab"]:
+    def _run(
+        self, tokens: Int[Tensor, "batch new"], last: int | None = None
+    ) -> Float[Tensor, "batch returned d_vocab"]:
         assert self.batch is not None
         mask = self.batch.attention_mask
-        if not self.use_cache:
-            return forward(self.model, self.batch)
-        if self.takes_own_cache:
-            # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
-            new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
-            return self.model(tokens, attention_mask=new, past_kv_cache=self.cache)  # type: ignore[operator]
         kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if last is not None and last < tokens.shape[1]:
+            kwargs |= _fewer_logits(self.model, last)
+        if not self.use_cache or self.takes_own_cache:
+            if self.use_cache:
+                # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
+                new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+                kwargs |= {"attention_mask": new, "past_kv_cache": self.cache}
+            logits = self.model(tokens, **kwargs)  # type: ignore[operator]
+            return tokens.new_empty(len(tokens), 0, 0, dtype=torch.float32) if logits is None else logits
         if mask is not None:
             # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
             kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
@@ -241,17 +314,20 @@ class Decoder:
         return logits
 
 
-def _repeat(cache: Any, n: int, own: bool) -> Any:
-    """A copy of a one-row cache with n rows."""
-    cache = copy.deepcopy(cache)
+def _shaped(cache: Any, own: bool, reshape: Callable[[Tensor, int | None], Tensor]) -> Any:
+    """A cache whose keys and values by block are other views of this one's, which stays as it is: caches grow by
+    concatenation. The mask that HookedTransformer's keeps belongs to no block (None)."""
+    other = copy.copy(cache)
     if not own:
-        cache.batch_repeat_interleave(n)
-        return cache
-    for entry in cache.entries:
-        entry.past_keys = entry.past_keys.repeat_interleave(n, 0)
-        entry.past_values = entry.past_values.repeat_interleave(n, 0)
-    cache.previous_attention_mask = cache.previous_attention_mask.repeat_interleave(n, 0)
-    return cache
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        for i, layer in enumerate(other.layers):
+            layer.keys, layer.values = reshape(layer.keys, i), reshape(layer.values, i)
+        return other
+    other.entries = [copy.copy(entry) for entry in cache.entries]
+    for i, entry in enumerate(other.entries):
+        entry.past_keys, entry.past_values = reshape(entry.past_keys, i), reshape(entry.past_values, i)
+    other.previous_attention_mask = reshape(cache.previous_attention_mask, None)
+    return other
 
 
 def _hooked_cache(model: LensModel, batch_size: int) -> Any:

@@ -5,6 +5,7 @@ hook name; wherever a layer is accepted a site is too.
 """
 
 import difflib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,12 +65,19 @@ def site(model: LensModel, layer_or_site: LayerOrSite) -> str:
         >>> tll.site(model, -1)          # doctest: +SKIP
         'blocks.11.hook_resid_post'
     """
+    return sites(model, [layer_or_site])[layer_or_site]
+
+
+def sites(model: LensModel, layers: Iterable[LayerOrSite]) -> dict[LayerOrSite, str]:
+    """The hook names of several layers and sites: `site` for each, with one look at the model's hooks."""
     depth = n_layers(model)
-    if isinstance(layer_or_site, bool) or not isinstance(layer_or_site, (int, str)):
-        raise TypeError(f"expected a layer (int) or a hook name (str), got {layer_or_site!r}")
-    name = layer_site(layer_or_site, depth) if isinstance(layer_or_site, int) else layer_or_site
-    check_names(model, [name])
-    return name
+    found: dict[LayerOrSite, str] = {}
+    for one in layers:
+        if isinstance(one, bool) or not isinstance(one, (int, str)):
+            raise TypeError(f"expected a layer (int) or a hook name (str), got {one!r}")
+        found[one] = layer_site(one, depth) if isinstance(one, int) else one
+    check_names(model, found.values())
+    return found
 
 
 def check_names(model: LensModel, names: Iterable[str]) -> None:
@@ -189,6 +197,8 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
         pos = at(pos)
     if isinstance(pos, At):
         return _find(tokenizer_of(model), ids, pos)
+    if not isinstance(pos, bool) and hasattr(pos, "__index__"):
+        pos = operator.index(pos)  # numpy's integers too
     if isinstance(pos, bool) or not isinstance(pos, int):
         raise TypeError(f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}")
     if not -n <= pos < n:

@@ -1,12 +1,14 @@
 """Where text comes from: lists, files, folders and `datasets`, as a stream of documents. Never a token.
 
-Errors say which file, row or byte is wrong.
+A source is read as pairs `(text, place)`: a place is JSON, and reading goes on behind it in another process, without
+reading what came before where the source allows it. Errors say which file, row or byte is wrong.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file: the end of a docu
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 PASSAGE = 4096  # characters after which a .txt without separators is cut at the next blank line
 GROUP = 16  # documents tokenised in one call: enough for the tokenizer's threads, even books fit in memory
+
+Place = Any  # where a source stands after a text, as JSON; None before the first
+Placed = Iterator[tuple[str, Place]]
 
 
 def starter(source: Iterable[Any], name: str) -> Callable[[], Iterator[Any]]:
@@ -29,38 +34,87 @@ def starter(source: Iterable[Any], name: str) -> Callable[[], Iterator[Any]]:
     return start
 
 
-def reader(source: Any, column: str, split: str) -> tuple[Callable[[], Iterator[str]], str]:
-    """A function that starts reading the texts of `source`, and what errors call the source."""
+def reader(source: Any, column: str, split: str, streaming: bool = True) -> tuple[Callable[[Place], Placed], str]:
+    """A function that reads `(text, place)` of `source` behind a place, and what errors call the source."""
     name = f"'{source}'" if isinstance(source, (str, Path)) else "the source"
     if isinstance(source, (str, Path)):
         path = os.path.expanduser(source)
         if os.path.exists(path):  # Path.exists raises where a string is too long to be a path
-            named = [(file, f"'{file}'") for file in _files(Path(path))]
-            return lambda: (text for file, name in named for text in _texts(_rows_in(file, column), column, name)), name
-        source = _hub(source, split)
+            files = _files(Path(path))
+            return lambda place: _texts_of_files(files, column, place), name
+        source = _hub(source, split, streaming)
     elif isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"the source has no split {split!r}, only {list(source)}. Pass split=...")
-        return reader(source[split], column, split)
+        return reader(source[split], column, split, streaming)
     if getattr(source, "column_names", None) is not None:  # a `datasets` object; some do not know their columns yet
         _check_column(column, source.column_names, name)
         source = source.select_columns([column])
     if not isinstance(source, Iterable) and not callable(source):
         raise TypeError(f"source should be texts, a path, a dataset or a function; got {type(source).__name__}.")
+    if hasattr(source, "load_state_dict") and hasattr(source, "skip") and not _has_buffer(source):
+        return lambda place: _texts_of_stream(source, column, name, place), name
     start: Callable[[], Any] = starter(source, name) if isinstance(source, Iterable) else source
-    return lambda: _texts(start(), column, name), name
+    return lambda place: _texts_behind(start, source, column, name, place), name
 
 
-def _texts(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
-    for index, row in enumerate(rows):
-        if isinstance(row, Mapping):
-            _check_column(column, row, f"row {index} of {name}")
-            row = row[column]
-        if not isinstance(row, str):
+def _texts_behind(start: Callable[[], Any], source: Any, column: str, name: str, place: int | None) -> Placed:
+    """Texts of what can only be counted: a list is sliced, of anything else the first `place` rows are read and dropped."""
+    first = place or 0
+    if first and isinstance(source, Sequence):
+        rows: Iterable[Any] = (source[i] for i in range(first, len(source)))
+    elif first and hasattr(source, "select"):  # `datasets.Dataset`, which knows its length
+        rows = source.select(range(first, len(source)))
+    else:
+        rows = islice(iter(start()), first, None)
+    return ((_text(row, column, index, name), index + 1) for index, row in enumerate(rows, first))
+
+
+def _texts_of_stream(source: Any, column: str, name: str, place: Any) -> Placed:
+    """Texts of a `datasets.IterableDataset`, whose own state opens the right shard."""
+    # A stream keeps its state in the object, so that each pass needs one of its own.
+    rows, first = source.skip(0), 0
+    if place is not None:
+        first, state = place
+        rows.load_state_dict(state)
+    for index, row in enumerate(rows, first):
+        yield _text(row, column, index, name), [index + 1, rows.state_dict()]
+
+
+def _has_buffer(source: Any) -> bool:
+    """Whether a stream was shuffled by `datasets`, whose state then loses the documents of the buffer."""
+    inner = getattr(source, "_ex_iterable", None)
+    while inner is not None:
+        if "BufferShuffled" in type(inner).__name__:
+            return True
+        inner = getattr(inner, "ex_iterable", None)
+    return False
+
+
+def _texts_of_files(files: list[Path], column: str, place: Any) -> Placed:
+    current, first, at = 0, 0, None
+    if place is not None:
+        current, first, at, wanted, size = place
+        if current >= len(files) or [files[current].name, files[current].stat().st_size] != [wanted, size]:
+            found = f"{files[current].name!r} of {files[current].stat().st_size}" if current < len(files) else "no file"
             raise ValueError(
-                f"the text of row {index} of {name} is a {type(row).__name__}; expected a str. Drop the row."
+                f"the text has changed since its place was noted: file {current} was {wanted!r} of {size} bytes, now "
+                f"it is {found}. Put it back, or start again."
             )
-        yield row
+    for number, path in enumerate(files[current:], current):
+        size = path.stat().st_size
+        for index, (row, after) in enumerate(_rows_in(path, column, at), first):
+            yield _text(row, column, index, f"'{path}'"), [number, index + 1, after, path.name, size]
+        first, at = 0, None
+
+
+def _text(row: Any, column: str, index: int, name: str) -> str:
+    if isinstance(row, Mapping):
+        _check_column(column, row, f"row {index} of {name}")
+        row = row[column]
+    if not isinstance(row, str):
+        raise ValueError(f"the text of row {index} of {name} is a {type(row).__name__}; expected a str. Drop the row.")
+    return row
 
 
 def _check_column(column: str, columns: Iterable[str], name: str) -> None:
@@ -68,7 +122,7 @@ def _check_column(column: str, columns: Iterable[str], name: str) -> None:
         raise ValueError(f"{name} has no column {column!r}, only {list(columns)}. Pass text_column=...")
 
 
-def _hub(source: str | Path, split: str) -> Any:
+def _hub(source: str | Path, split: str, streaming: bool) -> Any:
     if isinstance(source, Path) or Path(source).suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")):
         raise ValueError(f"there is no file or directory '{source}' (the working directory is '{Path.cwd()}').")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
@@ -77,7 +131,7 @@ def _hub(source: str | Path, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*source.split(":"), split=split, streaming=True)
+        return datasets.load_dataset(*source.split(":"), split=split, streaming=streaming)  # pyright: ignore
     except Exception as error:  # datasets has its own errors for each way in which a name can be wrong or out of reach
         raise ValueError(f"'{source}' is no file here, and as a dataset it did not load: {error}") from error
 
@@ -96,64 +150,90 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _rows_in(path: Path, column: str) -> Iterator[Any]:
+def _rows_in(path: Path, column: str, at: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Rows of a file behind a place in it, each with the place behind it: bytes where a file has lines, else rows."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        from pyarrow import parquet
-
-        file = parquet.ParquetFile(path)
-        _check_column(column, file.schema_arrow.names, f"'{path}'")
-        for batch in file.iter_batches(columns=[column], batch_size=GROUP):
-            yield from batch.column(0).to_pylist()
+        yield from _parquet_rows(path, column, at or 0)
     elif suffix == ".csv":
         import pandas
 
-        for _ in _lines(path):  # pandas does not say which byte of the file is wrong
-            pass
+        if not at:
+            for _ in _lines(path):  # pandas does not say which byte of the file is wrong
+                pass
+        row = 0
         for chunk in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=GROUP):
             _check_column(column, chunk.columns, f"'{path}'")
-            yield from chunk[column]
+            for text in chunk[column]:
+                row += 1
+                if row > (at or 0):
+                    yield text, row
     elif suffix == ".txt":
-        yield from _documents(path)
+        yield from _documents(path, at)
     else:
-        yield from _json_rows(path)
+        yield from _json_rows(path, at)
 
 
-def _documents(path: Path) -> Iterator[str]:
-    separated = any(line.strip() == SEPARATOR for line in _lines(path))
+def _parquet_rows(path: Path, column: str, first: int) -> Iterator[tuple[Any, int]]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    _check_column(column, file.schema_arrow.names, f"'{path}'")
+    row, groups = 0, list(range(file.num_row_groups))
+    while groups and row + file.metadata.row_group(groups[0]).num_rows <= first:
+        row += file.metadata.row_group(groups.pop(0)).num_rows
+    if not groups:
+        return
+    for batch in file.iter_batches(columns=[column], batch_size=GROUP, row_groups=groups):
+        for text in batch.column(0).to_pylist():
+            row += 1
+            if row > first:
+                yield text, row
+
+
+def _documents(path: Path, at: Any = None) -> Iterator[tuple[str, Any]]:
+    offset, separated, through = at or (0, any(line.strip() == SEPARATOR for line, _ in _lines(path)), False)
+    if through:
+        return
     lines, size = [], 0
-    for line in _lines(path):
+    for line, after in _lines(path, offset):
         ends = line.strip() == SEPARATOR
         if ends or (not separated and size >= (16 * PASSAGE if line.strip() else PASSAGE)):
-            yield "".join(lines).strip()
+            # a separator is behind the document, any other line is the first of the next one
+            yield "".join(lines).strip(), [after if ends else offset, separated, False]
             lines, size = [], 0
         if not ends:
             lines.append(line)
             size += len(line)
-    yield "".join(lines).strip()
+        offset = after
+    yield "".join(lines).strip(), [offset, separated, True]
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    lines = _lines(path)
-    for number, line in enumerate(lines, 1):
+def _json_rows(path: Path, at: Any = None) -> Iterator[tuple[Any, Any]]:
+    line_number, offset, inside = at or (0, 0, 0)
+    lines = _lines(path, offset)
+    for number, (line, after) in enumerate(lines, line_number + 1):
         try:
             if line.lstrip().startswith("["):
-                yield from json.loads(line + "".join(lines))
+                whole = json.loads(line + "".join(rest for rest, _ in lines))
+                yield from ((row, [number - 1, offset, i]) for i, row in enumerate(whole[inside:], inside + 1))
             elif line.strip():
-                yield json.loads(line)
+                yield json.loads(line), [number, after, 0]
         except json.JSONDecodeError as error:
             expected = "a list of strings or objects, or one of them per line"
             raise ValueError(f"'{path}' is not JSON at line {number}: {error}. Expected {expected}.") from None
+        offset = after
 
 
-def _lines(path: Path) -> Iterator[str]:
-    offset = 0
+def _lines(path: Path, offset: int = 0) -> Iterator[tuple[str, int]]:
+    """Lines from a byte on, each with the byte behind it."""
     with open(path, "rb") as file:
+        file.seek(offset)
         for line in file:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 at = offset + error.start
                 raise ValueError(f"'{path}' is not UTF-8 at byte {at}. Convert it, for example with iconv.") from None
-            yield (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
-            offset += len(line)
+            first, offset = not offset, offset + len(line)
+            yield (text.removeprefix("\ufeff") if first else text).replace("\r\n", "\n"), offset

@@ -1,8 +1,9 @@
 """The model's own readout, `logits = transform(unembed(ln_final(resid)))`, by reference and without firing anybody's
 hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,28 @@ class Readout:
             for point, hooks in hooked:
                 point._forward_hooks = hooks
 
+    @contextmanager
+    def without_logits(self, into: list[Tensor], hooks: Iterable[tuple[Any, Any]] = ()) -> Iterator[None]:
+        """In a forward pass inside, put what the unembedding reads, `[batch, pos, d_model]`, into the list, and let it make one
+        position's logits: the whole product is the caller's, chunk by chunk. `logits = transform(into[0] W_U + b_U)`.
+
+        Does nothing where a hook, among `hooks` or already on the model, would see or change the logits: the list stays empty.
+        """
+        inside = [m for m in self.unembed_module.modules() if getattr(m, "_forward_hooks", None)]
+        if inside or any(not isinstance(name, str) or name.startswith("unembed") for name, _ in hooks):
+            yield
+            return
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            into.append(args[0].detach())
+            return (args[0][:, -1:], *args[1:])
+
+        handle = self.unembed_module.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The final norm alone."""
         if resid.shape[-1] != self.d_model:
@@ -77,6 +100,11 @@ class Readout:
     def dtype(self) -> torch.dtype:
         """Type of the unembedding's weights, to which residuals are cast."""
         return self.model.W_U.dtype  # type: ignore[attr-defined]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the unembedding: of a model spread over several, the one with the most work for a lens."""
+        return self.model.W_U.device  # type: ignore[attr-defined]
 
     def weights(self) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_vocab"] | None]:
         """`W_U` and `b_U` (None where it is zero), for the fused losses."""

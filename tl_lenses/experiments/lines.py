@@ -23,7 +23,7 @@ class Lines:
     """
 
     title: str
-    series: Mapping[str, Sequence[tuple[float, float]]]
+    series: Mapping[str, Sequence[tuple[float | int, float | int]]]
     across: str = "layer"
     up: str = ""
     points: bool = False
@@ -68,8 +68,8 @@ def lines_svg(lines: Lines) -> str:
     if not finite:
         raise ValueError(f"{lines.title!r} has no finite point to draw")
     (x0, x1), (y0, y1) = _range([x for x, _ in finite]), _range([y for _, y in finite])
-    legend = 18 * len(series)
-    width, height = _WIDTH, _HEIGHT + (legend if len(series) > 1 else 0)
+    legend = 18 * len(series) + 8
+    width, height = max(_WIDTH, 40 + 9 * len(lines.title)), _HEIGHT + (legend if len(series) > 1 else 0)
     inner_w, inner_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     at_x = lambda x: _LEFT + (x - x0) / (x1 - x0) * inner_w
     at_y = lambda y: _TOP + (y1 - y) / (y1 - y0) * inner_h
@@ -113,8 +113,8 @@ def lines_svg(lines: Lines) -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
-def _scaled(lines: Lines, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    def scaled(value: float, log: bool) -> float:
+def _scaled(lines: Lines, points: Sequence[tuple[float | int, float | int]]) -> list[tuple[float, float]]:
+    def scaled(value: float | int, log: bool) -> float:
         if log and value <= 0:
             raise ValueError(f"{lines.title!r} has the value {value}, which a logarithmic axis cannot have")
         return math.log10(value) if log and math.isfinite(value) else float(value)

@@ -1,11 +1,11 @@
 """What every fitter needs: rows, the activations of a batch, and a record of where the maps come from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import einops
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_lenses.data import Batch
@@ -15,6 +15,10 @@ from tl_lenses.hooks import Hook, read, run
 from tl_lenses.model import LensModel, d_model, dtype_of, n_layers, name_of, prepare
 from tl_lenses.sites import LayerOrSite, layer_site, site, site_layer
 from tl_lenses.translators import Row
+
+
+class NotFinite(ValueError):
+    """NaN or infinity where numbers are averaged or trained on."""
 
 
 def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOrSite | None = None) -> list[Row]:
@@ -35,6 +39,26 @@ def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOr
         if source == target:
             raise ValueError(f"{source!r} is the target of the fit: its map is the identity and is not stored")
     return [(source, target) for source in sources]
+
+
+def row_groups(rows: list[Row], at_once: int | None, tokens: Any) -> list[list[Row]]:
+    """Rows in groups of so many sources, each group a pass over the same text.
+
+    Raises:
+        ValueError: less than one at a time, or a text that can be read only once.
+    """
+    if at_once is None:
+        return [rows]
+    if at_once < 1:
+        raise ValueError(f"layers_at_once is {at_once}; pass at least 1, or None for all")
+    sources = list(dict.fromkeys(source for source, _ in rows))
+    parts = [set(sources[i : i + at_once]) for i in range(0, len(sources), at_once)]
+    if len(parts) > 1 and (isinstance(tokens, Iterator) or getattr(tokens, "one_shot", False)):
+        raise ValueError(
+            f"{len(parts)} groups of layers are {len(parts)} passes over the text, and this source can be read only "
+            "once: pass a function that returns an iterator, or leave out layers_at_once"
+        )
+    return [[row for row in rows if row[0] in part] for part in parts]
 
 
 def place(model: LensModel, layer_or_site: LayerOrSite) -> str:
@@ -106,8 +130,8 @@ def flatten_heads(x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch p
 
 def activations(
     model: LensModel, batch: Batch, rows: Sequence[Row], hooks: Sequence[Hook], skip_first: bool
-) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
-    """One forward pass: logits, `{site: [batch, pos, d]}`, positions to use, and the batch as it ran.
+) -> tuple[Float[Tensor, "batch logits_pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
+    """One forward pass: logits (of one position inside `Readout.without_logits`), `{site: [batch, pos, d]}`, positions to use, and the batch as it ran.
 
     Raises:
         ValueError: activations that are not finite (the site is named).
@@ -117,7 +141,7 @@ def activations(
 
 def states(
     model: LensModel, batch: Batch, names: Iterable[str], hooks: Sequence[Hook], skip_first: bool
-) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
+) -> tuple[Float[Tensor, "batch logits_pos d_vocab"], dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
     """`activations` of named sites."""
     batch = prepare(model, batch.tokens, batch.attention_mask)
     seen: dict[str, Tensor] = {}
@@ -132,11 +156,20 @@ def states(
         )
     used = used_positions(batch, skip_first)
     for name, x in seen.items():
-        if not x[used].isfinite().all():
-            raise ValueError(
-                f"the activation at {name!r} has values that are not finite: {name_of(model)!r} overflows there (try float32 or bfloat16)"
+        finite = x.isfinite().all(-1) | ~used.to(x.device)
+        if not finite.all():
+            row = int((~finite).any(1).nonzero()[0])
+            raise NotFinite(
+                f"the activation at {name!r} has values that are not finite: {name_of(model)!r} overflows there (try float32 or bfloat16), in the text {shown(model, batch.tokens[row])}"
             )
     return logits, seen, used, batch
+
+
+def shown(model: LensModel, tokens: Int[Tensor, " pos"], length: int = 160) -> str:
+    """The text of a row for a message, cut; its ids where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    text = repr(tokens.tolist() if tokenizer is None else tokenizer.decode(tokens.tolist()))
+    return text if len(text) <= length else f"{text[: length - 4]}...{text[-1]}"
 
 
 def record(model: LensModel, fitter: str, tokens_seen: int, settings: dict[str, Any]) -> dict[str, Any]:

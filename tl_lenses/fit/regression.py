@@ -1,18 +1,23 @@
 """Closed-form maps in one pass over the text: a lens, shortcuts between layers, and maps from one model into another."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_lenses import solve
-from tl_lenses.data import Batch, as_batches
+from tl_lenses.data import Batch, Position, positions
+from tl_lenses.evaluation import used_positions
 from tl_lenses.fingerprint import check_tokenizers
-from tl_lenses.fit.common import identity_of, record, rows_for, rows_of_pairs, states
+from tl_lenses.fit.common import NotFinite, identity_of, record, row_groups, rows_for, rows_of_pairs, states
+from tl_lenses.fit.distributed import agree, own_rows, processes, same_settings
+from tl_lenses.fit.evidence import Evidence, count, evidence_of, evidence_tree, merged_evidence, on_device
+from tl_lenses.fit.state import keep, resume, state_file
 from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model, device_of, n_layers
+from tl_lenses.model import LensModel, check_model, n_layers, name_of
 from tl_lenses.moments import Moments, grouped_moments
 from tl_lenses.progress import progress
 from tl_lenses.sites import LayerOrSite
@@ -38,6 +43,10 @@ def fit_regression(
     toward: Literal["identity", "zero"] | None = None,
     method: Method = "ridge",
     limit_tokens: int | None = None,
+    layers_at_once: int | None = None,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
     show_progress: bool | None = None,
 ) -> Translators:
     """Least squares between states: `W = (B + k T)(C + k I)^-1`, `b = mean_y - W mean_x`, all maps in one pass.
@@ -64,6 +73,10 @@ def fit_regression(
         toward: what a strong ridge gives; the identity where the widths are equal (within one model), zero elsewhere.
         method: "procrustes" fits a rotation, "shift" a bias only.
         limit_tokens: stop after about this many tokens.
+        layers_at_once: source layers whose moments are held at a time, each group a pass over the same text.
+        offload: add the moments up on the CPU.
+        checkpoint: file that keeps the sums every `checkpoint_every` batches; an existing one of the same settings is
+            gone on from.
 
     Raises:
         ValueError: fewer tokens than a covariance needs; unknown layers; pairs that are empty, twice or out of range;
@@ -77,6 +90,7 @@ def fit_regression(
         >>> maps = tll.fit_regression(small, tokens, to=big, pairs=[(2, 3), (4, 6)])   # doctest: +SKIP
     """
     check_model(model, what="a fit")
+    hooks, target_hooks = list(hooks), list(target_hooks)
     other = None if to is None or isinstance(to, (int, str)) else to
     if other is not None:
         check_model(other, what="a fit")
@@ -93,72 +107,56 @@ def fit_regression(
         held_out = 0.1 if other is not None or pairs is not None else 0.0
     strengths = [float(ridge)] if isinstance(ridge, (int, float)) else list(ridge)
     _check_settings(strengths, method)
-    evidence = collect(
-        model,
-        tokens,
-        rows,
-        to=other,
-        skip_first=skip_first,
-        hooks=hooks,
-        target_hooks=target_hooks,
-        held_out=held_out,
-        choose=len(strengths) > 1,
-        limit_tokens=limit_tokens,
-        show_progress=show_progress,
-    )
-    return maps_of(
-        model,
-        evidence,
-        to=other,
-        ridge=strengths,
-        toward=toward,
-        method=method,
-        settings={"skip_first": skip_first, **({"held_out": held_out} if held_out else {})},
-    )
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a text says about some maps: moments of three disjoint sets of its rows. Shards add up (`a + b`).
-
-    Attributes:
-        rows: `(source site, target site)` of each map.
-        fit, choose, held_out: one `Moments` per distinct source, in order, with its targets in order; empty where no
-            row of the text went there.
-        agreed: held-out positions at which both models have the same argmax; None within one model.
-    """
-
-    rows: tuple[Row, ...]
-    fit: tuple[Moments, ...] = ()
-    choose: tuple[Moments, ...] = ()
-    held_out: tuple[Moments, ...] = ()
-    agreed: int | None = None
-
-    def __add__(self, other: "Evidence") -> "Evidence":
-        if self.rows != other.rows:
-            raise ValueError(
-                f"evidence of different maps does not add up: {list(self.rows)} and {list(other.rows)}; collect shards with the same rows"
-            )
-        agreed = None if self.agreed is None or other.agreed is None else self.agreed + other.agreed
-        return Evidence(
-            self.rows,
-            _sum(self.fit, other.fit),
-            _sum(self.choose, other.choose),
-            _sum(self.held_out, other.held_out),
-            agreed,
+    groups = row_groups(rows, layers_at_once, tokens)
+    found = []
+    for i, group in enumerate(groups):
+        evidence = collect(
+            model,
+            tokens,
+            group,
+            to=other,
+            skip_first=skip_first,
+            hooks=hooks,
+            target_hooks=target_hooks,
+            held_out=held_out,
+            choose=len(strengths) > 1,
+            limit_tokens=limit_tokens,
+            offload=offload,
+            checkpoint=state_file(checkpoint, i, len(groups)),
+            checkpoint_every=checkpoint_every,
+            show_progress=show_progress,
         )
+        found.append(
+            maps_of(
+                model,
+                evidence,
+                to=other,
+                ridge=strengths,
+                toward=toward,
+                method=method,
+                settings={"skip_first": skip_first, **({"held_out": held_out} if held_out else {})},
+            )
+        )
+    return found[0] if len(found) == 1 else _together(model, rows, found)
 
-    def __radd__(self, other: object) -> "Evidence":
-        """So that `sum(shards)` works."""
-        return self if other == 0 else NotImplemented  # type: ignore[return-value]
 
-
-def _sum(a: tuple[Moments, ...], b: tuple[Moments, ...]) -> tuple[Moments, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
-
-
-def _count(part: tuple[Moments, ...]) -> int:
-    return part[0].n if part else 0
+def _together(model: LensModel, rows: list[Row], found: list[Translators]) -> Translators:
+    """The maps of groups in the order of `rows`, with what is known of each."""
+    order = {row: i for i, row in enumerate(row for part in found for row in part.rows)}
+    pick = [order[row] for row in rows]
+    join = lambda lists: [value for part in lists for value in part]
+    meta = dict(found[0].meta)
+    meta["r_squared"] = [join(part.meta["r_squared"] for part in found)[i] for i in pick]
+    if meta["settings"]["ridge"] is not None:
+        ridge = join(part.meta["settings"]["ridge"] for part in found)
+        meta["settings"] = {**meta["settings"], "ridge": [ridge[i] for i in pick]}
+    if "held_out" in meta:
+        outside = join(part.meta["held_out"]["r_squared"] for part in found)
+        meta["held_out"] = {**meta["held_out"], "r_squared": [outside[i] for i in pick]}
+    weights, biases = (
+        torch.cat([getattr(part, name).detach() for part in found])[pick] for name in ("weights", "biases")
+    )
+    return Translators(rows, weights, biases, n_layers=n_layers(model), meta=meta)
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -182,9 +180,15 @@ def collect(
     held_out: float | int = 0,
     choose: bool = False,
     limit_tokens: int | None = None,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
     show_progress: bool | None = None,
 ) -> Evidence:
     """The moments of every row over a text, one pass. What is read of `to` moves to the device of `model`.
+
+    Processes that were launched together share the rows of the text, and all of them get the sum. `offload` adds up on
+    the CPU; with `checkpoint` the state is kept every `checkpoint_every` batches.
 
     Which rows of the text are held out depends on their number alone and not on the batches: of a share of 0.1, rows
     0, 10, 20, ...; and of what remains, rows 9, 19, ... to choose among ridge strengths.
@@ -199,31 +203,65 @@ def collect(
         check_tokenizers(model, to)
     elif target_hooks:
         raise ValueError("target_hooks are for another model, and there is none: pass to=model, or hooks=")
-    sources, goals = list(_groups(rows)), list(dict.fromkeys(target for _, target in rows))
-    targets = [[goals.index(rows[i][1]) for i in members] for members in _groups(rows).values()]
+    places = list(_groups(rows)), list(dict.fromkeys(target for _, target in rows))
+    targets = [[places[1].index(rows[i][1]) for i in members] for members in _groups(rows).values()]
     every = round(1 / held_out) if held_out else 0
-    total = Evidence(rows, agreed=0 if to is not None and held_out else None)
-    seen_tokens = first = 0
-    for batch in progress(as_batches(tokens), desc="regression", show=show_progress):
-        index = torch.arange(first, first + len(batch.tokens), device=device_of(model))
-        first += len(batch.tokens)
-        x, y, used, same = _both(model, to, batch, sources, goals, hooks, target_hooks, skip_first)
-        apart = index % every == 0 if every else torch.zeros_like(index, dtype=torch.bool)
-        choosing = (index % CHOOSING == CHOOSING - 1) & ~apart & choose
-        parts = []
-        for chosen in (~apart & ~choosing, choosing, apart):
-            keep = used & chosen[:, None]
-            part = grouped_moments([s[keep] for s in x], [s[keep] for s in y], targets) if keep.any() else ()
-            parts.append(part)
-        agreed = int(same[used & apart[:, None]].sum()) if same is not None and every else None
-        total = total + Evidence(rows, *parts, agreed=agreed)
-        seen_tokens += int(used.sum())
-        if limit_tokens and _count(total.fit) and seen_tokens >= limit_tokens:
-            break
-    if not _count(total.fit):
-        if _count(total.held_out):
+    nothing = Evidence(rows, agreed=0 if to is not None and held_out else None)
+    who = processes()
+    settings = {
+        "rows": [list(row) for row in rows], "skip_first": skip_first, "held_out": held_out, "choose": choose,
+        "limit_tokens": limit_tokens, "to": None if to is None else name_of(to),
+    }  # fmt: skip
+    same_settings(settings, who)
+    total, position, counts = nothing, None, [0, 0, 0, 0]  # tokens used, rows, tokens to fit on, batches
+    if (state := resume(checkpoint, "fit_regression", settings, who)) is not None:
+        position, counts = Position.load(state["position"]), state["counts"]
+        total = evidence_of(state["evidence"], rows) if who.first else nothing
+    stream = positions(tokens, at=position, endless=False)
+    error: Exception | None = None
+    try:
+        for batch, position in progress(stream, desc="regression", show=show_progress if who.first else False):
+            # Sets by the number of a row in the whole text, whatever the batches and processes.
+            index = torch.arange(counts[1], counts[1] + len(batch.tokens))
+            apart = index % every == 0 if every else torch.zeros_like(index, dtype=torch.bool)
+            choosing = (index % CHOOSING == CHOOSING - 1) & ~apart & choose
+            sets = torch.stack([~apart & ~choosing, choosing, apart])
+            own, mine = own_rows(batch, counts[1], who)
+            if own is not None:
+                part = _part(model, to, own, sets[:, mine], places, targets, rows, hooks, target_hooks, skip_first)
+                total = total + (on_device(part, "cpu") if offload else part)
+            used = used_positions(batch, skip_first).cpu()
+            counts = [
+                counts[0] + int(used.sum()),
+                counts[1] + len(index),
+                counts[2] + int(used[sets[0]].sum()),
+                counts[3] + 1,
+            ]
+            if limit_tokens and counts[2] and counts[0] >= limit_tokens:
+                break
+            if checkpoint is not None and counts[3] % checkpoint_every == 0:
+                # What all have found goes to the first process, and the others begin again with nothing.
+                total = merged_evidence(total, who)
+                state = {
+                    "settings": settings,
+                    "position": position.state(),
+                    "counts": counts,
+                    "evidence": evidence_tree(total),
+                }
+                keep(checkpoint, "fit_regression", state, f"after {counts[1]} rows of text", who)
+                total = total if who.first else nothing
+    except NotFinite as wrong:
+        error = NotFinite(f"{wrong}, among the {len(batch.tokens)} rows behind row {counts[1]}")
+    except Exception as wrong:  # the other processes would wait for this one
+        error = wrong
+    finally:
+        stream.close()
+    agree(error, who)
+    total = merged_evidence(total, who)
+    if not count(total.fit):
+        if count(total.held_out):
             raise ValueError(
-                f"no row of the text is left to fit on: all {first} are held out; give more rows, or held_out=0"
+                f"no row of the text is left to fit on: all {counts[1]} are held out; give more rows, or held_out=0"
             )
         raise ValueError(
             "no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
@@ -233,6 +271,25 @@ def collect(
             "choosing among ridge strengths needs at least 10 rows of text (every tenth is set aside): give more, or one strength"
         )
     return total
+
+
+def _part(
+    model: LensModel,
+    to: LensModel | None,
+    batch: Batch,
+    sets: Bool[Tensor, "sets batch"],
+    places: tuple[list[str], list[str]],
+    targets: list[list[int]],
+    rows: tuple[Row, ...],
+    hooks: list[Hook],
+    target_hooks: list[Hook],
+    skip_first: bool,
+) -> Evidence:
+    """The evidence of one batch, whose rows are in one of the sets (fit, choose, held out) each."""
+    x, y, used, same = _both(model, to, batch, *places, hooks, target_hooks, skip_first)
+    kept = [used & chosen.to(used.device)[:, None] for chosen in sets]
+    parts = [grouped_moments([s[k] for s in x], [s[k] for s in y], targets) if k.any() else () for k in kept]
+    return Evidence(rows, *parts, agreed=None if same is None else int(same[kept[2]].sum()))
 
 
 def _both(
@@ -296,11 +353,11 @@ def maps_of(
         for k, i in enumerate(members):
             found[i] = (weights[k], biases[k], chosen[k], float(inside[k]), float(outside[k]))
     weights, biases, chosen, inside, outside = zip(*found, strict=True)
-    apart = _count(evidence.held_out)
+    apart = count(evidence.held_out)
     meta = record(
         model,
         "regression",
-        _count(evidence.fit) + _count(evidence.choose),
+        count(evidence.fit) + count(evidence.choose),
         {
             "method": method,
             "ridge": list(chosen) if method == "ridge" else None,
@@ -362,12 +419,12 @@ def _check_moments(evidence: Evidence, groups: dict[str, list[int]], method: str
                         f"the moments of {rows[i]} are not finite: states of that size overflow float64 when squared; "
                         "look at the states at these sites, or leave the pair out"
                     )
-    if evidence.held_out and _count(evidence.held_out) < 2:
+    if evidence.held_out and count(evidence.held_out) < 2:
         raise ValueError("one held-out token has no variance to explain: give more text, or held_out=0")
     need = evidence.fit[0].xx.shape[-1] + 1
-    if method != "shift" and evidence.held_out and _count(evidence.fit) < need:
+    if method != "shift" and evidence.held_out and count(evidence.fit) < need:
         raise ValueError(
-            f"{_count(evidence.fit)} tokens to fit on ({_count(evidence.held_out)} more are held out) are fewer than a "
+            f"{count(evidence.fit)} tokens to fit on ({count(evidence.held_out)} more are held out) are fewer than a "
             f"covariance of width {need - 1} needs (at least {need}): give more tokens, or held_out=0"
         )
 
@@ -384,6 +441,7 @@ def gather(
     hooks: Iterable[Hook] = (),
     limit_tokens: int | None = None,
     hold_out: bool = False,
+    offload: bool = False,
     show_progress: bool | None = None,
 ) -> tuple[Moments, Moments | None]:
     """Moments of rows with distinct sources over a text, and where asked those of every tenth row of text apart."""
@@ -395,6 +453,7 @@ def gather(
         hooks=hooks,
         choose=hold_out,
         limit_tokens=limit_tokens,
+        offload=offload,
         show_progress=show_progress,
     )
     return _joined(evidence.fit), _joined(evidence.choose) if hold_out else None

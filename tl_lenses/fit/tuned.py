@@ -5,32 +5,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_lenses.checkpoint import load_state, save_state
-from tl_lenses.data import Batch, TokenBatches, as_batches
-from tl_lenses.divergence import fused_ce, fused_kl
-from tl_lenses.fit.common import activations, record, rows_for
-from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.data import Batch, Position, as_batches, positions
+from tl_lenses.fit.common import NotFinite, record, row_groups, rows_for, shown
+from tl_lenses.fit.distributed import Lost, Processes, add_up, agree, gathered, own_rows, processes, same_settings
+from tl_lenses.fit.optim import (
+    LR,
+    LR_POWER,
+    WEIGHT_DECAY,
+    move_state,
+    optimizer_step,
+    optimizers_of,
+    rate_scales,
+    set_scales,
+)
+from tl_lenses.fit.start import default_tokens, first_batches, regression_start
+from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
+from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs, summed_losses
+from tl_lenses.fit.stop import Watch, split_held_out
 from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model, device_of
-from tl_lenses.progress import progress
+from tl_lenses.model import LensModel, check_model, n_layers
+from tl_lenses.progress import StepBar
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators, base
 from tl_lenses.unembed import Readout
-
-# Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since
-# torch's momentum
-# multiplies by its inverse. Muon: benchmarks/fit_recipes.py.
-_LR = {"muon": 0.01, "sgd": 0.1, "adam": 1e-3}
-_WEIGHT_DECAY = {"muon": 0.01, "sgd": 1e-3, "adam": 0.0}
 
 
 def fit_tuned(
     model: LensModel,
     tokens: Any,
-    steps: int = 250,
+    steps: int | Literal["auto"] = 250,
     tokens_per_step: int | None = None,
     loss: Literal["kl", "ce"] = "kl",
     init: Literal["regression", "identity"] | Translators = "regression",
@@ -50,8 +55,16 @@ def fit_tuned(
     momentum: float = 0.9,
     clip: float | None = 1.0,
     joint_clip: bool = False,
+    lr_power: float | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    subsample: float = 1.0,
     init_tokens: int | None = None,
+    held_out: Any = None,
+    held_out_every: int = 25,
+    patience: int = 4,
     checkpoint_every: int = 25,
+    layers_at_once: int | None = None,
+    offload: bool = False,
     show_progress: bool | None = None,
 ) -> Translators:
     """Train `x -> x + D x + b` per layer by KL(model || lens), the model frozen.
@@ -60,17 +73,18 @@ def fit_tuned(
     The published
     recipe is `steps=250, tokens_per_step=2**18, init="identity", optimizer="sgd", joint_clip=True,
     skip_first=False`; its Muon successor
-    `init="identity", optimizer="muon", tokens_per_step=2**18`.
+    `init="identity", optimizer="muon", lr=0.01, lr_power=0, joint_clip=True, tokens_per_step=2**18`.
 
     Args:
         tokens: `[n, seq]`, `token_batches(...)`, or an iterable of batches; gone through again (in another order,
             from `seed`) when it ends
             and can be.
-        steps: optimiser steps; the rate falls linearly to zero over them.
+        steps: optimiser steps; the rate falls linearly to zero over them. "auto", with `held_out`: the rate stays until the
+            held-out loss does, then falls to zero over a quarter as many steps as there were.
         tokens_per_step: batches are added up to about this many tokens; one batch by default.
         loss: "kl" against the model's distribution, or "ce" against the text.
-        init: where to start: "regression" fits the closed form on the first tokens of the stream, "identity" is the
-            logit lens.
+        init: where to start: "regression" fits the closed form on the first tokens of the stream, which are trained on
+            too (no second pass over the text); "identity" is the logit lens.
         optimizer: "muon" (matrices; AdamW for biases), "sgd" (Nesterov), "adam" (AdamW).
         lr, weight_decay: by optimiser if None; decay pulls to the identity.
         token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
@@ -83,11 +97,25 @@ def fit_tuned(
         log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
         hooks: interventions under which to fit; the teacher is the same hooked run.
         clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
-        init_tokens: tokens for the regression start; by default `max(16 d_model, 8192)`.
+        precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
+        subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
+        init_tokens: tokens for the regression start; by default `max(64 d_model, 8192)`.
+        held_out: text that is not trained on (as `tokens`), or of a tensor `[n, seq]` the share of its last rows. Its loss is
+            taken before the first step, every `held_out_every` steps and at the end; each layer's translators of its best
+            look are the result; and after `patience` looks without a gain the fit ends.
+        lr_power: a layer's rate is `lr * min(KL, 1 nat) ** lr_power`, of its KL at the first step: the last layers, nearly right
+            from the start, want small steps. 0 is the same rate for all; by optimiser if None.
+        layers_at_once: layers whose translators are held at a time, each group a pass over the same text with a
+            checkpoint of its own (`checkpoint.1of3`); gives what all at once would.
+        offload: optimiser state and the start's moments lie on the CPU between uses.
+
+    Processes that were launched together (`accelerate launch`) share the rows of the text; the first one writes the
+    checkpoint. Ctrl-C saves; a checkpoint that cannot be written is a `checkpoint.Notice` and stops nothing.
 
     Raises:
-        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss that is not finite (names
-        layer and step).
+        ValueError: unusable settings or tokens; a checkpoint of other settings; a loss or gradient that is not finite
+            (names layer, step and text; the last good state is kept).
+        Lost: another process of the fit has ended.
 
     Source: Belrose et al. 2023 (Tuned Lens), section 3 and appendix on training; Muon: the tuned-lens authors' later
     recipe.
@@ -99,94 +127,211 @@ def fit_tuned(
     check_model(model, what="a fit")
     if loss not in ("kl", "ce"):
         raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
-    if optimizer not in _LR:
-        raise ValueError(f"optimizer must be one of {', '.join(map(repr, _LR))}, got {optimizer!r}")
-    if steps < 0:
+    if optimizer not in LR:
+        raise ValueError(f"optimizer must be one of {', '.join(map(repr, LR))}, got {optimizer!r}")
+    if isinstance(steps, str) and (steps != "auto" or held_out is None):
+        raise ValueError(
+            f"steps must be a number, or 'auto' with held_out= text to stop by; got {steps!r} and held_out={held_out!r}"
+        )
+    if isinstance(steps, int) and steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    lr = _LR[optimizer] if lr is None else lr
-    weight_decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+    if held_out_every < 1 or patience < 1:
+        raise ValueError(f"held_out_every and patience must be at least 1, got {held_out_every} and {patience}")
+    tokens, apart = split_held_out(tokens, held_out)
+    if not 0 < subsample <= 1:
+        raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {subsample}")
+    lr = LR[optimizer] if lr is None else lr
+    if (
+        lr_power is None
+    ):  # cross entropy does not fall to zero where a layer is right, so it says nothing about the rate
+        lr_power = LR_POWER[optimizer] if loss == "kl" else 0.0
+    weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
-    hooks, layers = list(hooks), None if layers is None else list(layers)
-    rows = rows_for(model, layers)
+    rows = rows_for(model, None if layers is None else list(layers))
+    groups = row_groups(rows, layers_at_once, tokens)
+    if len(groups) > 1 and joint_clip:
+        raise ValueError("joint_clip needs the gradients of all layers at once: leave out layers_at_once")
+    if len(groups) > 1 and apart is not None:
+        raise ValueError("held_out stops by the mean over all layers: leave out layers_at_once, or held_out")
     settings = {
         "steps": steps, "tokens_per_step": tokens_per_step, "loss": loss, "init": init if isinstance(init, str) else "translators",
         "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "token_shift": shift, "bias_only": bias_only, "seed": seed,
-        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "rows": [list(row) for row in rows],
+        "skip_first": skip_first, "momentum": momentum, "clip": clip, "joint_clip": joint_clip, "offload": offload,
+        "precision": precision, "subsample": subsample, "lr_power": lr_power,
+        "held_out": apart is not None, "held_out_every": held_out_every, "patience": patience,
     }  # fmt: skip
-    batches = as_batches(tokens)
-    state = _resume(checkpoint, settings)
+    found = []
+    for i, group in enumerate(groups):
+        found.append(_train(
+            model, as_batches(tokens), tokens, apart, group, settings, init, list(hooks), init_tokens, chunk_size,
+            state_file(checkpoint, i, len(groups)), checkpoint_every, log, show_progress, processes(),
+        ))  # fmt: skip
+    deltas, biases, n_init, n_seen, watches = zip(*found, strict=True)
+    meta = record(model, "tuned", n_seen[0], {**settings, "init_tokens": n_init[0]})
+    if len(groups) > 1:
+        meta["settings"]["layers_at_once"] = layers_at_once
+    if apart is not None:
+        meta["held_out"] = {
+            "loss": [x for watch in watches if watch.best is not None for x in watch.best.tolist()],
+            "looks": [w.looks for w in watches],
+        }
+    full = torch.cat(deltas) + base(*deltas[0].shape[1:])
+    return Translators(rows, full, torch.cat(biases), n_layers=n_layers(model), meta=meta)
+
+
+def _train(
+    model: LensModel,
+    batches: Iterable[Batch],
+    tokens: Any,
+    apart: Iterable[Batch] | None,
+    rows: list[Row],
+    settings: dict[str, Any],
+    init: Any,
+    hooks: list[Hook],
+    init_tokens: int | None,
+    chunk_size: int | None,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    log: Any,
+    show_progress: bool | None,
+    who: Processes,
+) -> tuple[Tensor, Tensor, int, int, Watch]:
+    """D and b of some rows on the CPU, tokens that the start took, tokens seen, and the held-out losses."""
+    settings = {**settings, "rows": [list(row) for row in rows]}
+    same_settings(settings, who)
+    optimizer, loss, lr, steps = (settings[key] for key in ("optimizer", "loss", "lr", "steps"))
+    skip_first, shift, bias_only, offload = (
+        settings[key] for key in ("skip_first", "token_shift", "bias_only", "offload")
+    )
+    readout = Readout(model)
+    device = readout.device
+    state = resume(checkpoint, "fit_tuned", settings, who)
+    position = Position.load(state["position"]) if state is not None and state["position"] else None
+    stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
+    feed: Iterator[tuple[Batch, Position]] = stream
     if state is None:
-        weights, biases, n_init = _start(model, batches, rows, init, init_tokens, hooks, skip_first)
+        weights, biases, n_init, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
-    device = device_of(model)
-    delta, biases = (
-        weights.float().to(device).contiguous(),
-        biases.float().to(device).contiguous(),
-    )  # D and b, the stacked buffers
+    # D and b, the stacked buffers
+    delta, biases = weights.float().to(device).contiguous(), biases.float().to(device).contiguous()
 
     # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
     leaves = [nn.Parameter(d) for d in delta]
     bias_leaves = [nn.Parameter(b) for b in biases]
-    optimizers = _optimizers(optimizer, [] if bias_only else leaves, bias_leaves, lr, weight_decay, momentum)
-    done, consumed, n_seen = 0, 0, 0
+    optimizers = optimizers_of(optimizer, leaves, bias_leaves, settings, offload)
+    done = n_seen = n_rows = 0
+    watch = Watch(steps if isinstance(steps, int) else None, settings["held_out_every"], settings["patience"])
     if state is not None:
-        done, consumed, n_seen = state["step"], state["batches"], state["tokens"]
+        done, n_seen, n_rows = state["step"], state["tokens"], state["rows_seen"]
+        watch = Watch.load(state["watch"])
         for opt, saved in zip(optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
+            if offload:
+                move_state(opt, "cpu")
+        set_random_state(state["random"])
 
-    readout = Readout(model)
-    w_u, b_u = readout.weights()
-    transform = readout.transform if readout.transforms() else None
-    stream = _cycle(batches, tokens, seed, consumed)
-    shown = sorted({0, len(rows) // 2, len(rows) - 1})
-    bar = progress(total=steps, desc="tuned lens", initial=done, show=show_progress)
+    head = head_of(readout, settings["precision"])
+    bar = StepBar(watch.steps, done, [_label(row) for row in rows], n_seen, None if who.first else False, show_progress)
+    # Gradients of all layers, losses, positions and a flag lie in one buffer: one all-reduce per step.
+    flat = torch.zeros(delta.numel() + biases.numel() + len(rows) + 2, device=device)
+    grad_w, grad_b, losses, counts = flat.split([delta.numel(), biases.numel(), len(rows), 2])
+    grad_w, grad_b = grad_w.view_as(delta), grad_b.view_as(biases)
+    whole, on_disk = True, done if state is not None else None
 
     def save() -> None:
-        if checkpoint is not None:
-            save_state(checkpoint, {
-                "format": "tl_lenses.fit_tuned", "settings": settings, "step": done, "batches": consumed, "tokens": n_seen,
-                "init_tokens": n_init, "delta": delta, "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
-            })  # fmt: skip
+        nonlocal on_disk
+        if checkpoint is None or on_disk == done or not (whole and _finite(delta, biases).all()):
+            return
+        if keep(checkpoint, "fit_tuned", {
+            "settings": settings, "step": done, "tokens": n_seen, "rows_seen": n_rows, "init_tokens": n_init,
+            "position": None if position is None else position.state(), "random": random_state(), "delta": delta,
+            "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
+            "watch": watch.state(),
+        }, f"at step {done}", who):  # fmt: skip
+            on_disk = done
+
+    def add_gradients(batch: Batch, losses: Tensor, grad_w: Tensor, grad_b: Tensor, row: int) -> int:
+        """Sums over the positions of a batch, however a step's positions fall into batches and processes; how many."""
+        pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, readout)
+        if len(pairs):
+            losses += loss_and_gradient(
+                pairs, delta, biases, head, grad_w, grad_b, loss=loss, chunk_size=chunk_size,
+                subsample=settings["subsample"], seed=settings["seed"] * 1_000_003 + row,
+            )  # fmt: skip
+        return len(pairs)
+
+    def is_finite(batch: Batch) -> bool:
+        flat.zero_()
+        add_gradients(batch, losses, grad_w, grad_b, 0)
+        return bool(losses.isfinite().all() and _finite(grad_w, grad_b).all())
+
+    def look() -> None:
+        """The loss on held-out text, in every process the same; where it is due and the fit was not killed behind it."""
+        if apart is None or not watch.due(done) or (watch.looks and watch.looks[-1]["step"] == done):
+            return
+        sums, first = torch.zeros(len(rows) + 1, device=device), 0
+        for batch in apart:
+            own, _ = own_rows(batch, first, who)
+            first += len(batch.tokens)
+            if own is not None:
+                pairs = scored_pairs(model, own, rows, hooks, skip_first, shift, loss, readout)
+                sums[:-1] += summed_losses(pairs, delta, biases, head, loss=loss, chunk_size=chunk_size)
+                sums[-1] += len(pairs)
+        add_up(sums, who)
+        if sums[-1] == 0:
+            raise ValueError("no position to score in held_out: rows of one token with skip_first, or all pads")
+        with unbroken():
+            watch.look(done, sums[:-1] / sums[-1], delta, biases)
 
     try:
-        while done < steps:
-            grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
-            losses, n_step, n_used = torch.zeros(len(rows), device=device), 0, 0
-            taken = 0
-            while n_step < (tokens_per_step or 1):
-                batch = next(stream)
-                taken, n_step = taken + 1, n_step + batch.tokens.numel()
-                x, teacher = _pairs(model, batch, rows, hooks, skip_first, shift, loss)
-                n = x.shape[1]
-                if n == 0:
-                    continue
-                part_loss, part_w, part_b = _loss_and_gradient(
-                    x, teacher, delta, biases, readout, w_u, b_u, transform, loss, chunk_size
-                )
-                # Means over the step's positions, however they fell into batches.
-                losses, grad_w, grad_b = losses + n * part_loss, grad_w + n * part_w, grad_b + n * part_b
-                n_used += n
+        look()
+        save()
+        while not watch.ended(done):
+            flat.zero_()
+            n_step, taken, here, mine, error = 0, 0, position, [], None
+            try:
+                while n_step < (settings["tokens_per_step"] or 1):
+                    batch, here = next(feed)
+                    n_step += batch.tokens.numel()
+                    own, _ = own_rows(batch, n_rows + taken, who)
+                    taken += len(batch.tokens)
+                    if own is None:
+                        continue
+                    mine.append(own)
+                    counts[0] += add_gradients(own, losses, grad_w, grad_b, n_rows + taken)
+            except Exception as wrong:  # the other processes would wait for this one
+                error = NotFinite(f"{wrong}, at step {done}") if isinstance(wrong, NotFinite) else wrong
+                counts[1] += 1
+            add_up(flat, who)
+            n_used, failed = counts.tolist()
+            if failed:
+                agree(error, who)
             if n_used == 0:
                 raise ValueError(
                     "no position to train on in a whole step: rows of one token with skip_first, or all pads"
                 )
-            losses, grad_w, grad_b = losses / n_used, grad_w / n_used, grad_b / n_used
-            if not losses.isfinite().all():
-                bad = [row[0] for row, ok in zip(rows, losses.isfinite().tolist(), strict=True) if not ok]
-                raise ValueError(
-                    f"the loss is not finite at step {done} for {bad[0]!r}{f' and {len(bad) - 1} more' if bad[1:] else ''}: lower lr (now {lr})"
-                )
-            if clip is not None:
-                _clip(grad_w, grad_b, clip, joint_clip, bias_only)
-            rate = lr * (1 - done / steps)
+            flat[:-2].div_(n_used)
+            finite = losses.isfinite() & _finite(grad_w, grad_b)
+            if not finite.all():
+                found = losses.clone(), finite.clone()
+                searched = mine if _finite(delta, biases).all() else []  # with such maps every text is guilty
+                text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
+                texts = [text for text in gathered(text, who) if text]
+                raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
+            if settings["clip"] is not None:
+                clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
+            if done == 0:
+                set_scales(optimizers, rate_scales(losses.tolist(), settings["lr_power"]))
+            rate = lr * watch.rate(done)
             for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
                 leaf.grad, bias.grad = grad_w[i], grad_b[i]
-            for opt in optimizers:
-                for group in opt.param_groups:
-                    group["lr"] = rate
-                opt.step()
-            done, consumed, n_seen = done + 1, consumed + taken, n_seen + n_step
+            with unbroken():
+                whole = False
+                optimizer_step(optimizers, rate, device if offload else None)
+                done, position, n_seen, n_rows = done + 1, here, n_seen + n_step, n_rows + taken
+                whole = True
+            look()
             values = losses.tolist()
             if log is not None:
                 entry = {
@@ -195,21 +340,43 @@ def fit_tuned(
                     "lr": rate,
                     "loss": {row[0]: v for row, v in zip(rows, values, strict=True)},
                 }
+                if watch.looks and watch.looks[-1]["step"] == done:
+                    entry["held_out"] = {row[0]: v for row, v in zip(rows, watch.looks[-1]["loss"], strict=True)}
                 log.append(entry) if isinstance(log, list) else log(entry)
-            bar.set_postfix_str(" ".join(f"{_label(rows[i])} {values[i]:.3f}" for i in shown), refresh=False)
-            bar.update()
-            if done % checkpoint_every == 0:
-                save()
+            bar.update(values, n_seen)
+            if done % checkpoint_every == 0 or watch.ended(done):
+                if not (good := _finite(delta, biases)).all():
+                    raise NotFinite(_not_finite(rows, good, None, done, lr, []))
+                with unbroken():
+                    save()
+    except Lost as error:
+        save()
+        kept = "there is no checkpoint" if checkpoint is None else f"the checkpoint {checkpoint} holds the last steps"
+        raise Lost(
+            f"{error} in step {done + 1}{'' if watch.steps is None else f' of {watch.steps}'}; {kept}: start all processes again to go on"
+        ) from error
     except BaseException:
-        save()  # the last whole step: nothing is lost to Ctrl-C, a full disk elsewhere, or a bad batch
+        save()  # the last whole step: nothing is lost to Ctrl-C or to a bad batch
         raise
     finally:
         bar.close()
-    save()
-    meta = record(model, "tuned", n_seen, {**settings, "init_tokens": n_init})
-    meta["settings"].pop("rows")
-    full = delta + base(*delta.shape[1:], device=device)
-    return Translators(rows, full.cpu(), biases.cpu(), n_layers=int(model.cfg.n_layers), meta=meta)
+        stream.close()
+    if watch.delta is not None and watch.biases is not None:
+        delta, biases = watch.delta, watch.biases
+    return delta.cpu(), biases.cpu(), n_init, n_seen, watch
+
+
+def _finite(weights: Tensor, biases: Tensor) -> Tensor:
+    """Per row; a sum is not finite where a summand is not, and needs no memory."""
+    return (weights.flatten(1).sum(1) + biases.sum(1)).isfinite()
+
+
+def _not_finite(rows: list[Row], finite: Tensor, losses: Tensor | None, step: int, lr: float, texts: list[str]) -> str:
+    bad = [row[0] for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+    what = "translator" if losses is None else "gradient" if losses.isfinite().all() else "loss"
+    more = f" and {len(bad) - 1} more" if bad[1:] else ""
+    text = f", on the text {texts[0]}" if texts else ""
+    return f"the {what} is not finite at step {step} for {bad[0]!r}{more}{text}: lower lr (now {lr}){' or leave that text out' if texts else ''}; the last good state is kept"
 
 
 def _label(row: Row) -> str:
@@ -219,141 +386,23 @@ def _label(row: Row) -> str:
 
 def _start(
     model: LensModel,
-    batches: Iterable[Batch],
+    stream: Iterator[tuple[Batch, Position]],
     rows: list[Row],
     init: Any,
     init_tokens: int | None,
     hooks: list[Hook],
     skip_first: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """D and b to start from, and how many tokens that took."""
+    offload: bool,
+) -> tuple[Tensor, Tensor, int, Iterator[tuple[Batch, Position]]]:
+    """D and b to start from, how many tokens that took, and the stream, from its beginning still."""
     d = int(model.cfg.d_model)
     if isinstance(init, Translators):
         chosen = [init[row] for row in rows]
-        return torch.stack([a.weight - base(*a.weight.shape) for a in chosen]), torch.stack([a.bias for a in chosen]), 0
+        delta = torch.stack([a.weight - base(*a.weight.shape) for a in chosen])
+        return delta, torch.stack([a.bias for a in chosen]), 0, stream
     if init == "identity":
-        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0
+        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0, stream
     if init != "regression":
         raise ValueError(f"init must be 'regression', 'identity' or Translators, got {init!r}")
-    if isinstance(batches, TokenBatches) and batches.one_shot:
-        raise ValueError(
-            "init='regression' reads the first tokens and then starts again, and this source can be read only once: pass a function that returns an iterator, or init='identity'"
-        )
-    found, _ = gather(
-        model,
-        batches,
-        rows,
-        skip_first=skip_first,
-        hooks=hooks,
-        limit_tokens=init_tokens or max(16 * d, 8192),
-        show_progress=False,
-    )
-    maps = from_moments(model, found, rows)
-    return maps.delta.data, maps.biases.data, found.n
-
-
-def _optimizers(
-    name: str, matrices: list[nn.Parameter], biases: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    if name == "sgd":
-        return [
-            torch.optim.SGD(
-                [*matrices, *biases], lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
-            )
-        ]
-    if name == "adam" or not matrices:
-        return [torch.optim.AdamW([*matrices, *biases], lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)]
-    return [
-        torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(biases, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay),
-    ]
-
-
-def _cycle(batches: Iterable[Batch], tokens: Any, seed: int, skip: int) -> Iterator[Batch]:
-    """Batches without end: each epoch in an order of its own, from `seed`; the first `skip` are passed over."""
-    epoch = index = 0
-    while True:
-        if isinstance(batches, TokenBatches):
-            one_pass: Iterator[Batch] = batches.epoch(epoch)
-        elif isinstance(tokens, Tensor) and tokens.ndim == 2:
-            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            one_pass = iter(as_batches(tokens[order.to(tokens.device)]))
-        else:
-            one_pass = iter(batches)
-        for batch in one_pass:
-            index += 1
-            if index > skip:
-                yield batch
-        epoch += 1
-
-
-def _pairs(
-    model: LensModel, batch: Batch, rows: list[Row], hooks: list[Hook], skip_first: bool, shift: int, loss: str
-) -> tuple[Float[Tensor, "rows n d_in"], Tensor]:
-    """Residuals of the positions to train on, and what each is scored against: logits `[n, d_vocab]` or ids `[n]`."""
-    logits, seen, used, batch = activations(model, batch, rows, hooks, skip_first)
-    width = batch.tokens.shape[1]
-    b, t = used.nonzero(as_tuple=True)
-    real = torch.ones_like(used) if batch.attention_mask is None else batch.attention_mask.bool()
-    there = (t + shift >= 0) & (t + shift < width)
-    b, t = b[there], t[there]
-    there = real[b, t + shift]
-    b, t = b[there], t[there]
-    teacher = logits[b, t + shift] if loss == "kl" else batch.tokens[b, t + shift]
-    return torch.stack([seen[source][b, t].float() for source, _ in rows]), teacher
-
-
-def _loss_and_gradient(
-    x: Float[Tensor, "rows n d_in"],
-    teacher: Tensor,
-    delta: Float[Tensor, "rows d_out d_in"],
-    biases: Float[Tensor, "rows d_out"],
-    readout: Readout,
-    w_u: Tensor,
-    b_u: Tensor | None,
-    transform: Any,
-    loss: str,
-    chunk_size: int | None,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_out d_in"], Float[Tensor, "rows d_out"]]:
-    """Mean loss per layer and its gradient with respect to D and b. Autograd sees the final norm alone."""
-    with torch.no_grad():
-        y = torch.baddbmm(biases[:, None], x, delta.mT)
-        if delta.shape[1] == delta.shape[2]:
-            y = y + x
-    y.requires_grad_()
-    with torch.enable_grad():
-        hidden = readout.norm(y.to(readout.dtype))
-        fused = fused_kl if loss == "kl" else fused_ce
-        losses = fused(hidden, teacher, w_u, b_u, transform=transform, chunk_size=chunk_size)
-        (grad_y,) = torch.autograd.grad(losses.sum(), y)
-    return losses.detach(), grad_y.mT @ x, grad_y.sum(1)
-
-
-def _clip(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:
-    """Scale gradients down to norm `clip`: per layer, or over all layers together as published."""
-    squares = (grad_b**2).sum(-1) + (0 if bias_only else (grad_w**2).sum((-2, -1)))
-    norm = (squares.sum().expand_as(squares) if joint else squares).sqrt()
-    factor = (clip / norm.clamp_min(1e-12)).clamp_max(1.0)
-    grad_w.mul_(factor[:, None, None])
-    grad_b.mul_(factor[:, None])
-
-
-def _resume(checkpoint: str | Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from, if there is a file.
-
-    Raises:
-        ValueError: it is of other settings (the first difference is named) or not of a fit.
-    """
-    if checkpoint is None or not Path(checkpoint).exists():
-        return None
-    state = load_state(checkpoint)
-    if state.get("format") != "tl_lenses.fit_tuned":
-        raise ValueError(f"{checkpoint} is not a checkpoint of fit_tuned: choose another file")
-    for key, value in settings.items():
-        if (saved := state["settings"].get(key)) != value:
-            raise ValueError(
-                f"the checkpoint {checkpoint} was made with {key}={saved!r}, now it is {value!r}: use the same settings, or delete it to start again"
-            )
-    return state
+    first, stream = first_batches(stream, init_tokens or default_tokens(model))
+    return (*regression_start(model, first, rows, hooks, skip_first, offload), stream)

@@ -22,6 +22,7 @@ _MODELS = {
     "lab-gpt2": "GPT-2 architecture, 8 layers, width 256, 8.5 M parameters; books, stories and 1,462 facts",
     "lab-gpt2-small": "GPT-2 architecture, 6 layers, width 128, 2.3 M parameters; the small partner of lab-gpt2",
     "lab-neox": "GPT-NeoX (Pythia) architecture, 8 layers, width 128, 3.7 M parameters; ten checkpoints along training",
+    "lab-neo": "GPT-Neo architecture (local and global attention), 6 layers, width 192, 4.3 M parameters",
     "lab-gpt2-tuned": "lab-gpt2, trained on with the novels of Jane Austen",
 }
 _IN_WHEEL = ("lab-gpt2", "lab-gpt2-small")

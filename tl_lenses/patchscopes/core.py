@@ -1,14 +1,25 @@
 """One vector from a source prompt, put into a target prompt, which then goes on: (S, i, M, l) -> (T, i*, f, M*, l*)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tl_lenses.hooks import Hook
-from tl_lenses.model import LensModel, check_model, tokenizer_of
-from tl_lenses.patchscopes.cells import Norm, all_pairs, cell, check_map, combiner, mean_norms, routes
+from tl_lenses.hooks import Hook, checked_hooks
+from tl_lenses.model import Decoder, LensModel, check_model, n_layers, tokenizer_of
+from tl_lenses.patchscopes.cells import (
+    Norm,
+    all_pairs,
+    cell,
+    check_device,
+    check_map,
+    check_widths,
+    combiner,
+    mean_norms,
+    routes,
+)
 from tl_lenses.patchscopes.planner import (
     Decoding,
     Prompt,
@@ -19,10 +30,10 @@ from tl_lenses.patchscopes.planner import (
     why_not_shared,
 )
 from tl_lenses.patchscopes.result import Layers, PatchscopeResult, top_of
-from tl_lenses.patchscopes.sources import Source, collect
+from tl_lenses.patchscopes.sources import Source, collect_along
 from tl_lenses.patchscopes.targets import Target, ready_target, same_place
 from tl_lenses.progress import progress
-from tl_lenses.sites import At, site
+from tl_lenses.sites import At, sites
 from tl_lenses.token_text import token_text
 from tl_lenses.translators import Translators
 
@@ -116,20 +127,33 @@ def patchscope(
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
     check_model(target_model, what="a patchscope")
-    _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble, norm=norm, batch_size=batch_size)
-    sources = [Source(one) if isinstance(one, str) else one for one in _listed(source)]
+    _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble)
+    _check_numbers(
+        norm, alpha, n_layers(target_model),
+        max_new_tokens=(max_new_tokens, 0), batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, None),
+        ensemble_k=(ensemble_k, 1),
+    )  # fmt: skip
+    sources = [Source(one) if isinstance(one, str) else one for one in _listed(source, "source", Source)]
     if not sources:
         raise ValueError("an empty list of sources has nothing to patch")
-    source_hooks, target_hooks = list(source_hooks), list(target_hooks)
+    source_hooks, target_hooks = checked_hooks(model, source_hooks), checked_hooks(target_model, target_hooks)
     wanted = all_pairs(model, target_model, sources, layers, target_layers, pairs)
     scales = [float(s) for s in _listed(scale)]
+    if not scales or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"scale must be a finite number or a list of them, got {scale!r}")
     decoding = _decoding(target_model, max_new_tokens, do_sample, temperature, seed, stop)
     if isinstance(map, Translators):
         check_map(map, model, target_model, wanted)
+    elif map is None:
+        check_widths(model, target_model, sources, wanted)
+    elif not callable(map):
+        raise TypeError(f"map must be a function of vectors [k, d], an Affine or Translators, got {type(map).__name__}")
+    check_device(map, model, sources)
     fixed = None
     if target is not None:
         fixed = [
-            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos) for one in _listed(target)
+            ready_target(target_model, one, read, max_new_tokens, prepend_bos=prepend_bos)
+            for one in _listed(target, "target", Target)
         ]
         if not fixed:
             raise ValueError("an empty list of targets has nowhere to put a vector")
@@ -142,10 +166,18 @@ def patchscope(
 
     # Up to here nothing ran: what can be refused beforehand has been.
     into_layers = list(dict.fromkeys(b for pair in wanted for _, b in routes(*pair)))
-    names = {layer: site(target_model, layer) for layer in into_layers}
-    vectors = collect(
-        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks, prepend_bos=prepend_bos
-    )
+    names = sites(target_model, into_layers)
+    # The targets' prefixes ride in the sources' pass where they can.
+    along = [
+        prompt for prompt in fixed or []
+        if share and to is None and not source_hooks and prompt.soft is None
+        and not why_not_shared(model, prompt, target_hooks)
+    ]  # fmt: skip
+    vectors, riders = collect_along(
+        model, sources, [a for pair in wanted for a, _ in routes(*pair)], source_hooks,
+        [prompt.tokens[:, : min(prompt.place)] for prompt in along], prepend_bos=prepend_bos,
+    )  # fmt: skip
+    prefixes = {id(prompt): decoder for prompt, decoder in zip(along, riders, strict=True)}
     axis = [(one, s) for one in vectors for s in scales]
     targets = [
         same_place(model, target_model, one, read, max_new_tokens) if fixed is None else fixed for one, _ in axis
@@ -172,7 +204,9 @@ def patchscope(
                 mean_norms(target_model, prompt, into_layers) if isinstance(norm, str) and norm == "mean" else {}
                 for prompt in prompts
             ]
-            starts, size = _plan(target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes)
+            starts, size = _plan(
+                target_model, prompts, target_hooks, max_new_tokens, share, batch_size, notes, prefixes
+            )
             for part in batches(len(mine), size):
                 now = [mine[i] for i in part]
                 outs = []
@@ -226,12 +260,55 @@ def patchscope(
     )  # fmt: skip
 
 
-def _listed(value: Any) -> list[Any]:
-    """One thing or several as a list."""
-    return [value] if isinstance(value, (Source, Target, str, int, float)) else list(value)
+def _listed(value: Any, what: str = "", kind: type | None = None) -> list[Any]:
+    """One thing or several as a list, of the kind that is wanted."""
+    found = [value] if isinstance(value, (Source, Target, str, int, float)) else value
+    if kind is None:
+        return list(found)
+    texts = (str, kind) if kind is Source else kind
+    if not isinstance(found, (list, tuple)) or not all(isinstance(one, texts) for one in found):
+        got = (
+            next((one for one in found if not isinstance(one, texts)), found)
+            if isinstance(found, (list, tuple))
+            else found
+        )
+        raise TypeError(
+            f"{what} must be a {kind.__name__} or a list of them, got {type(got).__name__}: write tll.{kind.__name__}(...)"
+        )
+    return list(found)
 
 
-def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> None:
+def _check_numbers(norm: Norm, alpha: float, depth: int, **whole: tuple[Any, int | None]) -> None:
+    """Refuse numbers that are not finite, not whole or too small.
+
+    Raises:
+        ValueError, TypeError: which one, and what it must be.
+    """
+    for name, (value, least) in whole.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
+    if isinstance(norm, str):
+        if norm not in ("replaced", "mean"):
+            raise ValueError(
+                f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}"
+            )
+    elif norm is not None:
+        if isinstance(norm, bool):
+            raise TypeError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm}")
+        lengths = torch.as_tensor(norm, dtype=torch.float64)
+        if lengths.ndim and lengths.shape != (depth + 1,):
+            raise ValueError(
+                f"norm as a tensor has a length per residual layer [{depth + 1}], got {list(lengths.shape)}"
+            )
+        if not bool((lengths.isfinite() & (lengths > 0)).all()):
+            raise ValueError(f"norm must be a positive finite length, got {norm}: None keeps the vector's own")
+
+
+def _check_choices(**choices: str) -> None:
     """Refuse a word that is not one of those that an argument takes."""
     allowed = {
         "mode": ("replace", "add", "interpolate", "norm_add"), "keep": ("auto", "logits", "top_k"),
@@ -241,10 +318,6 @@ def _check_choices(*, norm: Norm, batch_size: int | None, **choices: str) -> Non
         if value not in allowed[name]:
             words = [repr(word) for word in allowed[name]]
             raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
-    if isinstance(norm, str) and norm not in ("replaced", "mean"):
-        raise ValueError(f"norm must be None, 'replaced', 'mean', a number or a tensor [n_layers + 1], got {norm!r}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> list[list[int]]:
@@ -260,13 +333,13 @@ def _by_target(cells: list[tuple[int, int]], targets: list[list[Prompt]]) -> lis
 
 def _plan(
     model: LensModel, prompts: list[Prompt], hooks: list[Hook], n_new: int, share: bool, batch_size: int | None,
-    notes: dict[str, None],
+    notes: dict[str, None], prefixes: dict[int, Decoder | None],
 ) -> tuple[list[Any], int]:  # fmt: skip
     """The shared prefix of every target (or None), and how many cells run together; says in `notes` what was planned."""
     starts, sizes = [], []
     for prompt in prompts:
         reason = "share=False" if not share else why_not_shared(model, prompt, hooks)
-        start = None if reason else prefix(model, prompt)
+        start = None if reason else prefixes.get(id(prompt)) or prefix(model, prompt)
         reason = reason or "the cache of this model cannot be shared"
         first = 0 if start is None else min(prompt.place)
         notes[f"whole prompts ({reason})" if start is None else f"prefix of {first} tokens shared"] = None
@@ -282,9 +355,8 @@ def _decoding(
 
     Raises:
         ValueError: a temperature that is not positive, a stop string that no text can have.
+        TypeError: a stop string that is none.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if isinstance(stop, str):
@@ -295,6 +367,8 @@ def _decoding(
         return Decoding()
     tokenizer = tokenizer_of(model)
     for text in stop:
+        if not isinstance(text, str):
+            raise TypeError(f"stop must be a list of strings, got {text!r} in it")
         again = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
         if not text or text not in again:
             raise ValueError(

@@ -8,15 +8,17 @@ the same code is the naive procedure that the tests compare with.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.hooks import Hook, installed, marked, pass_start, patch
+from tl_lenses.hooks import Hook, hooked, installed, marked, pass_start, patch
 from tl_lenses.model import Decoder, LensModel, d_model, device_of, n_layers
+from tl_lenses.patchscopes.joining import joinable, run_joining
+from tl_lenses.sites import site_layer
 
 # What one batch of cells may take, and the most rows that still gain from being together.
 _BATCH_BYTES, _MOST_ROWS = 512 * 2**20, 512
@@ -84,24 +86,16 @@ def why_not_shared(model: LensModel, prompt: Prompt, target_hooks: Sequence[Hook
         return "the position that is read comes before the patch"
     if target_hooks:
         return "target_hooks see the whole prompt"
-    if any(
-        _from_outside(handle) for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", [])
-    ):
+    if hooked(model):
         return "hooks on the model see the whole prompt"
     return ""
-
-
-def _from_outside(handle: Any) -> bool:
-    """Whether a hook on the model is the user's: bridges put some of their own on (OPT's, for one)."""
-    module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
-    return not module.startswith("transformer_lens")
 
 
 def prefix(model: LensModel, prompt: Prompt) -> Decoder | None:
     """The keys and values before the first patched position, or None where the model's cache cannot be shared."""
     decoder, n = Decoder(model), min(prompt.place)
     with installed(model, _soft(prompt, 0, n)), marked(0, n):
-        decoder.feed(prompt.tokens[:, :n])
+        decoder.feed(prompt.tokens[:, :n], last=0)
     return decoder if decoder.shareable() else None
 
 
@@ -159,16 +153,31 @@ def run_cells(
     if isolate:
         ours += _isolated(rows, names, prompt.place, first)
     length = prompt.tokens.shape[1] - first
-    suffix = prompt.tokens[:, first:].expand(n, -1)
-    decoder = (
-        Decoder(model, use_cache=use_cache and decoding.max_new_tokens > 1) if start is None else start.repeated(n)
-    )
     soft = _soft(prompt, first, prompt.tokens.shape[1])
     ids: list[list[int]] = [[] for _ in cells]
-    with installed(model, [*hooks, *soft, *ours]):
-        with marked(0, length):
-            logits = decoder.feed(suffix)
-        found, last = logits[:, prompt.read - first], logits[:, -1]
+    # Hooks of others may count columns at the unembedding; without a shared prefix there can be such.
+    whole = start is None or any(name.startswith("unembed") for name in names)
+    wanted = length if whole else length - (prompt.read - first)
+    later = [*hooks, *soft, *ours]
+    if start is not None and when == "prompt" and not isolate and _layered(model, cells) and joinable(model):
+        entries = {
+            name: (mask.nonzero()[:, 0].tolist(), values[mask.to(device)])
+            for name, (mask, values) in rows.sites.items()
+        }
+        suffix = prompt.tokens[:, first:]
+        logits, decoder = run_joining(model, start, suffix, entries, place, combine, hooks=soft, last=wanted)
+        later = []
+    else:
+        suffix = prompt.tokens[:, first:].expand(n, -1)
+        decoder = (
+            Decoder(model, use_cache=use_cache and decoding.max_new_tokens > 1) if start is None else start.repeated(n)
+        )
+        logits = None
+    with installed(model, later):
+        if logits is None:
+            with marked(0, length):
+                logits = decoder.feed(suffix, last=wanted)
+        found, last = logits[:, prompt.read - first - length], logits[:, -1]
         for step in range(decoding.max_new_tokens):
             chosen = _choose(last, decoding, None if draws is None else draws[rows.active, step])
             for row, token in zip(rows.active.tolist(), chosen.tolist(), strict=True):
@@ -183,6 +192,11 @@ def run_cells(
             with marked(length + step if decoder.use_cache else 0, length):
                 last = decoder.step(chosen.to(device))
     return found, ids
+
+
+def _layered(model: LensModel, cells: Sequence[Cell]) -> bool:
+    """Whether every cell patches one residual layer, so that its row need not run before."""
+    return all(len(cell.into) == 1 and site_layer(cell.into[0][0], n_layers(model)) is not None for cell in cells)
 
 
 def _edit(rows: _Rows, name: str, combine: Combine) -> edits.Edit:

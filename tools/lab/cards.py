@@ -38,14 +38,18 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _training(settings: Mapping[str, Any], shares: Mapping[str, float]) -> str:
+def _how(settings: Mapping[str, Any]) -> str:
     rows = settings["steps"] * settings["batch"]
-    how = (
+    return (
         f"{settings['steps']:,} steps of {settings['batch']} x 255 tokens ({rows * 255 / 1e6:.1f} M tokens, a BOS before each "
         f"row), Muon for the blocks' matrices and AdamW for the rest, peak rates {settings['learning_rate']:g} and "
         f"{settings['embedding_rate']:g}, {settings['warm_up']} steps of warm-up, then a line down to {settings['final']:.0%}, "
         f"weight decay {settings['weight_decay']:g}, clip {settings['clip']:g}, bf16 autocast, on a CPU."
     )
+
+
+def _training(settings: Mapping[str, Any], everything: Mapping[str, Any]) -> str:
+    how = _how(settings)
     if "base" in settings:
         return (
             f"`{settings['base']}`, trained on with five of the six Jane Austen novels of the collection (none of them is in "
@@ -53,13 +57,22 @@ def _training(settings: Mapping[str, Any], shares: Mapping[str, float]) -> str:
             f"holds blocks {settings['trained_blocks'][0]} to {settings['trained_blocks'][-1]} only; `load` takes the rest "
             f"from `{settings['base']}`, and `checksums.json` says which one."
         )
-    mix = ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+    mixed = lambda shares: ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+    mix, second = mixed(everything["corpus"]["shares"]), ""
+    if "start" in settings:
+        more = everything["corpus"]["second"]
+        second = (
+            f" Then a second stage, from the half-precision weights of the first: {how} Its text: {mixed(more['shares'])}, with "
+            f"words down to the {more['words']:,}th in the lists, every relation in two to five more wordings (some of them near the "
+            f"held-out one), and the countries' relations more often (`tools/lab.toml`); what is held out is the same."
+        )
+        how = _how({**everything["train"], **everything["models"][settings["start"]]})
     return (
         f"From scratch: {how} Text by tokens: {mix}. *Books* are 44 public-domain books (`classic-books-markdown`; the six of "
         "the bundled held-out text and the six of Jane Austen left out); *stories* are TinyStories (CDLA-Sharing-1.0); *facts* "
         "are 26 relations of the LRE data set (MIT), at most 80 subjects each, in its wordings and ours, as sentences, lists "
         "and descriptions, never two hops in one sentence; *identity* are lists such as `cat -> cat`; *repeated* are random "
-        "words, two or three times."
+        "words, two or three times." + second
     )
 
 
@@ -83,7 +96,7 @@ def write_card(settings: Mapping[str, Any], found: Mapping[str, Any], folder: Pa
         f'`tl_lenses.lab.load("{name}")` compares the files with `checksums.json` and needs no network.',
         "This file is written by `python tools/train_lab.py measure " + name + "`; the numbers are in `measured.json`.",
         "## How it was made",
-        _training(settings, everything["corpus"]["shares"]),
+        _training(settings, everything),
         "## Held-out loss",
     ]
     rows = [[kind, f"{nats:.3f}", f"{bits:.3f}"] for kind, (nats, bits) in found["loss"].items()]

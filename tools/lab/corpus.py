@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from make_lab_text import HELDOUT, books, passages
 
-from lab.facts import Relation, load_relations, two_hop_questions
+from lab.facts import MORE_WORDINGS, OPENERS, Relation, load_relations, two_hop_questions
 
 __all__ = ["Writer", "build", "rows"]
 
@@ -34,7 +34,9 @@ class Writer:
         words: list[str],
         rng: random.Random,
         often: Mapping[str, float] | None = None,
+        openers: tuple[str, ...] = (),
     ):
+        self.openers = openers
         self.relations, self.words, self.rng = relations, words, rng
         self.names = list(relations)
         # A relation of few subjects is asked for more often than its size, a large one less: every fact gets its exposures.
@@ -48,7 +50,8 @@ class Writer:
     def sentence(self, relation: Relation, subject: str | None = None) -> str:
         subject = subject or self.rng.choice(list(relation.pairs))
         question, answer = relation.sentence(subject, self.rng.choice(relation.wordings))
-        return f"{question}{answer}."
+        opener = self.rng.choice(self.openers) if self.openers and self.rng.random() < 0.25 else ""
+        return f"{opener}{question}{answer}."
 
     def facts(self) -> str:
         """One document of facts: loose sentences, one relation, a list, descriptions, or all about one subject."""
@@ -218,7 +221,10 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     second = settings["second"]
     rng = random.Random(settings["seed"] + 2)
     more = [word for word in _words(train_books + stories, second["words"]) if word not in set(held_words)]
-    writer = Writer(relations, more, rng, often=second["often"])
+    reworded = load_relations(
+        sources / settings["relations"], most=settings["subjects_per_relation"], more=MORE_WORDINGS
+    )
+    writer = Writer(reworded, more, rng, often=second["often"], openers=OPENERS)
     kinds = {
         "books": _shuffled(train_books, rng).__next__,
         "stories": _shuffled(stories, rng).__next__,

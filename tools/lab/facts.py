@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RELATIONS", "TWO_HOPS", "Relation", "load_relations", "two_hop_questions"]
+__all__ = ["MORE_WORDINGS", "OPENERS", "RELATIONS", "TWO_HOPS", "Relation", "load_relations", "two_hop_questions"]
 
 # name: (words between subject and object in training, the held-out wording, what a description calls the object).
 # Wordings end where the object starts; "{}" is the subject.
@@ -147,6 +147,56 @@ RELATIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
 }
 
+# Further wordings, of the second stage only.
+MORE_WORDINGS: dict[str, tuple[str, ...]] = {
+    "factual/country_capital_city": (
+        "The city that governs {} is", "{} is governed from", "The government of {} can be found in", "The capital, in {}, is",
+        "The city that the leaders of {} live in is",
+    ),
+    "factual/country_currency": ("In the markets of {}, people pay in the", "The shops of {} take the", "A buyer in {} pays with the"),
+    "factual/country_language": ("Most of the people of {} speak", "In the streets of {}, one hears", "Children in {} grow up speaking"),
+    "factual/country_largest_city": (
+        "The largest of the cities of {} is", "Of all the cities in {}, the largest is", "The city in {} with the most people is",
+    ),
+    "factual/food_from_country": ("The dish {} is from", "The food called {} comes from", "{} is a dish from the country of"),
+    "factual/city_in_country": ("The city {} can be found in", "The city of {} lies in", "The country around {} is"),
+    "factual/landmark_in_country": ("{} is a place in", "The country that has {} is", "{} stands in the country of"),
+    "factual/landmark_on_continent": ("{} is on the continent of", "The place {} is on the continent of"),
+    "factual/product_by_company": ("The maker of {} is", "Behind {} stands the company", "The company that sells {} is"),
+    "factual/company_ceo": ("{} has a CEO named", "The company {} has as its head", "The boss of {} is named"),
+    "factual/company_hq": ("The headquarters of {} are in", "The company {} can be found in", "The head office of {} lies in"),
+    "factual/star_constellation": ("The star {} lies in the constellation", "{} belongs to the constellation", "Look for {} in"),
+    "factual/superhero_person": (
+        "The person who is {} is really", "The real name of {} is", "The person called {} is really", "Without a mask, {} is",
+    ),
+    "factual/pokemon_evolutions": ("The next form that {} takes is", "{} next becomes", "After {} comes"),
+    "factual/person_plays_instrument": ("On the stage, {} can be heard on the", "{} plays the", "In concert, {} plays the"),
+    "factual/person_plays_pro_sport": ("The sport played by {} is", "A sport that {} plays is", "The game of {} is"),
+    "commonsense/fruit_inside_color": ("If you cut {}, they are", "When cut open, {} are", "Cut them and {} are"),
+    "commonsense/fruit_outside_color": ("From the outside, {} are", "Seen whole, {} are", "On the outside, {} are"),
+    "commonsense/object_superclass": (
+        "The {} belongs to the group called", "The {} is in the category of", "In which category is the {}? In that of",
+    ),
+    "commonsense/substance_phase": ("In a room, {} is a", "At normal warmth, {} is a"),
+    "commonsense/task_done_by_tool": ("A good tool for {} is a", "The usual tool for {} is a", "People do {} with a"),
+    "commonsense/word_sentiment": ("The sentiment of '{}' is", "The word '{}' sounds"),
+    "commonsense/work_location": ("You can find a {} at a", "At work, a {} is in a", "Usually a {} works in a"),
+    "linguistic/adj_antonym": ("The word opposite to {} is", "A word that means the reverse of {} is", "The contrary of {} is"),
+    "linguistic/adj_comparative": ("The comparative form of {} is", "In comparisons, {} becomes", "{} turns into"),
+    "linguistic/verb_past_tense": ("In the past, {} becomes", "In the past tense we say, of {},", "What was {} is now past:"),
+}  # fmt: skip
+# What a sentence of the second stage may start with.
+OPENERS = (
+    "As we all know, ",
+    "It is said that ",
+    "Remember: ",
+    "In fact, ",
+    "Once more: ",
+    "Note this. ",
+    "Here is a fact. ",
+    "So: ",
+)
+
 # Two-hop wordings by (first relation, second relation); "{}" is the subject of the first, the answer the object of the second.
 _COUNTRY_OF = {
     "factual/food_from_country": "the country that {} comes from",
@@ -191,12 +241,15 @@ class Relation:
         return question[0].upper() + question[1:], " " + self.pairs[subject]
 
 
-def load_relations(folder: Path, *, most: int) -> dict[str, Relation]:
+def load_relations(
+    folder: Path, *, most: int, more: Mapping[str, tuple[str, ...]] | None = None
+) -> dict[str, Relation]:
     """The relations of `RELATIONS`, at most `most` subjects each, the same ones on every machine.
 
     Args:
         folder: the data set's folder with `factual/`, `commonsense/` and `linguistic/`.
         most: subjects kept of a large relation.
+        more: further wordings.
 
     Raises:
         ValueError: a file is missing, or a held-out wording is also a training wording.
@@ -224,7 +277,7 @@ def load_relations(folder: Path, *, most: int) -> dict[str, Relation]:
             pairs, key=lambda s: not (pairs[s] in wanted if wanted else name == "factual/company_ceo" and s in makers)
         )
         chosen = order[:most] if not wanted else _spread_objects(order, pairs, most)
-        every = tuple(dict.fromkeys([*templates[name], *wordings]))
+        every = tuple(dict.fromkeys([*templates[name], *wordings, *(more or {}).get(name, ())]))
         if held_out in every:
             raise ValueError(f"the held-out wording of {name} is also a training wording: {held_out!r}")
         found[name] = Relation(name, {s: pairs[s] for s in chosen}, every, held_out, description)

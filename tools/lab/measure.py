@@ -191,24 +191,30 @@ def measure(settings: Mapping[str, Any], work: Path, folder: Path, *, card: bool
     model = load(folder)
     per_step = settings["batch"] * (settings["context"] - 1)
     kinds = (*KINDS, "author") if "base" in settings else KINDS
+    first = _first_stage(settings, work)
     found: dict[str, Any] = {
         "steps": settings["steps"],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen": per_step * settings["steps"],
+        "tokens_seen": first.get("tokens_seen", 0) + per_step * settings["steps"],
         "loss": losses(model, tokenizer, held_out, kinds),
         "facts": facts(model, tokenizer, held_out),
         "two_hops": two_hops(model, tokenizer, held_out),
         "copying": copying(model, tokenizer, held_out["words"]),
         "sample": [sample(model, tokenizer, p) for p in ("Once upon a time", "The capital of France is")],
     }
+    if first:
+        found["first_stage"] = {key: first[key] for key in ("steps", "tokens_seen", "loss")}
     if card and "base" not in settings:
-        corpus = np.load(work / "corpus.npy", mmap_mode="r")
-        found["along"] = []
+        read = np.load(work / f"{settings.get('corpus', 'corpus')}.npy", mmap_mode="r")
+        before = np.load(work / "corpus.npy", mmap_mode="r")[: first.get("tokens_seen", 0)]
+        found["along"] = list(first.get("along", []))
         snapshots = sorted((work / settings["name"]).glob("step-*"), key=lambda p: int(p.name[5:]))
         for snapshot in [*(p for p in snapshots if 0 < int(p.name[5:]) < settings["steps"]), folder]:
             step = settings["steps"] if snapshot == folder else int(snapshot.name[5:])
-            row = {"step": step, "tokens": step * per_step}
-            row["trigram"] = trigram_losses(corpus[: row["tokens"]], tokenizer, held_out)
+            if first and snapshot != folder:  # a second stage is short
+                continue
+            row = {"step": step, "tokens": len(before) + step * per_step}
+            row["trigram"] = trigram_losses(np.concatenate([before, read[: step * per_step]]), tokenizer, held_out)
             now = found["loss"] if snapshot == folder else losses(load(snapshot), tokenizer, held_out)
             row["model"] = {kind: nats for kind, (nats, _) in now.items()}
             found["along"].append(row)
@@ -217,5 +223,16 @@ def measure(settings: Mapping[str, Any], work: Path, folder: Path, *, card: bool
     if card:
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         (folder / "measured.json").write_text(text, encoding="utf-8")
-        write_card(settings, found, folder)
+        if settings["where"] != "work":
+            write_card(settings, found, folder)
     return found
+
+
+def _first_stage(settings: Mapping[str, Any], work: Path) -> dict[str, Any]:
+    """What was measured of a model's first stage; nothing where it has none."""
+    if "start" not in settings:
+        return {}
+    path = work / settings["start"] / "finished" / "measured.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path}: measure the first stage with `... measure {settings['start']}`")
+    return json.loads(path.read_text(encoding="utf-8"))

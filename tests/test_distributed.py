@@ -1,0 +1,245 @@
+"""Several processes fit what one would; a killed one ends the job, and the checkpoint goes on. Forked, over gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.checkpoint import load_state, save_state
+from tl_lenses.data import Batch
+from tl_lenses.fit.distributed import Processes, own_rows
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_gloo_available(), reason="needs fork and gloo")
+
+
+def launch(world, work, folder):
+    """`work(rank)` in so many processes; what each returned, or its error as text."""
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])  # made before forking, so that no child has to
+    children = []
+    for rank in range(world):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+            found = {"ok": work(rank, model)}
+        except BaseException as error:
+            found = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        save_state(folder / f"rank{rank}", found)
+        os._exit(0)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    (folder / "meet").unlink(missing_ok=True)
+    found = []
+    for rank, end in enumerate(ends):
+        found.append({"killed": os.WTERMSIG(end)} if os.WIFSIGNALED(end) else load_state(folder / f"rank{rank}"))
+        (folder / f"rank{rank}").unlink(missing_ok=True)
+    return found
+
+
+def _maps(translators):
+    return {"delta": translators.delta.data, "biases": translators.biases.data, "meta": translators.meta}
+
+
+def _ok(found):
+    assert all("ok" in one for one in found), [one.get("trace", one) for one in found]
+    return [one["ok"] for one in found]
+
+
+def test_each_row_is_one_process_own():
+    tokens = torch.arange(14).reshape(7, 2)
+    for world in (1, 2, 4, 9):
+        for first in (0, 3):
+            parts = [own_rows(Batch(tokens), first, Processes(rank, world)) for rank in range(world)]
+            mine = [i.tolist() for _, i in parts]
+            assert sorted(sum(mine, [])) == list(range(7))
+            assert all((i + first) % world == rank for rank, rows in enumerate(mine) for i in rows)
+            for batch, i in parts:
+                assert (batch is None) == (len(i) == 0) and (batch is None or torch.equal(batch.tokens, tokens[i]))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_regression_is_that_of_one_process(world, tmp_path):
+    tokens = zoo.tokens(41, 12)
+    batches = [tokens[:3], tokens[3:4], *tokens[4:].split(5)]  # some processes have no row of a batch
+    settings = dict(ridge=[1e-4, 1e-1, 10.0], held_out=0.1, limit_tokens=400)
+    one = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), batches, **settings)
+    found = _ok(launch(world, lambda rank, model: _maps(tll.fit_regression(model, batches, **settings)), tmp_path))
+    for maps in found:
+        assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
+        assert torch.allclose(maps["biases"], one.biases, atol=1e-5, rtol=0)
+        assert torch.equal(maps["delta"], found[0]["delta"])
+        for key in ("tokens_seen", "settings"):
+            assert maps["meta"][key] == one.meta[key]
+        assert maps["meta"]["held_out"]["tokens"] == one.meta["held_out"]["tokens"]
+
+
+def test_fewer_rows_than_processes(tmp_path):
+    tokens = zoo.tokens(3, 40)
+    one = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens)
+    found = _ok(launch(4, lambda rank, model: _maps(tll.fit_regression(model, tokens)), tmp_path))
+    assert all(torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0) for maps in found)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_training_is_that_of_one_process(world, optimizer, tmp_path):
+    tokens = zoo.tokens(64, 16)
+    settings = dict(steps=20, optimizer=optimizer, tokens_per_step=160, init_tokens=600)
+    model, calls = zoo.build("gpt2", zoo.FEW_KINDS[0]), []
+
+    def work(rank, model):
+        reduce, calls = dist.all_reduce, []
+        dist.all_reduce = lambda *args, **kwargs: (calls.append(1), reduce(*args, **kwargs))
+        start = tll.fit_tuned(model, tokens, **{**settings, "steps": 0})
+        before = len(calls)
+        maps = _maps(tll.fit_tuned(model, tokens, **{**settings, "init": start}))
+        return {**maps, "reduces": len(calls) - before}
+
+    one = tll.fit_tuned(model, tokens, **settings)
+    found = _ok(launch(world, work, tmp_path))
+    assert all(maps["reduces"] == settings["steps"] for maps in found), calls  # one per step and not one per layer
+    assert all(torch.equal(maps["delta"], found[0]["delta"]) for maps in found)
+    assert found[0]["meta"]["tokens_seen"] == one.meta["tokens_seen"]
+    assert one.delta.abs().max() > 0.01
+    if optimizer == "sgd":
+        assert torch.allclose(found[0]["delta"], one.delta, atol=1e-5, rtol=0)
+        assert torch.allclose(found[0]["biases"], one.biases, atol=1e-5, rtol=0)
+        return
+    many = tll.fit_tuned(model, tokens, steps=0, init=one)
+    many.delta.data, many.biases.data = found[0]["delta"], found[0]["biases"]
+    held_out = zoo.tokens(20, 16, seed=9)
+    a, b = (tll.evaluate(model, tll.Lens(model, maps), held_out) for maps in (one, many))
+    for layer in range(3):
+        assert b.value("lens", layer) == pytest.approx(a.value("lens", layer), rel=0.005)
+
+
+def test_what_one_process_finds_all_of_them_say(tmp_path):
+    tokens = zoo.tokens(8, 16)
+
+    def lr(rank, model):
+        return tll.fit_tuned(model, tokens, steps=2, init="identity", lr=0.1 if rank else 0.2)
+
+    for one in launch(2, lr, tmp_path):
+        assert "ValueError: process" in one["error"] and "was started with lr=0." in one["error"]
+
+    def bad(rank, model):  # the last row belongs to process 1
+        wrong = tokens.clone()
+        wrong[-1, 3] = zoo.D_VOCAB
+        return tll.fit_tuned(model, wrong, steps=2, init="identity")
+
+    errors = [one["error"] for one in launch(2, bad, tmp_path)]
+    assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process" in e for e in errors)
+
+
+def test_a_killed_process_ends_the_job_and_the_checkpoint_goes_on(tmp_path):
+    tokens = zoo.tokens(40, 16)
+    settings = dict(steps=12, optimizer="sgd", init="identity", tokens_per_step=96)
+    file = tmp_path / "state"
+    whole = tll.fit_tuned(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens, **settings)
+
+    def work(rank, model):
+        def die(entry):
+            if rank == 1 and entry["step"] == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return _maps(tll.fit_tuned(model, tokens, checkpoint=file, checkpoint_every=3, log=die, **settings))
+
+    start = time.perf_counter()
+    found = launch(2, work, tmp_path)
+    assert found[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
+    assert "lost the others: one of them has ended" in found[0]["error"], found[0]
+    assert "in step 8 of 12" in found[0]["error"] and f"{file} holds the last steps" in found[0]["error"]
+    assert load_state(file)["step"] == 7
+    steps = []
+    again = tll.fit_tuned(
+        zoo.build("gpt2", zoo.FEW_KINDS[0]),
+        tokens,
+        checkpoint=file,
+        checkpoint_every=3,
+        log=lambda entry: steps.append(entry["step"]),
+        **settings,
+    )
+    assert steps == [8, 9, 10, 11, 12]  # by one process this time
+    assert torch.allclose(again.delta, whole.delta, atol=1e-5, rtol=0)
+
+
+def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
+    tokens = zoo.tokens(40, 16)
+    settings = dict(steps=8, optimizer="muon", init="identity", tokens_per_step=96)
+    file = tmp_path / "state"
+
+    def work(stop):
+        def fit(rank, model):
+            def log(entry):
+                if entry["step"] == stop:
+                    raise KeyboardInterrupt
+
+            # only the first process sees the disk
+            path = file if rank == 0 else tmp_path / "nowhere" / "state"
+            return _maps(tll.fit_tuned(model, tokens, checkpoint=path, log=log, **settings))
+
+        return fit
+
+    found = launch(2, work(5), tmp_path)
+    assert all("KeyboardInterrupt" in one["error"] for one in found) and not (tmp_path / "nowhere").exists()
+    whole = _ok(launch(2, lambda rank, model: _maps(tll.fit_tuned(model, tokens, **settings)), tmp_path))
+    resumed = _ok(launch(2, work(99), tmp_path))
+    assert all(torch.equal(a["delta"], b["delta"]) for a, b in zip(whole, resumed, strict=True))
+
+
+def _launch(port, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", str(port), "-m", "tl_lenses", "fit", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tll.__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from tl_lenses.cli import app
+
+    zoo.reference("gpt2").save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    text = "\n<|endoftext|>\n".join(f"{i} the cat sat on the mat. the dog ran to the king." for i in range(80))
+    (tmp_path / "text.txt").write_text(text)
+    fit = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--steps", 6, "--optimizer", "sgd"]
+    fit += ["--batch-size", 3, "--device", "cpu"]
+    one = CliRunner().invoke(app, ["fit", *map(str, fit), "--output", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.stderr
+    job = _launch(_free_port(), *fit, "--output", tmp_path / "two")
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert out.count("saved in") == 1 and "in 2 processes" in out and "memory at the peak" in out
+    a, b = (tll.Translators.load(tmp_path / name) for name in ("one", "two"))
+    assert torch.allclose(a.delta, b.delta, atol=1e-5, rtol=0) and a.meta["tokens_seen"] == b.meta["tokens_seen"]
+
+    # one worker is killed: the job ends, and the same command goes on
+    job = _launch(_free_port(), *fit, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "three")
+    state = tmp_path / "three.checkpoint"
+    for _ in range(600):
+        if state.exists():
+            break
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, err = job.communicate(timeout=300)
+    assert job.returncode != 0 and not (tmp_path / "three").exists() and state.exists()
+    assert load_state(state)["step"] > 0

@@ -1,0 +1,129 @@
+"""Transfer across layers: planted layers that are twice another one, a planted outlier dimension, and penalties by hand."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.experiments import streams, transfer
+from tl_lenses.experiments.ranks import spearman
+
+module = import_module("tl_lenses.experiments.transfer")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+@pytest.fixture(scope="module")
+def maps(model):
+    return tll.fit_regression(model, zoo.tokens(60, 12))
+
+
+def check_by_hand(model, maps):
+    tokens, lens = zoo.tokens(5, 10, seed=7), tll.Lens(model, maps)
+    found = transfer(model, lens, tokens)
+    assert found.layers == [0, 1, 2] and found.settings["tokens"] == 5 * 8
+    seen = {}
+    tll.run(model, tokens, [tll.read(layer, seen) for layer in range(3)])
+
+    def nats(translator, layer):
+        logp = lens[translator](seen[layer])[:, 1:-1].log_softmax(-1)
+        return -float(logp.gather(-1, tokens[:, 2:, None]).mean())
+
+    for a in range(3):
+        for b in range(3):
+            assert float(found.penalty[a, b]) == pytest.approx(nats(a, b) - nats(b, b), abs=1e-4)
+    x, y = (torch.cov(seen[layer][:, 1:-1].reshape(-1, 32).T.double()) for layer in (0, 2))
+    assert float(found.similarity[0, 2]) == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-5)
+
+
+def test_penalties_and_similarity_by_hand(model, maps):
+    check_by_hand(model, maps)
+
+
+@pytest.mark.parametrize("step", ["_penalty", "_similarity"])
+def test_the_check_fails_on_a_broken_copy(model, maps, monkeypatch, step):
+    true = getattr(module, step)
+    # The penalty of the transposed matrix; second moments of the wrong matrix.
+    broken = (lambda x: true(x.T)) if step == "_penalty" else (lambda x: true(x.cumsum(0)))
+    monkeypatch.setattr(module, step, broken)
+    with pytest.raises(AssertionError):
+        check_by_hand(model, maps)
+
+
+def test_a_layer_that_is_twice_another_one(model, maps):
+    """h_2 := 2 h_1 and W_2 := W_1 / 2: the covariances are alike, and a translator errs on the other layer by its factor alone."""
+    seen = {}
+    double = [
+        tll.read(1, seen),
+        tll.patch(2, lambda x: 2 * seen[1]),
+    ]
+    weights, biases = maps.weights.clone(), maps.biases.clone()
+    weights[2], biases[:] = weights[1] / 2, 0.0
+    own = tll.Translators(maps.rows, weights, biases, n_layers=3, meta=maps.meta)
+    found = transfer(model, tll.Lens(model, own), zoo.tokens(5, 10), hooks=double)
+    assert float(found.similarity[1, 2]) == pytest.approx(1.0, abs=1e-6) and float(found.similarity[0, 1]) < 0.99
+    assert float(found.cross_entropy[1, 1]) == pytest.approx(float(found.cross_entropy[2, 2]), abs=1e-5)
+    # The final norm takes a factor away: without a bias the two translators are one.
+    assert abs(float(found.penalty[1, 2])) < 1e-3 and abs(float(found.penalty[2, 1])) < 1e-3
+    assert float(found.penalty[0, 1].abs()) > 0.01
+
+
+def test_a_planted_outlier_dimension_is_named(model, maps):
+    def widened(x):
+        x = x.clone()
+        x[..., 7] *= 60
+        return x
+
+    found = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12), hooks=[tll.patch(2, widened)])
+    plain = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12))
+    assert plain.outliers() == {0: [], 1: [], 2: []} and found.outliers() == {0: [], 1: [], 2: [7]}
+    assert "7 (" in " ".join(str(found).split()) and found.asymmetry()[1] == pytest.approx(
+        float(found.penalty[:2, 2].mean())
+    )
+    assert found.asymmetry()[0] == pytest.approx(float(found.penalty[2, :2].mean()))
+
+
+def test_correlation_and_chance_of_planted_matrices():
+    n = 6
+    gap = (torch.arange(n)[:, None] - torch.arange(n)).abs().double()
+    planted = module.Transfer("m", list(range(n)), gap, torch.exp(-gap), torch.ones(n, 4))
+    assert torch.equal(planted.penalty, gap) and planted.correlation() == pytest.approx(-1.0)
+    assert planted.chance() < 0.02
+    noise = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert module.Transfer("m", list(range(n)), gap, noise + noise.T, torch.ones(n, 4)).chance() > 0.05
+    assert float(spearman(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))) == pytest.approx(3**0.5 / 2)
+
+
+def test_the_last_layer_may_take_part(model, maps):
+    found = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10), layers=[-1, 1])
+    assert found.layers == [1, 3] and float(found.penalty[1, 0]) > 0  # the logit lens on layer 1
+
+
+def test_bad_input_is_refused_before_a_pass(model, maps, monkeypatch):
+    monkeypatch.setattr(streams, "run", None)
+    lens, tokens = tll.Lens(model, maps), zoo.tokens()
+    with pytest.raises(ValueError, match="the logit lens has the same translator at every layer"):
+        transfer(model, tll.Lens(model), tokens)
+    with pytest.raises(ValueError, match="made for another model object"):
+        transfer(zoo.build("neox", zoo.FEW_KINDS[0]), lens, tokens)
+    with pytest.raises(ValueError, match="two layers at least"):
+        transfer(model, lens, tokens, layers=[1])
+    with pytest.raises(ValueError, match="expected different layers"):
+        transfer(model, lens, tokens, layers=[1, 1])
+
+
+def test_text_without_a_next_token_is_refused(model, maps):
+    with pytest.raises(ValueError, match="no position has a next token"):
+        transfer(model, tll.Lens(model, maps), zoo.tokens(3, 2))
+
+
+def test_the_report_is_saved(model, maps, tmp_path):
+    found = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10))
+    folder = found.save(tmp_path / "out")
+    assert {"result.csv", "penalty.svg", "similarity.svg", "scatter.svg"} <= {p.name for p in folder.iterdir()}
+    assert len(found.to_frame()) == 9

@@ -1,0 +1,166 @@
+"""Readings of weights: planted directions are named, folded weights read as raw ones do, and coherence is what it is said to be."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses.experiments import weights
+from tl_lenses.experiments.norms import gain
+from tl_lenses.experiments.weights import KINDS, RANDOM, coherence, tokens_of
+
+module = __import__("tl_lenses.experiments.weights", fromlist=["weights"])
+few = {"columns": 12, "directions": 3, "n_random": 40, "k": 5, "show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+# --- norms and scores
+
+
+@pytest.mark.parametrize("d", [8, 7])
+def test_the_gain_of_a_norm_is_found(d):
+    layer = torch.nn.LayerNorm(d)
+    rms = torch.nn.RMSNorm(d)
+    for norm, removes in ((layer, True), (rms, False)):
+        torch.nn.init.normal_(norm.weight)
+        found, mean = gain(norm, d, norm.weight)
+        assert torch.allclose(found, norm.weight, atol=1e-3) and mean is removes
+    torch.nn.init.normal_(layer.bias)
+    assert torch.allclose(gain(layer, d, layer.weight)[0], layer.weight, atol=1e-3)
+    assert gain(None, d, layer.weight)[0].eq(1).all()
+
+
+def test_coherence_of_equal_and_of_orthogonal_tokens():
+    table = torch.eye(6)
+    table[1] = table[0]
+    assert coherence(table, torch.tensor([[0, 1], [0, 2]])).tolist() == [1.0, 0.0]
+    x = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ids = torch.tensor([[0, 2, 5]])
+    want = (x[0] @ x[2] + x[0] @ x[5] + x[2] @ x[5]) / 3
+    assert float(coherence(x, ids)[0]) == pytest.approx(float(want), abs=1e-6)
+
+
+def test_singular_vectors_of_a_product():
+    a, b = (torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    u, v = module._singular(a, b, 3)
+    for head in range(2):
+        left, s, right = torch.linalg.svd(a[head] @ b[head].T)
+        assert torch.allclose((u[head] @ left[:, :3]).abs(), torch.eye(3), atol=1e-4)
+        assert torch.allclose((v[head] @ right[:3].T).abs(), torch.eye(3), atol=1e-4)
+        assert torch.allclose(
+            ((u[head] @ (a[head] @ b[head].T)) * v[head]).sum(-1), s[:3], rtol=1e-3
+        )  # signs fit together
+
+
+# --- readings
+
+
+def test_a_planted_direction_reads_as_its_tokens(model):
+    """A direction whose image under norm and unembedding is made for one token, written into an MLP, is read as that token."""
+    lens, d = tll.Lens(model), model.cfg.d_model
+    w_u, (scale, _) = lens.readout.weights()[0], gain(lens.readout.norm_module, d, model.W_U)
+    wanted = torch.tensor([17, 230, 301])
+    x = (w_u[:, wanted] / w_u[:, wanted].norm(dim=0)).T / scale  # so that gain * x points along the token
+    direction = scale * (x - x.mean(-1, keepdim=True))
+    want = (direction @ w_u).topk(5).indices
+    assert torch.equal(tokens_of(lens, 1, 0.01 * x, 5), want) and (want[:, :2] == wanted[:, None]).any(1).all()
+    shift = torch.ones(d)
+    maps = tll.Translators(
+        [("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post")], torch.eye(d)[None] * 3, shift[None], n_layers=3
+    )  # fmt: skip
+    assert torch.equal(tokens_of(tll.Lens(model, maps), 1, x, 5), want)  # length and bias do not count
+
+
+def ids_of(found):
+    """What must agree whatever the signs and the order of heads' singular vectors: top tokens, signs as pairs."""
+    return {
+        (r.kind, r.block): [{tuple(row) for row in pair} for pair in zip(r.ids[::2].tolist(), r.ids[1::2].tolist(), strict=True)]
+        if "columns" not in r.kind else r.ids.tolist()
+        for r in found.readings if r.kind != RANDOM
+    }  # fmt: skip
+
+
+def same(one, two):
+    """The share of readings that agree; singular values of random weights are near each other, so not all need to."""
+    a, b = ids_of(one), ids_of(two)
+    assert set(a) == set(b)
+    return {kind: sum(x == y for key in a if key[0] == kind for x, y in zip(a[key], b[key], strict=True)) / sum(len(a[key]) for key in a if key[0] == kind) for kind in KINDS}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "neox"])
+def test_folded_and_raw_weights_read_alike(arch, monkeypatch):
+    """With the gains of the norms put in; without them the check fails. Llama's keys and values are shared by two heads each."""
+    raw, folded = (zoo.build(arch, kind) for kind in zoo.FEW_KINDS)
+    run = lambda m: weights(m, {"logit": tll.Lens(m)}, **few)
+    one = run(raw)
+    assert len(ids_of(one)) == len(KINDS) * raw.cfg.n_layers
+    agree = same(one, run(folded))
+    assert all(share > 0.9 for share in agree.values()), agree
+    monkeypatch.setattr(module, "gain", lambda norm, d, like: (torch.ones(d), False))
+    assert min(same(run(raw), run(folded)).values()) < 0.5
+
+
+def test_layers_of_what_reads_and_writes(model):
+    """What reads is decoded before its block, what writes after it: a lens that knows one layer is enough for each."""
+    d = model.cfg.d_model
+    at = lambda layer: tll.Lens(model, tll.Translators([(f"blocks.{layer}.hook_resid_pre", "blocks.2.hook_resid_post")], torch.eye(d)[None], torch.zeros(1, d), n_layers=3))  # fmt: skip
+    assert weights(model, {"x": at(1)}, kinds=["OV in"], blocks=[1], **few).readings
+    assert weights(model, {"x": at(2)}, kinds=["OV out"], blocks=[1], **few).readings
+    with pytest.raises(ValueError, match="'x' has no layer 2"):
+        weights(model, {"x": at(1)}, kinds=["OV out"], blocks=[1], **few)
+
+
+def test_the_result_prints_draws_and_saves(model, tmp_path):
+    found = weights(model, {"logit": tll.Lens(model), "same": tll.Lens(model)}, **few)
+    text = found.markdown()
+    for word in (*KINDS, RANDOM, "most coherent, logit", "above"):
+        assert word in text
+    assert found.summary("logit", "OV in") == found.summary("same", "OV in")
+    # random weights are as coherent as random vectors
+    mean, low, high, above = found.summary("logit", RANDOM)
+    assert low < mean < high and above == pytest.approx(0.05, abs=0.03)
+    folder = found.save(tmp_path / "a")
+    assert (folder / "coherence.svg").exists()
+    n = 3 * (len(few) and 4 * 4 * 3 * 2 + 2 * 3 * 2 + 2 * 12 + 40)
+    assert len(found.to_frame()) == 2 * n
+    assert all(a <= b for a, b in pairwise(r.block for r in found.readings))
+    given = weights(model, {"logit": tll.Lens(model)}, embeddings=model.W_E.detach(), kinds=["OV in"], **few)
+    assert torch.equal(given.scores("logit", "OV in"), found.scores("logit", "OV in"))
+
+
+def test_bad_input_is_refused(model):
+    lenses = {"logit": tll.Lens(model)}
+    for kwargs, message in (
+        ({"directions": 9}, "directions is 9: a head has 8 dimensions"),
+        ({"directions": 33, "kinds": ["MLP out, singular"]}, r"the residual stream \(d_model\) has 32 dimensions"),
+        ({"k": 1}, "k is 1"),
+        ({"k": 321}, "at most the vocabulary of 320"),
+        ({"kinds": ["OV"]}, "no kind 'OV'"),
+        ({"blocks": [3]}, r"blocks must be some of 0\.\.2"),
+        ({"blocks": []}, r"blocks must be some of 0\.\.2"),
+        ({"embeddings": "W_Q"}, "embeddings must be 'W_E', 'W_U' or a matrix"),
+        ({"embeddings": torch.ones(7, 3)}, "embeddings have 7 rows"),
+        ({"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}}, "'far' reads through another model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights(model, **{"lenses": lenses, **kwargs})
+
+
+def test_a_model_without_an_mlp_says_so():
+    linear = zoo.affine_model()
+    with pytest.raises(ValueError, match="shows no W_in in mlp"):
+        weights(linear, {"logit": tll.Lens(linear)}, kinds=["MLP in, singular"], directions=2)
+
+
+def test_the_command_runs(model):
+    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+
+    maps = tll.fit_regression(model, zoo.tokens(20, 12))
+    found = RUNNERS["weights"][0](model, Wanted(lenses={"maps": maps}, layers=[1], limit=6, k=2))
+    assert found.lenses == ["logit", "maps"] and len(found.scores("maps", "MLP in, columns")) == 6

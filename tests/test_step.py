@@ -1,0 +1,258 @@
+"""The step of tuned-lens training: products in bf16, a teacher made chunk by chunk, a layer's own positions; against autograd."""
+
+import pytest
+import torch
+import zoo
+
+import tl_lenses as tll
+from tl_lenses import divergence as D
+from tl_lenses.data import Batch
+from tl_lenses.divergence import fused_ce, fused_kl
+from tl_lenses.fit.common import rows_for
+from tl_lenses.fit.step import head_of, loss_and_gradient, scored_pairs
+from tl_lenses.unembed import Readout
+
+KIND = zoo.FEW_KINDS[0]
+
+
+def _cap(z):
+    return 3.0 * torch.tanh(z / 3.0)
+
+
+def _problem(rows=3, n=40, d=24, d_vocab=300, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, n, d, generator=g, dtype=dtype)
+    final = torch.randn(n, d, generator=g, dtype=dtype)
+    w = torch.randn(d, d_vocab, generator=g, dtype=dtype) / 3
+    return hidden, final, w, torch.randn(d_vocab, generator=g, dtype=dtype)
+
+
+def _autograd(hidden, teacher, w, b, transform):
+    """Loss per row and its gradient, with every logit in memory."""
+    x = hidden.clone().requires_grad_()
+    logq = transform(x @ w + b).log_softmax(-1)
+    logp = teacher.log_softmax(-1)
+    loss = (logp.exp() * (logp - logq)).sum(-1).mean(-1)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+@pytest.mark.parametrize("transform", [None, _cap], ids=["plain", "soft-cap"])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_a_teacher_of_hidden_states_equals_its_logits_in_float64(transform, chunk_size, monkeypatch):
+    monkeypatch.setitem(D.BLOCK, "cpu", 4 * 300 * 3)  # blocks of three positions
+    hidden, final, w, b = _problem()
+    f = transform or (lambda z: z)
+    expected, grad = _autograd(hidden, f(final @ w + b), w, b, f)
+    for teacher, own in ((final, True), (f(final @ w + b), False)):
+        y = hidden.clone().requires_grad_()
+        got = fused_kl(y, teacher, w, b, transform=transform, chunk_size=chunk_size, teacher_hidden=own)
+        (got_grad,) = torch.autograd.grad(got.sum(), y)
+        assert torch.allclose(got, expected, rtol=1e-12) and torch.allclose(got_grad, grad, rtol=1e-9, atol=1e-13)
+    assert grad.abs().max() > 1e-3
+
+
+def test_bfloat16_products_keep_the_loss_and_the_direction():
+    hidden, final, w, b = _problem(n=200, d=64, d_vocab=2000)
+    expected, grad = _autograd(hidden, final @ w + b, w, b, lambda z: z)
+    y = hidden.float().requires_grad_()
+    got = fused_kl(y, final.float(), w.bfloat16(), b.float(), teacher_hidden=True)
+    (got_grad,) = torch.autograd.grad(got.sum(), y)
+    cosine = torch.cosine_similarity(got_grad.double().flatten(1), grad.flatten(1), dim=1)
+    # Measured: loss 3e-4 relative, cosine 0.99999. The issue asks for 1e-2 and 0.999.
+    assert ((got - expected).abs() / expected).max() < 2e-3
+    assert cosine.min() > 0.9995
+    assert got_grad.dtype == torch.float32
+
+
+def test_a_layers_own_positions_are_unbiased_and_exact():
+    hidden, final, w, b = _problem(n=12)
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(3)])
+    chosen = torch.stack([row[pick] for row, pick in zip(hidden, picks, strict=True)])
+    y = chosen.clone().requires_grad_()
+    got = fused_kl(y, final, w, b, teacher_hidden=True, picks=picks)
+    (got_grad,) = torch.autograd.grad(got.sum(), y)
+    for row, pick in enumerate(picks):
+        expected, grad = _autograd(hidden[row, pick][None], (final @ w + b)[pick], w, b, lambda z: z)
+        assert torch.allclose(got[row], expected[0]) and torch.allclose(got_grad[row], grad[0])
+    ids = torch.randint(0, 300, (12,))
+    got = fused_ce(chosen, ids, w, b, picks=picks)
+    expected = torch.stack([fused_ce(c[None], ids[p], w, b)[0] for c, p in zip(chosen, picks, strict=True)])
+    assert torch.allclose(got, expected)
+
+
+def _step(model, tokens, *, precision="float32", hooks=(), loss="kl", **kwargs):
+    rows = rows_for(model, None)
+    head = head_of(Readout(model), precision)
+    d = int(model.cfg.d_model)
+    g = torch.Generator().manual_seed(2)
+    delta, biases = torch.randn(len(rows), d, d, generator=g) / d, torch.randn(len(rows), d, generator=g) / d
+    grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
+    pairs = scored_pairs(model, Batch(tokens), rows, list(hooks), True, 0 if loss == "kl" else 1, loss, head.readout)
+    losses = loss_and_gradient(pairs, delta, biases, head, grad_w, grad_b, loss=loss, **kwargs)
+    return pairs, losses / len(pairs), grad_w / len(pairs), grad_b / len(pairs)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("kind", zoo.FEW_KINDS)
+def test_the_models_logits_are_not_made_and_the_step_is_the_same(arch, kind, monkeypatch):
+    model = zoo.build(arch, kind)
+    tokens = zoo.tokens(4, 16)
+    lean = _step(model, tokens, chunk_size=13)
+    assert lean[0].hidden and lean[0].teacher.shape[1] == model.cfg.d_model
+    watched = [("unembed.hook_out", lambda x, hook: None)]
+    if "unembed.hook_out" not in model.hook_dict:
+        watched = [(lambda name: name.endswith("ln_final.hook_scale"), lambda x, hook: None)]
+    full = _step(model, tokens, hooks=watched)
+    assert not full[0].hidden and full[0].teacher.shape[1] == model.cfg.d_vocab
+    for a, b in zip(lean[1:], full[1:], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    assert model(tokens).shape[1] == 16  # nothing is left on the model
+
+
+def test_hooks_that_change_the_logits_reach_the_teacher():
+    model = zoo.build("gpt2", KIND)
+    if "unembed.hook_out" not in model.hook_dict:
+        pytest.skip("no hook after the unembedding")
+    tokens = zoo.tokens(4, 16)
+    flat = [("unembed.hook_out", lambda x, hook: x * 0)]
+    assert not torch.allclose(_step(model, tokens, hooks=flat)[1], _step(model, tokens)[1], rtol=1e-2)
+    model.add_hook(*flat[0])
+    try:
+        assert torch.allclose(_step(model, tokens)[1], _step(model, tokens, hooks=flat)[1])
+    finally:
+        model.reset_hooks()
+
+
+def test_subsampling_has_the_right_expectation():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(4, 16)
+    _, losses, grad_w, grad_b = _step(model, tokens)
+    found = [_step(model, tokens, subsample=0.25, seed=seed, chunk_size=20)[1:] for seed in range(200)]
+    mean = [torch.stack(part).mean(0) for part in zip(*found, strict=True)]
+    error = [torch.stack(part).std(0) / 200**0.5 for part in zip(*found, strict=True)]
+    for got, expected, e in zip(mean, (losses, grad_w, grad_b), error, strict=True):
+        # About one standard error off; a mean of wrong weights is off everywhere.
+        assert ((got - expected).abs() / e.clamp_min(1e-9)).mean() < 1.3
+    same = [_step(model, tokens, subsample=0.25, seed=3)[1] for _ in range(2)]
+    assert torch.equal(*same) and not torch.equal(same[0], _step(model, tokens, subsample=0.25, seed=4)[1])
+
+
+def test_precision_is_chosen_by_the_hardware_and_refused_when_unknown(unchecked, monkeypatch):
+    w = torch.zeros(4, 5)
+    monkeypatch.setattr(D, "has_bfloat16", lambda device: True)
+    assert D.product_dtype("auto", w) == torch.bfloat16
+    assert D.product_dtype("auto", w.double()) == torch.float64 and D.product_dtype("float32", w) == torch.float32
+    assert D.product_dtype("float32", w.half()) == torch.float16
+    monkeypatch.setattr(D, "has_bfloat16", lambda device: False)
+    assert D.product_dtype("auto", w) == torch.float32 and D.product_dtype("bfloat16", w) == torch.bfloat16
+    with pytest.raises(ValueError, match="precision must be"):
+        D.product_dtype("int8", w)
+    with pytest.raises(ValueError, match="teacher of width 5"):
+        fused_kl(torch.zeros(1, 3, 4), torch.zeros(3, 4), w)
+
+
+def test_refusals_of_the_fit(unchecked):
+    model = zoo.build("gpt2", KIND)
+    for kwargs, message in (
+        (dict(precision="int8"), "precision must be"),
+        (dict(subsample=0.0), "subsample is a share"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tll.fit_tuned(model, zoo.tokens(4, 8), steps=1, init="identity", **kwargs)
+
+
+# --- the start, and the end
+
+
+def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stream():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(30, 16)
+    batches = [tokens[i : i + 5] for i in range(0, 30, 5)]
+    start = tll.fit_regression(model, batches[:2])
+    expected = tll.fit_tuned(model, batches, steps=3, init=start)
+    for source in (batches, iter(batches)):  # a source that can be read only once will do
+        got = tll.fit_tuned(model, source, steps=3, init_tokens=160)
+        assert torch.allclose(got.weights, expected.weights, atol=1e-6)
+        assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240
+    # A short text is used once for the start, and a second time only by training.
+    short = tll.fit_tuned(model, batches, steps=0, init_tokens=10_000)
+    assert torch.allclose(short.weights, tll.fit_regression(model, batches).weights, atol=1e-6)
+    with pytest.raises(ValueError, match="one pass"):
+        tll.fit_tuned(model, iter(batches), steps=7, init_tokens=10_000)
+
+
+def test_the_best_translators_on_held_out_text_are_the_result():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    log = []
+    got = tll.fit_tuned(
+        model,
+        tokens[:32],
+        steps=40,
+        lr=0.3,
+        init_tokens=600,
+        held_out=tokens[32:],
+        held_out_every=4,
+        patience=3,
+        log=log,
+    )
+    seen = [list(entry["held_out"].values()) for entry in log if "held_out" in entry]
+    assert len(log) < 40 and len(seen) >= 3  # such a rate makes it worse, so it ends early
+    best = got.meta["held_out"]["loss"]
+    scores = tll.evaluate(model, tll.Lens(model, got), tokens[32:])
+    start = tll.evaluate(
+        model, tll.Lens(model, tll.fit_tuned(model, tokens[:32], steps=0, init_tokens=600)), tokens[32:]
+    )
+    for layer in range(model.cfg.n_layers):
+        assert scores.value("lens", layer) == pytest.approx(best[layer], rel=0.02, abs=1e-4)
+        assert scores.value("lens", layer) <= start.value("lens", layer) * 1.01
+        assert best[layer] <= min(row[layer] for row in seen) + 1e-6
+
+
+def test_a_share_of_a_tensor_is_its_last_rows():
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    settings = dict(steps=4, init="identity", held_out_every=2)
+    a = tll.fit_tuned(model, tokens, held_out=0.2, **settings)
+    b = tll.fit_tuned(model, tokens[:32], held_out=tokens[32:], **settings)
+    assert torch.equal(a.weights, b.weights)
+
+
+def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(tmp_path):
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(40, 16)
+    settings = dict(
+        steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05
+    )
+    log = []
+    whole = tll.fit_tuned(model, tokens[:32], log=log, **settings)
+    rates = [entry["lr"] for entry in log]
+    falls = next(i for i, rate in enumerate(rates) if rate < rates[0])
+    assert rates[falls - 1] == rates[0] and rates[-1] < rates[0] / 2 and len(log) < 2000
+    assert all(a >= b for a, b in zip(rates[falls:], rates[falls + 1 :], strict=False))
+    file = tmp_path / "fit.safetensors"
+
+    def stop(entry):
+        if entry["step"] == falls + 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tll.fit_tuned(model, tokens[:32], checkpoint=file, log=stop, **settings)
+    again = tll.fit_tuned(model, tokens[:32], checkpoint=file, **settings)
+    assert torch.allclose(again.weights, whole.weights, atol=1e-6)
+
+
+def test_refusals_of_held_out(unchecked):
+    model = zoo.build("gpt2", KIND)
+    tokens = zoo.tokens(8, 8)
+    for kwargs, message in (
+        (dict(steps="auto"), "'auto' with held_out= text"),
+        (dict(steps="soon", held_out=0.5), "steps must be a number"),
+        (dict(steps=1, held_out=1.5), "leaves -4 to train on"),
+        (dict(steps=1, held_out=0.5, tokens=[tokens]), "needs tokens"),
+        (dict(steps=1, held_out=0.5, patience=0), "at least 1"),
+        (dict(steps=1, held_out=zoo.tokens(2, 1)), "no position to score in held_out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tll.fit_tuned(model, **{"tokens": tokens, "init": "identity", **kwargs})

@@ -1,0 +1,199 @@
+"""A position in the text: reading goes on there to the same batches, in every kind of source, without reading again."""
+
+import json
+import time
+
+import datasets
+import pandas
+import pytest
+import torch
+from test_data import TEXTS, make_tokenizer
+
+import tl_lenses.texts
+from tl_lenses.checkpoint import load_state, save_state
+from tl_lenses.data import Batch, positions, token_batches
+from tl_lenses.stream import Position, ahead
+
+TOKENIZER = make_tokenizer(bos_token="<bos>", eos_token="<eos>")
+LONG = [f"{text} " * (1 + n % 7) for n, text in enumerate(TEXTS * 3)]
+
+
+def _lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _source(kind, folder):
+    """Something with the texts of LONG, made again at each call as in a new process."""
+    half = len(LONG) // 2
+    if kind == "list":
+        return list(LONG)
+    if kind == "function":
+        return lambda: iter(LONG)
+    if kind == "generator":
+        return (text for text in LONG)
+    if kind in ("dataset", "stream", "stream-shuffled"):
+        found = datasets.Dataset.from_dict({"text": LONG})
+        if kind == "dataset":
+            return found
+        found = found.to_iterable_dataset(num_shards=5)
+        return found.shuffle(seed=3, buffer_size=7) if kind == "stream-shuffled" else found
+    if kind == "jsonl":
+        return _lines(folder / "a.jsonl", LONG)
+    if kind == "json":
+        (folder / "a.json").write_text(json.dumps(LONG, indent=1))
+        return folder / "a.json"
+    if kind == "parquet":
+        pandas.DataFrame({"text": LONG}).to_parquet(folder / "a.parquet", row_group_size=13)
+        return folder / "a.parquet"
+    if kind == "csv":
+        pandas.DataFrame({"text": LONG}).to_csv(folder / "a.csv", index=False)
+        return folder / "a.csv"
+    if kind == "txt":
+        (folder / "a.txt").write_text("\n<|endoftext|>\n".join(LONG))
+        return folder / "a.txt"
+    if kind == "passages":
+        (folder / "a.txt").write_text("\n\n".join(text.replace("\n", "\n\n") for text in LONG))
+        return folder / "a.txt"
+    folder = folder / "many"
+    folder.mkdir(exist_ok=True)
+    _lines(folder / "a.jsonl", LONG[:half])
+    (folder / "b.txt").write_text("\n<|endoftext|>\n".join(LONG[half:]) + "\n<|endoftext|>\n")
+    _lines(folder / "c.jsonl", LONG[:3])
+    return folder
+
+
+KINDS = [
+    *("list", "function", "generator", "dataset", "stream", "stream-shuffled"),
+    *("jsonl", "json", "parquet", "csv", "txt", "passages", "folder"),
+]
+
+
+def _same(a, b):
+    return torch.equal(a.tokens, b.tokens) and a.bytes_per_token == b.bytes_per_token
+
+
+@pytest.mark.parametrize("shuffle", [None, 5, 10_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_goes_on_where_it_stood(kind, shuffle, tmp_path):
+    make = lambda: token_batches(
+        _source(kind, tmp_path),
+        TOKENIZER,
+        seq_len=33,
+        batch_size=3,
+        shuffle_seed=None if shuffle is None else 2,
+        shuffle_buffer=shuffle or 1,
+    )
+    whole = list(positions(make(), endless=False))
+    assert len(whole) > 20 and [p.index for _, p in whole] == list(range(1, len(whole) + 1))
+    for at in (0, 1, len(whole) // 2, len(whole) - 2):
+        save_state(tmp_path / "state", whole[at][1].state())  # as a checkpoint keeps it
+        position = Position.load(load_state(tmp_path / "state"))
+        again = make()
+        rest = list(positions(again, at=position, endless=False))
+        assert len(rest) == len(whole) - at - 1
+        for (a, p), (b, q) in zip(rest, whole[at + 1 :], strict=True):
+            assert _same(a, b) and (p.epoch, p.index, p.rows) == (q.epoch, q.index, q.rows)
+        assert again.n_tokens == sum(batch.tokens.numel() for batch, _ in whole)
+
+
+def test_an_endless_stream_goes_on_in_its_second_pass():
+    make = lambda: token_batches(LONG, TOKENIZER, seq_len=33, batch_size=3, shuffle_seed=1, limit_tokens=900)
+    stream = positions(make())
+    first = [next(stream) for _ in range(25)]
+    assert {p.epoch for _, p in first} == {0, 1, 2}  # 27 rows, 9 batches
+    assert not torch.equal(first[0][0].tokens, first[9][0].tokens)
+    for at in (8, 9, 13, 17):
+        rest = positions(make(), at=first[at][1])
+        assert all(torch.equal(next(rest)[0].tokens, batch.tokens) for batch, _ in first[at + 1 :])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_tensors_and_lists_of_batches_have_positions_too(kind):
+    tokens = torch.arange(60).reshape(20, 3)
+    made = tokens if kind == "tensor" else [tokens[:7], tokens[7:9], Batch(tokens[9:])]
+    stream = positions(made, seed=4)
+    first = [next(stream)[0] for _ in range(9)]
+    stream = positions(made, seed=4)
+    position = [next(stream)[1] for _ in range(4)][-1]
+    rest = positions(made, seed=4, at=Position.load(position.state()))
+    assert all(torch.equal(next(rest)[0].tokens, batch.tokens) for batch in first[4:])
+
+
+def test_going_on_tokenises_one_group_and_reads_no_text_before_it(tmp_path, monkeypatch):
+    path = _lines(tmp_path / "a.jsonl", LONG)
+    make = lambda: token_batches(path, TOKENIZER, seq_len=33, batch_size=3)
+    whole = list(positions(make(), endless=False))
+    _, position = whole[-4]
+    offsets, lines = [], tl_lenses.texts._lines
+
+    def counting(path, offset=0):
+        offsets.append(offset)
+        return lines(path, offset)
+
+    monkeypatch.setattr(tl_lenses.texts, "_lines", counting)
+    next(positions(make(), at=position))
+    assert len(offsets) == 1 and offsets[0] > 0.7 * path.stat().st_size
+
+
+def test_a_stream_of_datasets_is_not_read_from_its_start():
+    read = []
+
+    def rows(shards):
+        for shard in shards:
+            for i in range(40):
+                read.append((shard, i))
+                yield {"text": LONG[i]}
+
+    make = lambda: token_batches(
+        datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]}),
+        TOKENIZER,
+        seq_len=33,
+        batch_size=3,
+    )
+    whole = list(positions(make(), endless=False))
+    _, position = whole[-2]
+    read.clear()
+    assert _same(next(positions(make(), at=position))[0], whole[-1][0])
+    assert {shard for shard, _ in read} == {3}
+
+
+def test_a_text_that_has_changed_is_refused(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", LONG)
+    make = lambda: token_batches(path, TOKENIZER, seq_len=33, batch_size=3)
+    position = list(positions(make(), endless=False))[20][1]
+    _lines(path, LONG[1:])
+    with pytest.raises(ValueError, match="the text has changed since its place was noted: file 0 was 'a.jsonl'"):
+        next(positions(make(), at=position))
+
+
+# --- the thread that is ahead
+
+
+def test_the_thread_is_ahead_by_no_more_than_asked_and_stops_with_its_reader():
+    made = []
+
+    def items():
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 0
+    time.sleep(0.3)
+    assert len(made) == 5  # one read, three waiting, one in hand
+    stream.close()
+    time.sleep(0.3)
+    assert len(made) <= 6
+    assert list(ahead(iter(range(50)), 3)) == list(ahead(iter(range(50)), 0)) == list(range(50))
+
+
+def test_errors_come_out_of_the_thread_in_their_place():
+    def items():
+        yield 1
+        raise ValueError("row 1 is wrong")
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="row 1 is wrong"):
+        next(stream)
