@@ -138,13 +138,6 @@ def test_padding_changes_nothing(model):
     assert torch.allclose(plain.effects[1], other.effects[1], rtol=2e-2)
 
 
-def test_spearman():
-    assert C.spearman(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 5.0, 5.0, 7.0])) == pytest.approx(1.0)
-    assert C.spearman(torch.arange(5.0), -(torch.arange(5.0) ** 3)) == pytest.approx(-1.0)
-    assert C.spearman(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
-    assert C.spearman(torch.arange(2.0), torch.arange(2.0)) != C.spearman(torch.arange(2.0), torch.arange(2.0))
-
-
 def test_the_report_prints_and_saves(model, tmp_path):
     result = C.causal_basis(model, tll.Lens(model), TOKENS, k=3, layers=[0, 2], n=20)
     assert "Spearman" in str(result) and "| 2 |" in result.markdown()
