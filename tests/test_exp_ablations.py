@@ -141,7 +141,7 @@ def test_the_report_prints_and_saves(model, tmp_path):
     text = result.markdown()
     assert "first, mean" in text and "head 3" in text and "| swap |" in text.replace("| block | zero | mean", "|")
     folder = result.save(tmp_path / "out")
-    assert (folder / "loss.svg").exists() and (folder / "heads.svg").exists()
+    assert all((folder / f"{name}.svg").exists() for name in ("loss", "subspaces", "heads"))
     assert len(result.to_frame()) == 3 * (2 * (1 + 1 + 4) + 1)
 
 

@@ -26,29 +26,32 @@ def unit(seed, n=1):
     return x[0] if n == 1 else x
 
 
-def planted(strength=3.0, n=64):
-    """States that vary along one direction much and along all others little, and stand far out along a third one."""
+def planted(model, n=400):
+    """A lens that reads two directions only, and states that vary along all but the second, in which they stand far out."""
     along, aside = unit(3, 2)
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randn(n, D, generator=generator) * 0.2
-    noise = noise - (noise @ aside)[:, None] * aside
-    return noise + strength * torch.randn(n, 1, generator=generator) * along + 4 * aside, along, aside
+    write = unit(4, 2) * D**0.5
+    shift = torch.randn(D, generator=torch.Generator().manual_seed(5)) * 2
+    weight = 0.5 * (torch.outer(write[0], along) + torch.outer(write[1], aside))
+    rows = [(tll.site(model, 1), tll.site(model, -1))]
+    lens = tll.Lens(model, tll.Translators(rows, weight[None], shift[None], n_layers=model.cfg.n_layers))
+    noise = torch.randn(n, D, generator=torch.Generator().manual_seed(6))
+    return lens[1], noise - (noise @ aside)[:, None] * aside + 4 * aside, along, aside
 
 
-def test_a_planted_direction_is_found_first_by_both_solvers(model):
-    states, along, aside = planted()
-    for solver in B.SOLVERS:
-        found = B.extract(tll.Lens(model)[1], states, 3, solver=solver)
-        assert abs(float(found.vectors[0] @ along)) > 0.95
-        assert float(found.energies[0]) > 3 * float(found.energies[1])
-        assert (found.vectors @ aside).abs().max() < 0.2  # large, and the same everywhere: the mean says it all
+@pytest.mark.parametrize("solver", B.SOLVERS)
+def test_a_planted_direction_is_found_first(model, solver):
+    decode, states, along, aside = planted(model)
+    found = B.extract(decode, states, 3, solver=solver)
+    assert abs(float(found.vectors[0] @ along)) > 0.95
+    assert float(found.energies[1]) < 0.1 * float(found.energies[0])
+    assert abs(float(found.vectors[0] @ aside)) < 0.2  # large, and the same everywhere: the mean says it all
 
 
 def test_an_ablation_to_zero_is_caught(model, monkeypatch):
-    states, _, aside = planted(strength=0.5)
-    monkeypatch.setattr(EN, "ablate", lambda states, v, mean: states - (states @ v)[:, None] * v)
-    found = B.extract(tll.Lens(model)[1], states, 3)
-    assert (found.vectors @ aside).abs().max() > 0.5  # what the check above forbids
+    decode, states, along, aside = planted(model)
+    monkeypatch.setattr(EN, "ablate", lambda h, v, mean, x=None: (x or (h, v))[0] - (h @ v)[:, None] * (x or (h, v))[1])
+    found = B.extract(decode, states, 3)
+    assert abs(float(found.vectors[0] @ along)) < 0.95 and abs(float(found.vectors[0] @ aside)) > 0.2
 
 
 def test_what_is_found_is_a_maximum_above_its_start(model):
@@ -60,7 +63,7 @@ def test_what_is_found_is_a_maximum_above_its_start(model):
         top = float(found.energies[0])
         assert top > 1.5 * float(energy(start).detach())
         nearby = [found.vectors[0] + 0.05 * v / v.norm() for v in torch.randn(50, D, generator=RANDOM)]
-        assert top >= max(float(energy(v / v.norm()).detach()) for v in nearby) * (1 - 1e-3)
+        assert top >= max(float(energy(v / v.norm()).detach()) for v in nearby) * (1 - 5e-3)
 
 
 @pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "llama", "gemma2", "neox"), zoo.FEW_KINDS))
@@ -96,7 +99,7 @@ def test_a_norm_that_leaves_the_plane_is_not_sent_through_it(model, monkeypatch)
 def test_the_fast_solver_finds_what_the_published_one_finds_for_less(model):
     states = torch.randn(160, D, generator=torch.Generator().manual_seed(9)) * torch.linspace(0.2, 2, D)
     ours, theirs = (B.extract(tll.Lens(model)[1], states, 8, solver=solver) for solver in B.SOLVERS)
-    assert torch.allclose(ours.energies[:2], theirs.energies[:2], rtol=1e-2)
+    assert torch.allclose(ours.energies[:2], theirs.energies[:2], rtol=2e-2)
     assert float(ours.energies.sum() / theirs.energies.sum()) > 0.95  # on the lab model: benchmarks/causal_basis.py
     assert ours.evaluations < theirs.evaluations
     for found in (ours, theirs):
@@ -133,13 +136,6 @@ def test_padding_changes_nothing(model):
     assert other.positions == plain.positions
     assert torch.allclose(plain.bases[1].energies, other.bases[1].energies, rtol=1e-2)
     assert torch.allclose(plain.effects[1], other.effects[1], rtol=2e-2)
-
-
-def test_spearman():
-    assert C.spearman(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 5.0, 5.0, 7.0])) == pytest.approx(1.0)
-    assert C.spearman(torch.arange(5.0), -(torch.arange(5.0) ** 3)) == pytest.approx(-1.0)
-    assert C.spearman(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
-    assert C.spearman(torch.arange(2.0), torch.arange(2.0)) != C.spearman(torch.arange(2.0), torch.arange(2.0))
 
 
 def test_the_report_prints_and_saves(model, tmp_path):

@@ -79,15 +79,17 @@ class Ablations(Report):
         return "mean" if "mean" in kinds else kinds[0]
 
     def pictures(self) -> dict[str, Picture]:
-        """Loss per block, a line per ablation; heads as a matrix."""
-        lines = {}
+        """Loss per block, a line per ablation of blocks, then of subspaces; heads as a matrix."""
+        lines: dict[str, dict[str, list[tuple[float, float]]]] = {"loss": {}, "subspaces": {}}
         for (part, how), values in self.loss.items():
             if part not in self.heads:
-                name = how if part in ("block", "order") else f"{part}, {how}"
-                lines[name] = list(zip(self.blocks, values.tolist(), strict=True))
-        found: dict[str, Picture] = {}
-        if lines:
-            found["loss"] = Lines(f"ablations, {self.model}", lines, "block", "rise of the loss, nats")
+                whole = part in ("block", "order")
+                points = list(zip(map(float, self.blocks), values.tolist(), strict=True))
+                lines["loss" if whole else "subspaces"][how if whole else f"{part}, {how}"] = points
+        title = f"ablations, {self.model}"
+        found: dict[str, Picture] = {
+            name: Lines(title, series, "block", "rise of the loss, nats") for name, series in lines.items() if series
+        }
         if self.heads:
             how = self._head_kind()
             values = [[float(self.loss[part, how][i]) for part in self.heads] for i in range(len(self.blocks))]

@@ -60,7 +60,10 @@ class Alignment(Report):
 
     def pictures(self) -> dict[str, Picture]:
         """Similarity over layers, a line per lens."""
-        lines = {name: list(zip(self.layers, self.similarity(name).tolist(), strict=True)) for name in self.scores}
+        lines = {
+            name: list(zip(map(float, self.layers), self.similarity(name).tolist(), strict=True))
+            for name in self.scores
+        }
         return {"similarity": Lines(f"stimulus-response alignment, {self.model}", lines, up="Aitchison similarity")}
 
     def rows(self) -> list[dict[str, Any]]:

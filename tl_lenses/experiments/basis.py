@@ -4,7 +4,7 @@
 
 sigma has many local maxima, so what a solver finds depends on where it starts. `"lbfgs"` is the published procedure: L-BFGS from
 the i-th left singular vector of the translated unembedding, through the lens' own logits. `"fast"` climbs the same way from the same
-starts, with the energy of `energy.py` and without the published procedure's last iterations, which add nothing. Better starts were
+starts, with the energy of `energy.py` and without the published procedure's last evaluations, which add next to nothing. Better starts were
 tried and do not help (docs/log.md): the best direction of one step takes away from the steps that follow.
 
 Source: Belrose et al. 2023 (Tuned Lens), section 4.1 and its appendix.
@@ -24,6 +24,8 @@ from tl_lenses.progress import progress
 SOLVERS = ("fast", "lbfgs")
 # The published procedure: so many evaluations per direction, and the relative change of the energy that ends it.
 MAX_EVALUATIONS, ENOUGH = 100, 1e-4
+# The fast one stops where so many evaluations add less than this share of the energy.
+PATIENCE, FLAT = 4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -140,45 +142,48 @@ def _off(v: Float[Tensor, " d"], found: Float[Tensor, "i d"]) -> Float[Tensor, "
 def _lbfgs(energy: _Counted, k: int, bar: Any, *, early: bool) -> Float[Tensor, "k d"]:
     """L-BFGS with strong Wolfe line search from every start in turn, in the complement of what was found.
 
-    The published procedure lets the optimiser go on until its own tolerances end it (1e-7, 1e-9) or the evaluations do; `early`
-    stops after the first iteration that adds less than `ENOUGH`. Both climb the same way.
+    The published procedure lets the optimiser go on until its own tolerances (1e-7, 1e-9) or the evaluations end it; `early` is the
+    same climb, left where it has become flat.
     """
     starts = _starts(energy.energy.decode, k)
     found = starts.new_zeros(0, len(starts))
     for i in range(k):
         v = torch.nn.Parameter(_off(starts[:, i], found))
-        optimizer = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", max_iter=1 if early else MAX_EVALUATIONS)
+        optimizer = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", max_iter=MAX_EVALUATIONS)
         seen: list[float] = []
-        known: dict[bytes, tuple[float, Tensor]] = {}
+        tops: list[tuple[float, Tensor]] = []  # the best so far, after each evaluation
 
-        def closure(v: Any = v, seen: Any = seen, known: Any = known, found: Tensor = found) -> Tensor:
-            # An iteration begins where the line search of the one before has been.
-            key = v.detach().cpu().numpy().tobytes()
-            if not early or key not in known:
-                at = _off(v.detach(), found)
-                value, slope = energy.slope(at, exact=not early)
-                known[key] = value, -_tangent(slope, at, found) / v.detach().norm()  # through the projection
-                seen.append(value)
-            value, slope = known[key]
-            v.grad = slope.clone()
+        def closure(v: Any = v, seen: Any = seen, tops: Any = tops, found: Tensor = found) -> Tensor:
+            at = _off(v.detach(), found)
+            value, slope = energy.slope(at, exact=not early)
+            v.grad = -_tangent(slope, at, found) / v.detach().norm()  # the chain rule through the projection
+            seen.append(value)
+            tops.append((value, at) if not tops or value > tops[-1][0] else tops[-1])
+            if early and (len(seen) == MAX_EVALUATIONS or _flat([top for top, _ in tops])):
+                raise _Arrived
             return torch.tensor(-value)
 
-        last = -1.0
-        while len(seen) < MAX_EVALUATIONS:
-            optimizer.step(closure)  # type: ignore[arg-type]
-            if early:
-                now = -float(closure())
-                if now - last < ENOUGH * abs(now):
-                    break
-                last = now
-            else:
+        try:
+            while len(seen) < MAX_EVALUATIONS:
+                optimizer.step(closure)  # type: ignore[arg-type]
                 v.data = _off(v.data, found)
                 if len(seen) > 1 and abs(seen[-1] - seen[-2]) < ENOUGH * abs(seen[-1]):
                     break
+        except _Arrived:
+            v.data = tops[-1][1]
         found = torch.cat([found, _off(v.detach(), found)[None]])
         if bar is not None:
             bar.update()
     return found
+
+
+class _Arrived(Exception):
+    """Ends a climb from inside the optimiser, which knows an absolute tolerance only."""
+
+
+def _flat(tops: list[float]) -> bool:
+    """Whether the last evaluations have added less than `FLAT` to the best energy so far."""
+    return len(tops) > PATIENCE and tops[-1] - tops[-1 - PATIENCE] < FLAT * tops[-1]
 
 
 def _tangent(slope: Tensor, v: Tensor, found: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Which directions of a layer matter to a lens, and do they matter to the model as much? Causal basis extraction."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from tl_lenses import edits
 from tl_lenses import stats as S
 from tl_lenses.experiments.basis import SOLVERS, Basis, bases_of, check_k
 from tl_lenses.experiments.picture import Lines, Picture
+from tl_lenses.experiments.ranks import spearman
 from tl_lenses.experiments.report import Report, Table, named
 from tl_lenses.experiments.states import Texts, check_lens, states_of, texts_of, wanted_layers
 from tl_lenses.hooks import patch, run
@@ -20,7 +22,7 @@ from tl_lenses.model import LensModel, check_model, d_model
 from tl_lenses.progress import progress
 from tl_lenses.sites import site
 
-BITS = 1 / 0.6931471805599453  # nats to bits
+BITS = 1 / math.log(2)  # nats to bits
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class CausalBasis(Report):
 
     def spearman(self, layer: int) -> float:
         """Rank correlation of the effects on the lens and on the model; NaN where there are fewer than three directions."""
-        return spearman(self.bases[layer].energies, self.effects[layer])
+        effects = self.effects[layer]
+        return float(spearman(self.bases[layer].energies, effects)) if len(effects) > 2 else math.nan
 
     def tables(self) -> list[Table]:
         """A row per layer."""
@@ -71,7 +74,7 @@ class CausalBasis(Report):
         )  # fmt: skip
         found: dict[str, Picture] = {"effects": scatter}
         if len(self.bases) > 1 and len(next(iter(self.effects.values()))) > 2:
-            ranks = [(layer, self.spearman(layer)) for layer in self.bases]
+            ranks = [(float(layer), self.spearman(layer)) for layer in self.bases]
             found["spearman"] = Lines(f"lens against model, {self.model}", {"Spearman": ranks}, up="rank correlation")
         return found
 
@@ -162,21 +165,3 @@ def effects(
             if bar is not None:
                 bar.update(1 / len(texts.batches))
     return (total / texts.n).float()
-
-
-def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """Rank correlation, ties at their mean rank; NaN below three pairs, or where one of them is constant.
-
-    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0]))
-    1.0
-    """
-    if len(x) < 3:
-        return float("nan")
-    a, b = (_ranks(v.double()) for v in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (a.norm() * b.norm())) if a.any() and b.any() else float("nan")
-
-
-def _ranks(x: Tensor) -> Tensor:
-    less = (x[None] < x[:, None]).sum(1)
-    return less + ((x[None] == x[:, None]).sum(1) - 1) / 2

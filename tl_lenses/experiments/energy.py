@@ -25,13 +25,25 @@ CHUNK = 2**18  # logits at a time: four such buffers stay in a core's cache
 PLANE = 1e-3  # how far from its plane, relative to its length, a state may lie
 
 
-def ablate(states: Float[Tensor, "n d"], v: Float[Tensor, " d"], mean: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
+def ablate(
+    states: Float[Tensor, "n d"],
+    v: Float[Tensor, " d"],
+    mean: Float[Tensor, " d"],
+    images: tuple[Float[Tensor, "n d"], Float[Tensor, " d"]] | None = None,
+) -> Float[Tensor, "n d"]:
     """`r(h, v) = h - v v^T (h - mu)`, v of length 1.
+
+    Args:
+        states: h.
+        v: the direction.
+        mean: mu.
+        images: `W h + b` and `W v`; with them the result is `W r(h, v) + b`, without a product by W.
 
     >>> ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
     tensor([[1., 4.]])
     """
-    return states - ((states - mean) @ v)[:, None] * v
+    moved, along = (states, v) if images is None else images
+    return moved - ((states - mean) @ v)[:, None] * along
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Energy:
         decode: `lens[l]`.
         states: `[n, d_model]`, float32.
         mean: mu.
+        translated: the states in the basis of the final residual.
         teacher: logits of the states as they are, `[n, d_vocab]`.
         plane: what the fast path keeps, or None.
     """
@@ -49,14 +62,15 @@ class Energy:
     decode: LayerLens
     states: Float[Tensor, "n d"]
     mean: Float[Tensor, " d"]
+    translated: Float[Tensor, "n d"]
     teacher: Float[Tensor, "n d_vocab"]
     plane: "Plane | None"
 
     def __call__(self, v: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        ablated = self.decode.translate(ablate(self.states, v, self.mean))
-        normed = _normed(self.decode.readout, ablated)
+        u = _translated(self.decode, v)
+        normed = _normed(self.decode.readout, ablate(self.states, v, self.mean, (self.translated, u)))
         if self.plane is not None:
-            return self.plane(normed, _turned(self.decode, v))
+            return self.plane(normed, _normed(self.decode.readout, u[None])[0])
         w_u, b_u = self.decode.readout.weights()
         return fused_kl(
             normed[None], self.teacher, w_u.float(), None if b_u is None else b_u.float(), transform=self._transform()
@@ -90,10 +104,11 @@ def energy_of(decode: LayerLens, states: Float[Tensor, "n d"], *, fast: bool = T
         raise ValueError("the states have values that are not finite: try float32 or bfloat16")
     states = states.detach().float()
     teacher, mean = decode(states).float(), states.mean(0)
-    energy = Energy(decode, states, mean, teacher, None)
+    translated = decode.translate(states)
+    energy = Energy(decode, states, mean, translated, teacher, None)
     if not fast or energy._transform() is not None:
         return energy
-    normed = _normed(decode.readout, decode.translate(states))
+    normed = _normed(decode.readout, translated)
     at_zero = _normed(decode.readout, torch.zeros_like(normed[:1]))[0]
     w_u, b_u = decode.readout.weights()
     w_u = w_u.float()
@@ -109,9 +124,9 @@ def energy_of(decode: LayerLens, states: Float[Tensor, "n d"], *, fast: bool = T
         v = v / v.norm()
         shifted = states - length * ((states - mean) @ v)[:, None] * v
         y = _normed(decode.readout, decode.translate(shifted))
-        if plane.error(y, _turned(decode, v)) > PLANE:
+        if plane.error(y, _normed(decode.readout, _translated(decode, v)[None])[0]) > PLANE:
             return energy
-    return Energy(decode, states, mean, teacher, plane)
+    return Energy(decode, states, mean, translated, teacher, plane)
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ class Plane:
     lead: Int[Tensor, " n"]
 
     def __call__(self, normed: Float[Tensor, "n d"], turned: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        """Mean KL of the ablated states `normed`, moved along `turned` = norm(W v)."""
+        """Mean KL of the ablated states `normed`, moved along W v; `turned` is its norm(W v)."""
         direction, ablated = turned - self.at_zero, normed - self.at_zero
         along, across = self.coordinates(ablated, direction)
         partition = _Partition.apply(
@@ -192,7 +207,6 @@ def _normed(readout: Readout, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return readout.norm(x.to(readout.dtype)).float()
 
 
-def _turned(decode: LayerLens, v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Where the final norm sends the translated direction `W v`, without the translator's bias."""
-    u = v if decode.affine is None else decode.affine.weight.to(v) @ v
-    return _normed(decode.readout, u[None])[0]
+def _translated(decode: LayerLens, v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """`W v`: a direction, so without the translator's bias."""
+    return v if decode.affine is None else decode.affine.weight.to(v) @ v
