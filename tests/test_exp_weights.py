@@ -70,6 +70,8 @@ def test_a_planted_direction_reads_as_its_tokens(model):
     direction = scale * (x - x.mean(-1, keepdim=True))
     want = (direction @ w_u).topk(5).indices
     assert torch.equal(tokens_of(lens, 1, 0.01 * x, 5), want) and (want[:, :2] == wanted[:, None]).any(1).all()
+    some = torch.arange(100, 320)
+    assert torch.equal(tokens_of(lens, 1, x, 5, some), some[(direction @ w_u[:, some]).topk(5).indices])
     shift = torch.ones(d)
     maps = tll.Translators(
         [("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post")], torch.eye(d)[None] * 3, shift[None], n_layers=3
@@ -144,6 +146,7 @@ def test_bad_input_is_refused(model):
         ({"kinds": ["OV"]}, "no kind 'OV'"),
         ({"blocks": [3]}, r"blocks must be some of 0\.\.2"),
         ({"blocks": []}, r"blocks must be some of 0\.\.2"),
+        ({"among": torch.arange(3)}, "among has 3 tokens: pass 10 or more"),
         ({"embeddings": "W_Q"}, "embeddings must be 'W_E', 'W_U' or a matrix"),
         ({"embeddings": torch.ones(7, 3)}, "embeddings have 7 rows"),
         ({"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}}, "'far' reads through another model"),

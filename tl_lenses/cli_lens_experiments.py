@@ -264,12 +264,24 @@ def _checkpoints(model: Any, wanted: Wanted) -> list[tuple[int, Any]]:
 
 
 def _weights(model: Any, wanted: Wanted) -> Any:
+    import torch
+
     from tl_lenses.experiments.weights import weights
 
     lenses = lenses_of(model, wanted, ("logit", "tuned"))
-    more = {} if wanted.k is None else {"directions": wanted.k}
-    columns = {} if wanted.limit is None else {"columns": wanted.limit}
-    return weights(model, lenses, blocks=wanted.layers, seed=wanted.seed, **more, **columns)
+    counts = torch.zeros(int(model.cfg.d_vocab), dtype=torch.long)
+    for batch in text_of(model, wanted, fit=True, tokens=2**17):
+        counts += torch.bincount(batch.tokens.flatten(), minlength=len(counts))
+    among = (counts > 1).nonzero()[:, 0]  # tokens that were never seen would fill the lists
+    return weights(
+        model,
+        lenses,
+        blocks=wanted.layers,
+        among=among,
+        directions=wanted.k or 8,
+        columns=wanted.limit or 64,
+        seed=wanted.seed,
+    )
 
 
 def _inversion(model: Any, wanted: Wanted) -> Any:

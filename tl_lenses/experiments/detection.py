@@ -301,7 +301,7 @@ def _features(
     """Choices by layer, or statistics by layer where there are none. `last` always ends with the final layer."""
     if logprobs.shape[-1]:
         return logprobs[:, : len(rows)].flatten(1).double()
-    logits = lambda layer, x: S.log_probs(lens[layer](x.to(lens.readout.model.W_U.device))).cpu()
+    logits = lambda layer, x: S.log_probs(lens[layer](x.to(lens.readout.weights()[0].device))).cpu()
     final, found = logits(lens.n_layers, last[:, -1]), []
     for at, layer in enumerate(rows):
         logp = logits(layer, last[:, at])

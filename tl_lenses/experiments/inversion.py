@@ -22,7 +22,7 @@ from tl_lenses.moments import Moments, moments
 from tl_lenses.progress import progress
 
 TRUE, START, FREE, PRIOR = "true state", "least squares", "no prior", "prior"
-WEIGHT = 1e-3  # of the prior: -log p of a natural state is about d_model / 2, and of KL a tenth of a nat matters
+WEIGHT = 1e-4  # of the prior: -log p of a natural state is about d_model / 2, and of KL a hundredth of a nat matters
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def inversion(
         free = invert(one, logp, start=begin, steps=steps)
         with_prior = invert(one, logp, start=begin, prior=prior, weight=weight, steps=steps)
         for c, h in enumerate((true, begin, free.state, with_prior.state)):
-            kl[i, j, c] = divergence(one, h, logp).detach().cpu()
+            kl[i, j, c] = divergence(one, h, logp).detach().clamp_min(0).cpu()  # not -1e-8
             cosine[i, j, c] = torch.cosine_similarity(h - prior.mean, true - prior.mean, dim=-1).cpu()
             typical[i, j, c] = prior.whiten(h).square().mean(-1).cpu()
         for c, found in enumerate((free, with_prior)):
@@ -242,7 +242,7 @@ def invert(
     Source: Belrose et al. 2023, library `Unembed.invert` (which starts from zero and returns the normed state).
 
     Example:
-        >>> found = invert(lens[6], logits[0].log_softmax(-1), prior=prior, weight=1e-3)      # doctest: +SKIP
+        >>> found = invert(lens[6], logits[0].log_softmax(-1), prior=prior, weight=1e-4)      # doctest: +SKIP
     """
     total = logp.exp().sum(-1)
     if not torch.allclose(total, torch.ones_like(total), atol=1e-3):

@@ -88,10 +88,10 @@ class Weights(Report):
                 row += [f"{mean:.3f} ({low:.3f}, {high:.3f})", f"{100 * above:.0f}%"]
             rows.append(row)
         columns = ["vectors of", "n"] + [c for lens in self.lenses for c in (lens, "above")]
-        top = self.settings.get("k")
+        top, among = self.settings.get("k"), self.settings.get("among")
         note = (
             f"mean pairwise cosine of the {top} top tokens' embeddings ({self.settings.get('embeddings')}, centred), with a 95% "
-            "interval over vectors; above: the share that exceeds 95% of the random ones"
+            f"interval over vectors; {'' if among is None else f'of {among} tokens; '}above: the share that exceeds 95% of the random ones"
         )
         found = [Table(f"coherence of the weights, {self.model}", columns, rows, note, percent=False)]
         for lens in self.lenses:
@@ -148,6 +148,7 @@ def weights(
     directions: int = 8,
     columns: int = 64,
     embeddings: str | Float[Tensor, "d_vocab d_embed"] = "W_E",
+    among: Int[Tensor, " some"] | None = None,
     n_random: int = 200,
     seed: int = 0,
     show_progress: bool | None = None,
@@ -170,6 +171,8 @@ def weights(
         directions: singular vectors per matrix, largest first.
         columns: rows or columns of an MLP per block, drawn at random.
         embeddings: whose cosines count, `"W_E"`, `"W_U"`, or a matrix with a row per token (the paper took BPEmb).
+        among: ids that may be top tokens; all by default. Tokens that a model has never seen have embeddings that point one way:
+            they fill the lists of many directions, random ones too, and are all alike. Name those that occur in a text.
         n_random: random vectors per layer, read in the same way.
         seed: of the draws.
 
@@ -192,9 +195,11 @@ def weights(
         raise ValueError(f"directions is {directions}: {what} has {most} dimensions, so pass 1 to {most}")
     if not 2 <= k <= int(model.cfg.d_vocab):
         raise ValueError(f"k is {k}: a coherence needs 2 tokens or more, at most the vocabulary of {model.cfg.d_vocab}")
+    if among is not None and not k <= len(among):
+        raise ValueError(f"among has {len(among)} tokens: pass {k} or more, as many as are listed")
     layers = sorted({block + (kind in WRITES) for block in wanted for kind in kinds})
     check_lenses(model, lenses, layers)
-    table = _table(model, embeddings)
+    table = _table(model, embeddings, among)
     generator = torch.Generator().manual_seed(seed)
     pick = {block: torch.randperm(int(model.cfg.d_mlp), generator=generator)[:columns] for block in wanted} if any(
         "columns" in kind for kind in kinds) else {}  # fmt: skip
@@ -204,10 +209,10 @@ def weights(
         vectors = _vectors(model, block, kinds, directions, pick.get(block))
         for name, lens in lenses.items():
             for kind, (labels, x) in vectors.items():
-                ids = tokens_of(lens, block + (kind in WRITES), x, k)
+                ids = tokens_of(lens, block + (kind in WRITES), x, k, among)
                 readings.append(Reading(name, kind, block, labels, ids, coherence(table, ids)))
             noise = torch.randn(n_random, d, generator=torch.Generator().manual_seed(seed + block))
-            ids = tokens_of(lens, block if block in layers else block + 1, noise.to(model.W_U), k)  # type: ignore[attr-defined]
+            ids = tokens_of(lens, block if block in layers else block + 1, noise.to(model.W_U), k, among)  # type: ignore[attr-defined]
             labels = [str(i) for i in range(n_random)]
             readings.append(Reading(name, RANDOM, block, labels, ids, coherence(table, ids)))
     seen = sorted({int(i) for r in readings if r.kind != RANDOM for i in r.ids.flatten().unique()})
@@ -216,6 +221,7 @@ def weights(
     settings = {
         "k": k, "directions": directions, "columns": columns, "random": n_random, "seed": seed,
         "embeddings": embeddings if isinstance(embeddings, str) else "given",
+        "among": None if among is None else len(among),
     }  # fmt: skip
     return Weights(named(model), readings, words, settings=settings)
 
@@ -227,14 +233,18 @@ def coherence(table: Float[Tensor, "d_vocab d_embed"], ids: Int[Tensor, "n k"]) 
     return ((total**2).sum(-1) - k).cpu() / (k * (k - 1))
 
 
-def tokens_of(lens: Lens, layer: int, x: Float[Tensor, "n d_model"], k: int) -> Int[Tensor, "n k"]:
+def tokens_of(
+    lens: Lens, layer: int, x: Float[Tensor, "n d_model"], k: int, among: Int[Tensor, " some"] | None = None
+) -> Int[Tensor, "n k"]:
     """The top tokens of directions at a layer. Length does not count, as the norm divides by it."""
     one, readout = lens[layer], lens.readout
     y = x if one.affine is None else x @ one.affine.weight.to(x).T
     y = (y * (y.shape[-1] ** 0.5 / y.norm(dim=-1, keepdim=True).clamp_min(1e-30))).to(readout.dtype)
     direction = readout.norm(y) - readout.norm(torch.zeros_like(y[:1]))
     w_u, _ = readout.weights()
-    return torch.cat([(part @ w_u).topk(k).indices.cpu() for part in direction.split(256)])
+    w_u = w_u if among is None else w_u[:, among.to(w_u.device)]
+    top = torch.cat([(part @ w_u).topk(k).indices.cpu() for part in direction.split(256)])
+    return top if among is None else among.cpu()[top]
 
 
 def _vectors(
@@ -314,7 +324,7 @@ def _signed(x: Float[Tensor, "head n d"]) -> tuple[list[str], Float[Tensor, "m d
     return labels, torch.stack([x, -x], 2).flatten(0, 2)
 
 
-def _table(model: LensModel, embeddings: str | Tensor) -> Float[Tensor, "d_vocab d_embed"]:
+def _table(model: LensModel, embeddings: str | Tensor, among: Tensor | None) -> Float[Tensor, "d_vocab d_embed"]:
     if isinstance(embeddings, str):
         if embeddings not in ("W_E", "W_U"):
             raise ValueError(f"embeddings must be 'W_E', 'W_U' or a matrix, got {embeddings!r}")
@@ -325,4 +335,4 @@ def _table(model: LensModel, embeddings: str | Tensor) -> Float[Tensor, "d_vocab
         if w.shape[0] != int(model.cfg.d_vocab):
             raise ValueError(f"embeddings have {w.shape[0]} rows: expected one per token, {model.cfg.d_vocab}")
     w = w[: int(model.cfg.d_vocab)].float()
-    return nn.functional.normalize(w - w.mean(0), dim=-1)
+    return nn.functional.normalize(w - (w if among is None else w[among.to(w.device)]).mean(0), dim=-1)
