@@ -336,8 +336,57 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(model, data, tmp_path, monk
     assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
     monkeypatch.setattr(tll, "fit_regression", interrupt)
     done = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", tmp_path / "lens")
-    assert done.exit_code == 130 and done.stderr == "interrupted\n"
+    assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_large_fit_is_planned_grouped_and_restarted(model, data, tmp_path, monkeypatch):
+    command = ["fit", "--model", model, "--data", data, "--steps", 4, "--batch-size", 4, "--optimizer", "sgd"]
+    many = [*command, "--layers-at-once", 2, "--offload", "--checkpoint-every", 1, "--shuffle-buffer", 7]
+    step, calls = tl_lenses.fit.tuned.optimizer_step, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 6:  # in the second group
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(tl_lenses.fit.tuned, "optimizer_step", interrupting)
+    done = run(*many, "--output", tmp_path / "lens")
+    assert done.exit_code == 130 and done.stderr.count("\n") == 1
+    assert "memory at the peak of a step" in done.stdout and "2 passes over the text" in done.stdout
+    left = {file.name for file in tmp_path.iterdir()}
+    assert {"lens.checkpoint.1of2", "lens.checkpoint.2of2", "lens.checkpoint.json"} <= left
+    assert "was made with layers_at_once 2, now it is None" in refused(
+        *command, "--shuffle-buffer", 7, "--output", tmp_path / "lens"
+    )
+    done = run(*many, "--output", tmp_path / "lens")
+    assert done.exit_code == 0, done.stderr
+    assert len(calls) == 6 + 3 and [file.name for file in tmp_path.iterdir()] == ["lens"]
+    whole = run(*command, "--shuffle-buffer", 7, "--output", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+    one, two = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
+    assert torch.allclose(one.delta, two.delta, atol=1e-6)
+
+    (tmp_path / "again.checkpoint").write_bytes(b"x")
+    assert "is damaged" in refused(*command, "--output", tmp_path / "again")
+    done = run(*command, "--restart", "--output", tmp_path / "again")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_notice_is_one_line(model, data, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    done = run("fit", "--model", model, "--data", data, "--steps", 2, "--output", tmp_path / "lens")
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: the checkpoint")]
+    assert len(notes) == 2 and "No space left on device" in notes[0] and "there is none yet" in notes[0]
+    assert (
+        done.exit_code == 1 and "No space left" in done.stderr.splitlines()[-1]
+    )  # the lens itself does not fit either
 
 
 # --- mistakes

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +195,51 @@ def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
     whole = _ok(launch(2, lambda rank, model: _maps(tll.fit_tuned(model, tokens, **settings)), tmp_path))
     resumed = _ok(launch(2, work(99), tmp_path))
     assert all(torch.equal(a["delta"], b["delta"]) for a, b in zip(whole, resumed, strict=True))
+
+
+def _launch(port, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", str(port), "-m", "tl_lenses", "fit", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tll.__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from tl_lenses.cli import app
+
+    zoo.reference("gpt2").save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    text = "\n<|endoftext|>\n".join(f"{i} the cat sat on the mat. the dog ran to the king." for i in range(80))
+    (tmp_path / "text.txt").write_text(text)
+    fit = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--steps", 6, "--optimizer", "sgd"]
+    fit += ["--batch-size", 3, "--device", "cpu"]
+    one = CliRunner().invoke(app, ["fit", *map(str, fit), "--output", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.stderr
+    job = _launch(_free_port(), *fit, "--output", tmp_path / "two")
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert out.count("saved in") == 1 and "in 2 processes" in out and "memory at the peak" in out
+    a, b = (tll.Translators.load(tmp_path / name) for name in ("one", "two"))
+    assert torch.allclose(a.delta, b.delta, atol=1e-5, rtol=0) and a.meta["tokens_seen"] == b.meta["tokens_seen"]
+
+    # one worker is killed: the job ends, and the same command goes on
+    job = _launch(_free_port(), *fit, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "three")
+    state = tmp_path / "three.checkpoint"
+    for _ in range(600):
+        if state.exists():
+            break
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, err = job.communicate(timeout=300)
+    assert job.returncode != 0 and not (tmp_path / "three").exists() and state.exists()
+    assert load_state(state)["step"] > 0

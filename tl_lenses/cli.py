@@ -172,7 +172,9 @@ def fit(
     checkpoint: Annotated[
         Path | None, typer.Option(help="File for the state of the fit; OUTPUT.checkpoint by default.")
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps (regression: batches) between two states.", min=1)] = 25,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between two states, 25; of a regression batches, 200.", min=1)
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from the state, if there is one, or delete it first.")
     ] = True,
@@ -244,7 +246,7 @@ def fit(
             remove_states(state)
         same_command(state, settings)
     scale: dict[str, Any] = {
-        "layers_at_once": layers_at_once, "offload": offload, "checkpoint": state, "checkpoint_every": checkpoint_every,
+        "layers_at_once": layers_at_once, "offload": offload, "checkpoint": state, "checkpoint_every": checkpoint_every or (200 if regression else 25),
         "show_progress": show_progress,
     }  # fmt: skip
     if who.first:

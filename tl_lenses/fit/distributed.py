@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_lenses.data import Batch
 from tl_lenses.moments import Moments
 
+LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many processes torchrun, accelerate and MPI started
 CHUNK = 2**26  # elements in one message where a tensor has to be brought to the device that communicates
 
 
@@ -44,14 +45,20 @@ class Processes:
 def processes() -> Processes:
     """Those that were launched together; joined here where the script has not done so.
 
-    Launched processes that were not joined would each fit alone and overwrite each other's files.
+    Raises:
+        RuntimeError: they could not be joined: each would fit alone and overwrite the others' files.
     """
     if not dist.is_available():
         return Processes()
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launched = max(int(os.environ.get(name, "1")) for name in LAUNCHED)
+    if not dist.is_initialized() and launched > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+        if not dist.is_initialized():
+            raise RuntimeError(
+                f"{launched} processes were launched and did not find each other: start them with accelerate launch or torchrun"
+            )
     if not dist.is_initialized():
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size())
