@@ -278,6 +278,7 @@ def fit_plan(
     offload: bool,
 ) -> str:
     """Memory of a fit, before its first step; says how many layers fit where not all of them do."""
+    from tl_lenses.divergence import product_dtype
     from tl_lenses.fit.plan import plan
     from tl_lenses.model import d_model, n_layers
 
@@ -294,6 +295,8 @@ def fit_plan(
             width, depth, int(model.W_U.shape[1]), n_params=parameters, n_rows=rows, rows_at_once=at_once,
             tokens_per_batch=batches.seq_len * batches.batch_size, tokens_per_step=tokens_per_step, steps=steps,
             optimizer=optimizer, state_on_cpu=offload, model_dtype="bfloat16" if element == 2 else "float32",
+            precision="float32" if product_dtype("auto", model.W_U).itemsize > 2 else "bfloat16",
+            device="cpu" if model.W_U.device.type == "cpu" else "cuda",
         )  # fmt: skip
         found = made(layers_at_once)
         needed, text = found.peak, str(found)
