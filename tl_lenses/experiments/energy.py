@@ -21,7 +21,7 @@ from tl_lenses.divergence import fused_kl
 from tl_lenses.lens import LayerLens
 from tl_lenses.unembed import Readout
 
-CHUNK = 2**18  # logits at a time: four such buffers stay in a core's cache
+CHUNK = 2**18  # logits at a time and thread: four such buffers stay in a core's cache
 PLANE = 1e-3  # how far from its plane, relative to its length, a state may lie
 
 
@@ -182,7 +182,8 @@ class _Partition(torch.autograd.Function):
         # Before the exponential each row is lowered by its logit of the token that led before the ablation: one product.
         shift = along * x.gather(-1, lead[:, None])[:, 0] + across * g[lead] + b[lead]
         weights = torch.stack([across, torch.ones_like(across), -shift], 1)
-        buffer = torch.empty(max(1, CHUNK // x.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
+        size = max(1, CHUNK * torch.get_num_threads() // x.shape[1])
+        buffer = torch.empty(size, x.shape[1], dtype=x.dtype, device=x.device)
         for part in S.chunks(n, x.shape[1], len(buffer)):
             z = buffer[: part.stop - part.start]
             torch.mul(x[part], along[part, None], out=z).addmm_(weights[part], sides).exp_()
