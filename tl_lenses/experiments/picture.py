@@ -63,7 +63,8 @@ def heat_svg(heat: Heat) -> str:
     from tl_lenses.views.style import ink, ramp
 
     columns = range(len(heat.columns))
-    wide = max([_COLUMN, *(8 * len(heat.text(r, c)) + 14 for r in range(len(heat.rows)) for c in columns)])
+    words = [heat.text(r, c) for r in range(len(heat.rows)) for c in columns]
+    wide = max([_COLUMN, *(8 * len(word) + 14 for word in [*words, *heat.columns])])
     stub = _MARGIN + 14 + 7 * max(len(label) for label in [heat.down, *heat.rows])
     top = 84
     width = max(stub + wide * len(heat.columns) + _MARGIN, 2 * _MARGIN + 8 * len(heat.title), 320)
