@@ -79,7 +79,7 @@ def _resolved(model: LensModel, layers: Layers) -> Layers:
             raise ValueError("an empty tuple of layers patches nothing")
         return tuple(_resolved(model, layer) for layer in layers)  # type: ignore[misc]
     if hasattr(layers, "__index__") and not isinstance(layers, bool):  # numpy's integers too
-        return resolve_layer(operator.index(layers), n_layers(model))
+        return resolve_layer(operator.index(layers), n_layers(model))  # pyright: ignore[reportArgumentType]
     site(model, layers)  # refuses what the model does not have
     return layers
 

@@ -20,7 +20,7 @@ from tl_lenses.model import Decoder, LensModel, device_of, n_layers
 from tl_lenses.sites import layer_site, site_layer
 
 # site -> which cells patch there, and their vectors
-Entries = dict[str, tuple[list[int], Float[Tensor, "cells k d"]]]
+Entries = dict[str, tuple[list[int], Float[Tensor, "_ k d"]]]
 
 # Whether a model's blocks take more rows than its embedding saw; found once per model.
 _JOINABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

@@ -71,7 +71,7 @@ def ids_of(prompt: str | Tensor | Sequence[int]) -> str | Tensor:
         raise TypeError(
             f"expected text, token ids or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one"
         )
-    return torch.tensor([operator.index(i) for i in ids], dtype=torch.long)
+    return torch.tensor([operator.index(i) for i in ids], dtype=torch.long)  # pyright: ignore[reportArgumentType]
 
 
 def collect(
