@@ -94,7 +94,9 @@ def test_fewer_rows_than_processes(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_training_is_that_of_one_process(world, optimizer, tmp_path):
     tokens = zoo.tokens(64, 16)
-    settings = dict(steps=20, optimizer=optimizer, tokens_per_step=160, init_tokens=600)
+    # bf16 products round a chunk's gradients by its size: 1e-5 is a matter of float32, the held-out KL is not
+    precision = "float32" if optimizer == "sgd" else "auto"
+    settings = dict(steps=20, optimizer=optimizer, tokens_per_step=160, init_tokens=600, precision=precision)
     model, calls = zoo.build("gpt2", zoo.FEW_KINDS[0]), []
 
     def work(rank, model):
@@ -112,8 +114,8 @@ def test_training_is_that_of_one_process(world, optimizer, tmp_path):
     assert found[0]["meta"]["tokens_seen"] == one.meta["tokens_seen"]
     assert one.delta.abs().max() > 0.01
     if optimizer == "sgd":
-        assert torch.allclose(found[0]["delta"], one.delta, atol=1e-5, rtol=0)
-        assert torch.allclose(found[0]["biases"], one.biases, atol=1e-5, rtol=0)
+        gaps = [(found[0][name] - getattr(one, name)).abs().max().item() for name in ("delta", "biases")]
+        assert max(gaps) < 1e-5, gaps
         return
     many = tll.fit_tuned(model, tokens, steps=0, init=one)
     many.delta.data, many.biases.data = found[0]["delta"], found[0]["biases"]

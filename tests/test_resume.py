@@ -117,6 +117,8 @@ def test_killed_from_outside_at_any_time(tmp_path):
     seconds, chance = time.perf_counter() - start, random.Random(7)
     for _ in range(5):
         child = _child(lambda: _fit(tmp_path / "state"), tmp_path / "lens")
+        while not (tmp_path / "state").exists():
+            time.sleep(0.01)
         time.sleep(chance.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

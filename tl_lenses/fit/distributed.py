@@ -66,7 +66,7 @@ def processes() -> Processes:
 
 def own_rows(batch: Batch, first: int, who: Processes) -> tuple[Batch | None, Int[Tensor, " rows"]]:
     """This process' rows of a batch that begins with row `first` of the stream, and their numbers in the batch."""
-    mine = torch.arange((who.rank - first) % who.world, len(batch.tokens), who.world)
+    mine = torch.tensor(range((who.rank - first) % who.world, len(batch.tokens), who.world), dtype=torch.long)
     if who.world == 1:
         return batch, mine
     if not len(mine):
