@@ -56,10 +56,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def chunks(n: int, d_vocab: int, dtype: torch.dtype, device: torch.device, size: int | None = None) -> Iterator[slice]:
     """Slices of positions, of about equal size, whose student logits fit in `CHUNK` bytes; or of `size` positions."""
-    if size is None and n:
-        size = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (dtype.itemsize * d_vocab))
-        size = -(-n // -(-n // size))  # no small one at the end
-    return (slice(i, min(i + size, n)) for i in range(0, n, size or 1))
+    if size is None:
+        most = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (dtype.itemsize * d_vocab))
+        size = -(-n // max(1, -(-n // most))) or 1  # no small one at the end
+    step = size
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
 class _Fused(torch.autograd.Function):
