@@ -277,7 +277,7 @@ def test_experiment_mistakes(model, tmp_path, monkeypatch):
     monkeypatch.setattr("tl_lenses.cli_experiments.load_model", lambda *args: pytest.fail("the model was loaded first"))
     out = ("--output", tmp_path / "out")
     assert "Invalid value" in refused("experiment", "nothing", code=2)
-    assert "--to is for cross-model, not for entities" in refused("experiment", "entities", "--to", "lab-gpt2", *out)
+    assert "--to is for cross-model, quality, fine-tune, not for entities" in refused("experiment", "entities", "--to", "lab-gpt2", *out)
     assert "--no-guard is for attributes, multihop" in refused("experiment", "next-token", "--no-guard", *out)
     assert "--limit 1 is too few" in refused("experiment", "entities", "--limit", 1, *out)
     assert "no file or folder" in refused("experiment", "attributes", "--data", tmp_path / "none", *out)
@@ -389,6 +389,16 @@ def test_a_notice_is_one_line(model, data, tmp_path, monkeypatch):
     )  # the lens itself does not fit either
 
 
+def test_fit_stops_by_held_out_text(model, data, tmp_path):
+    done = run("fit", "--model", model, "--data", data, "--held-out", data, "--steps", "auto", "--batch-size", 4,
+               "--layers", "0", "--optimizer", "sgd", "--output", tmp_path / "lens")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    from tl_lenses import Translators
+
+    meta = Translators.load(tmp_path / "lens").meta
+    assert meta["settings"]["steps"] == "auto" and list(meta["held_out"]["loss"])
+
+
 # --- mistakes
 
 
@@ -463,6 +473,10 @@ def test_usage_errors_leave_with_2(tmp_path):
     assert "--output" in refused("fit", code=2)
     assert "No such command" in refused("fti", code=2)
     assert "--steps" in refused("fit", "--output", tmp_path / "x", "--steps", "many", code=2)
+    assert "auto needs --held-out" in refused("fit", "--output", tmp_path / "x", "--steps", "auto", code=2)
+    assert "--held-out is for the tuned method" in refused(
+        "fit", "--output", tmp_path / "x", "--method", "regression", "--held-out", "lab"
+    )
     assert "ridge" in refused("fit", "--output", tmp_path / "x", "--method", "ridge", code=2)
     assert "--data" in refused("fit", "--output", tmp_path / "x", "--model", "gpt2", code=2)
 

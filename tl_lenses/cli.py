@@ -48,6 +48,7 @@ from tl_lenses.cli_patchscope import patchscope
 PICTURES = (".html", ".svg", ".png", ".csv", ".json")
 TABLES = (".csv", ".json")
 REGRESSION_TOKENS = 2**18  # a streamed data set may have no end
+HELD_OUT_TOKENS = 2**14  # read of --held-out
 EVAL_TOKENS = 2**14
 
 
@@ -157,7 +158,12 @@ def fit(
     model: Model = "lab-gpt2",
     method: Annotated[Method, typer.Option(help="Closed-form least squares, or training on the loss.")] = Method.tuned,
     data: Data = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 250,
+    steps: Annotated[
+        str, typer.Option(help="Optimiser steps, or auto: until the loss on --held-out no longer falls.", metavar="N")
+    ] = "250",
+    held_out: Annotated[
+        str | None, typer.Option(help="Text of its own, as --data: each layer's best look at it is what is saved.")
+    ] = None,
     tokens_per_step: Annotated[
         int | None, typer.Option(help="Batches are added up to so many; one batch by default.")
     ] = None,
@@ -217,6 +223,11 @@ def fit(
         check_output(output, overwrite=overwrite)
         check_output(state.parent, overwrite=True)
     data = data_source(data, model, text_column)
+    n_steps = _steps(steps, held_out)
+    if held_out is not None:
+        if method is Method.regression:
+            raise ValueError("--held-out is for the tuned method: a regression has no steps to stop")
+        held_out = data_source(held_out, model, text_column)
 
     import tl_lenses as tll
 
@@ -239,7 +250,7 @@ def fit(
     settings = {
         "model": model, "data": data, "text_column": text_column, "split": split, "seq_len": batches.seq_len,
         "batch_size": batch_size, "limit_tokens": limit_tokens, "dtype": dtype.value, "seed": seed,
-        "shuffle_buffer": shuffle_buffer, "layers_at_once": layers_at_once,
+        "shuffle_buffer": shuffle_buffer, "layers_at_once": layers_at_once, "held_out": held_out,
     }  # fmt: skip
     if who.first:
         if not resume:
@@ -251,7 +262,15 @@ def fit(
     }  # fmt: skip
     if who.first:
         planned = fit_plan(
-            loaded, chosen, batches, regression, steps, tokens_per_step, optimizer.value, layers_at_once, offload
+            loaded,
+            chosen,
+            batches,
+            regression,
+            250 if n_steps == "auto" else n_steps,
+            tokens_per_step,
+            optimizer.value,
+            layers_at_once,
+            offload,
         )
         say(planned)
     start = time.perf_counter()
@@ -261,8 +280,13 @@ def fit(
             if regression:
                 translators = tll.fit_regression(loaded, batches, chosen, **scale)
             else:
+                if held_out is not None:
+                    scale["held_out"] = read_batches(
+                        loaded, held_out, text_column, "heldout" if held_out == "lab" else split, seq_len, batch_size,
+                        HELD_OUT_TOKENS, 0,
+                    )  # fmt: skip
                 translators = tll.fit_tuned(
-                    loaded, batches, steps, tokens_per_step, loss.value, optimizer=optimizer.value, lr=lr, layers=chosen,
+                    loaded, batches, n_steps, tokens_per_step, loss.value, optimizer=optimizer.value, lr=lr, layers=chosen,
                     seed=seed, log=history, **scale,
                 )  # fmt: skip
     except BaseException as error:
@@ -292,6 +316,21 @@ def fit(
             + ", ".join(f"layer {translators.sources[i]} {last[i]:.3f}" for i in shown)
         )
     say(f"saved in {output}; next: tl-lenses eval --model {model} --lens {output}")
+
+
+def _steps(steps: str, held_out: str | None) -> Any:
+    """`--steps` as a number or "auto".
+
+    Raises:
+        BadParameter: neither, or auto without held-out text.
+    """
+    if steps == "auto":
+        if held_out is None:
+            raise typer.BadParameter("auto needs --held-out: text whose loss tells when to stop", param_hint="--steps")
+        return steps
+    if not steps.isdecimal():
+        raise typer.BadParameter(f"expected a number or auto, got {steps!r}", param_hint="--steps")
+    return int(steps)
 
 
 @app.command("eval")

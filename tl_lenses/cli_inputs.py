@@ -323,7 +323,7 @@ def _memory(model: Any) -> int | None:
         return None
 
 
-def interrupted(state: Path, history: list[dict[str, Any]], steps: int) -> str:
+def interrupted(state: Path, history: list[dict[str, Any]], steps: int | str) -> str:
     if not states_of(state):
         return "interrupted before the first step: nothing was written"
     where = f"after step {history[-1]['step']} of {steps}" if history else "before its first step"
