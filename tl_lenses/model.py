@@ -185,9 +185,7 @@ class Decoder:
         """Add one column."""
         return self.feed(tokens[:, None])[:, -1]
 
-    def feed(
-        self, tokens: Int[Tensor, "batch new"], last: int | None = None
-    ) -> Float[Tensor, "rows returned d_vocab"]:
+    def feed(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
         """Add columns (the first ones too, where there was no `start`) and return the logits of each.
 
         With `last` only those of as many last columns, and the others are not computed where the model can leave them
@@ -285,9 +283,7 @@ class Decoder:
             entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
         self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
 
-    def _run(
-        self, tokens: Int[Tensor, "batch new"], last: int | None = None
-    ) -> Float[Tensor, "rows returned d_vocab"]:
+    def _run(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
         assert self.batch is not None
         mask = self.batch.attention_mask
         kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
