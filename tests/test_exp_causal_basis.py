@@ -27,11 +27,15 @@ def unit(seed, n=1):
 
 
 def planted(model, n=400):
-    """A lens that reads two directions only, and states that vary along all but the second, in which they stand far out."""
+    """A lens that reads two directions only, and states that vary along all but the second, in which they stand far out.
+
+    The second is read weakly: an ablation along a mixture of both would carry the variation of the first into it, and where both
+    are read alike that mixture is the true maximum.
+    """
     along, aside = unit(3, 2)
     write = unit(4, 2) * D**0.5
     shift = torch.randn(D, generator=torch.Generator().manual_seed(5)) * 2
-    weight = 0.5 * (torch.outer(write[0], along) + torch.outer(write[1], aside))
+    weight = 0.5 * (torch.outer(write[0], along) + 0.1 * torch.outer(write[1], aside))
     rows = [(tll.site(model, 1), tll.site(model, -1))]
     lens = tll.Lens(model, tll.Translators(rows, weight[None], shift[None], n_layers=model.cfg.n_layers))
     noise = torch.randn(n, D, generator=torch.Generator().manual_seed(6))

@@ -159,7 +159,8 @@ def run_cells(
     whole = start is None or any(name.startswith("unembed") for name in names)
     wanted = length if whole else length - (prompt.read - first)
     later = [*hooks, *soft, *ours]
-    if start is not None and when == "prompt" and not isolate and _layered(model, cells) and joinable(model):
+    hides = isolate and any(blocks_before(name) for name in names)
+    if start is not None and when == "prompt" and not hides and _layered(model, cells) and joinable(model):
         entries = {
             name: (mask.nonzero()[:, 0].tolist(), values[mask.to(device)])
             for name, (mask, values) in rows.sites.items()
