@@ -112,6 +112,17 @@ def _words(texts: list[str], most: int) -> list[str]:
     return [word for word, _ in counts.most_common(most)]
 
 
+def _kinds(writer: Writer, books: list[str], stories: list[str]) -> dict[str, Callable[[], str]]:
+    """What writes a document of each kind, from the writer's random generator."""
+    return {
+        "books": _shuffled(books, writer.rng).__next__,
+        "stories": _shuffled(stories, writer.rng).__next__,
+        "facts": writer.facts,
+        "identity": writer.identity,
+        "repeated": writer.repeated,
+    }
+
+
 def _mix(
     kinds: Mapping[str, Callable[[], str]],
     shares: Mapping[str, float],
@@ -176,14 +187,7 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     kept_words = [word for i, word in enumerate(words) if i % settings["hold_out_every_word"]]
     writer = Writer(relations, kept_words, rng)
 
-    kinds: dict[str, Callable[[], str]] = {
-        "books": _shuffled(train_books, rng).__next__,
-        "stories": _shuffled(stories, rng).__next__,
-        "facts": writer.facts,
-        "identity": writer.identity,
-        "repeated": writer.repeated,
-    }
-    tokens, written = _mix(kinds, settings["shares"], settings["tokens"], tokenizer, rng)
+    tokens, written = _mix(_kinds(writer, train_books, stories), settings["shares"], settings["tokens"], tokenizer, rng)
     log(
         f"{len(tokens):,} tokens: "
         + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items())
@@ -225,14 +229,7 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
         sources / settings["relations"], most=settings["subjects_per_relation"], more=MORE_WORDINGS
     )
     writer = Writer(reworded, more, rng, often=second["often"], openers=OPENERS)
-    kinds = {
-        "books": _shuffled(train_books, rng).__next__,
-        "stories": _shuffled(stories, rng).__next__,
-        "facts": writer.facts,
-        "identity": writer.identity,
-        "repeated": writer.repeated,
-    }
-    tokens, written = _mix(kinds, second["shares"], second["tokens"], tokenizer, rng)
+    tokens, written = _mix(_kinds(writer, train_books, stories), second["shares"], second["tokens"], tokenizer, rng)
     np.save(out / "second.npy", tokens)
     log(f"second stage, {len(tokens):,} tokens: " + ", ".join(f"{name} {n}" for name, n in written.items()))
 
