@@ -277,7 +277,9 @@ def test_experiment_mistakes(model, tmp_path, monkeypatch):
     monkeypatch.setattr("tl_lenses.cli_experiments.load_model", lambda *args: pytest.fail("the model was loaded first"))
     out = ("--output", tmp_path / "out")
     assert "Invalid value" in refused("experiment", "nothing", code=2)
-    assert "--to is for cross-model, quality, fine-tune, not for entities" in refused("experiment", "entities", "--to", "lab-gpt2", *out)
+    assert "--to is for cross-model, quality, fine-tune, not for entities" in refused(
+        "experiment", "entities", "--to", "lab-gpt2", *out
+    )
     assert "--no-guard is for attributes, multihop" in refused("experiment", "next-token", "--no-guard", *out)
     assert "--limit 1 is too few" in refused("experiment", "entities", "--limit", 1, *out)
     assert "no file or folder" in refused("experiment", "attributes", "--data", tmp_path / "none", *out)
