@@ -177,6 +177,26 @@ def test_a_model_whose_cache_cannot_be_shared_runs_whole_prompts(model, monkeypa
     assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logits, want.logits, atol=1e-4)
 
 
+def test_a_cache_that_stays_empty_is_noticed(model, monkeypatch):
+    """As transformers 5.24 leaves it: without the check every generated token would attend to itself alone."""
+    if Decoder(model).takes_own_cache:
+        pytest.skip("a HookedTransformer fills its own cache")
+    from transformers.cache_utils import DynamicCache
+
+    from tl_lenses.model import _warn_unfilled
+
+    edit = [tll.patch(1, tll.edits.scale(3.0), pos=2, when="every_step")]
+    said = tll.generate(model, "the cat sat", edit, 5, stop_at_eos=False)
+    want = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
+    monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
+    _warn_unfilled.cache_clear()
+    with pytest.warns(UserWarning, match=r"leaves the key-value cache .* empty: .*Install transformers<5\.24"):
+        assert torch.equal(tll.generate(model, "the cat sat", edit, 5, stop_at_eos=False), said)
+    got = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
+    assert got.plan == "whole prompts (the cache of this model cannot be shared)"
+    assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logits, want.logits, atol=1e-4)
+
+
 def test_isolation_hides_the_placeholder_below_the_patch(model):
     """With isolation a later token cannot tell which placeholder stood there, if the patch replaces it at every layer it sees."""
     ids = [model.to_tokens("the cat sat on the mat", prepend_bos=True)[0] for _ in range(2)]

@@ -449,7 +449,7 @@ def generate(
     done = torch.zeros(len(sequence), dtype=torch.bool, device=sequence.device)
     with torch.no_grad(), installed(model, hooks):
         for step in range(max_new_tokens):
-            with marked(n_prompt + step - 1 if step and use_cache else 0, n_prompt):
+            with marked(n_prompt + step - 1 if step and decoder.use_cache else 0, n_prompt):
                 logits = decoder.start(batch) if step == 0 else decoder.step(sequence[:, -1])
             if step == 0 and first_logits is not None:
                 first_logits.append(logits)

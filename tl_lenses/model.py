@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -307,7 +308,34 @@ class Decoder:
             past_key_values=self.cache,
             **kwargs,
         )
+        if not _filled(self.cache, self.batch.tokens.shape[1]):
+            if len(self.batch.tokens[0]) > tokens.shape[1]:
+                raise RuntimeError("the key-value cache lost columns between two passes: pass use_cache=False")
+            self.use_cache, self.cache = False, None  # what follows runs whole sequences
+            _warn_unfilled()
         return logits
+
+
+def _filled(cache: Any, n: int) -> bool:
+    """Whether a cache holds n columns; one that cannot be asked is taken at its word.
+
+    transformers 5.24 renamed what its layers are handed, so that many attentions of a bridge (TransformerLens 3.9 to 4.3) never see
+    the cache: it stays empty, and every later column would attend to itself alone.
+    """
+    layers = getattr(cache, "layers", None)
+    return not layers or not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == n
+
+
+@functools.cache
+def _warn_unfilled() -> None:
+    """Say it once."""
+    import transformers
+
+    warnings.warn(
+        f"transformers {transformers.__version__} leaves the key-value cache of a TransformerLens bridge empty: whole sequences run "
+        "at every step, right but slow. Install transformers<5.24 to have the cache",
+        stacklevel=5,
+    )
 
 
 def _shaped(cache: Any, own: bool, reshape: Callable[[Tensor, int | None], Tensor]) -> Any:
