@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -80,15 +81,22 @@ def sites(model: LensModel, layers: Iterable[LayerOrSite]) -> dict[LayerOrSite, 
     return found
 
 
+# Names that a model was seen to have: a bridge builds its dict of hooks anew at every look.
+_KNOWN: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
 def check_names(model: LensModel, names: Iterable[str]) -> None:
     """Refuse hook names that the model does not have.
 
     Raises:
         ValueError: with near misses, or the blocks that there are.
     """
-    known = model.hook_dict
+    seen = _KNOWN.setdefault(model, set())
+    names = [name for name in names if name not in seen]
+    known = model.hook_dict if names else {}
     for name in names:
         if name in known:
+            seen.add(name)
             continue
         depth = n_layers(model)
         parts = name.split(".")

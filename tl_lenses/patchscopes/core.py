@@ -126,7 +126,8 @@ def patchscope(
     """
     check_model(model, what="a patchscope")
     target_model = model if to is None else to
-    check_model(target_model, what="a patchscope")
+    if target_model is not model:
+        check_model(target_model, what="a patchscope")
     _check_choices(mode=mode, keep=keep, when=when, ensemble=ensemble)
     _check_numbers(
         norm, alpha, n_layers(target_model),

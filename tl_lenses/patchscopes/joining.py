@@ -36,6 +36,7 @@ def run_joining(
     *,
     hooks: Sequence[Hook] = (),
     last: int | None = None,
+    go_on: bool = True,
 ) -> tuple[Float[Tensor, "cells returned d_vocab"], Decoder]:
     """Logits of every cell, and a decoder that goes on with all of them.
 
@@ -48,6 +49,7 @@ def run_joining(
         combine: (replaced, vectors) -> what is put there.
         hooks: further hooks, for the single row (a soft prompt's).
         last: how many last columns' logits are wanted, as in `Decoder.feed`.
+        go_on: whether the decoder will be used.
     """
     depth = n_layers(model)
     come = lambda name: (site_layer(name, depth) or 0, name.endswith(("hook_resid_pre", "hook_in")))
@@ -64,7 +66,8 @@ def run_joining(
     with installed(model, [*hooks, *ours]), marked(0, suffix.shape[1]):
         logits = decoder.feed(suffix, last=last)
     rows = torch.tensor([row_of[cell] for cell in range(len(row_of))], device=device_of(model))
-    decoder.spread(rows)
+    if go_on:
+        decoder.spread(rows)
     return logits[rows.to(logits.device)], decoder
 
 

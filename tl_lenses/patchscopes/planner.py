@@ -166,7 +166,9 @@ def run_cells(
             for name, (mask, values) in rows.sites.items()
         }
         suffix = prompt.tokens[:, first:]
-        logits, decoder = run_joining(model, start, suffix, entries, place, combine, hooks=soft, last=wanted)
+        logits, decoder = run_joining(
+            model, start, suffix, entries, place, combine, hooks=soft, last=wanted, go_on=decoding.max_new_tokens > 1
+        )
         later = []
     else:
         suffix = prompt.tokens[:, first:].expand(n, -1)
