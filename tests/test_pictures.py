@@ -53,3 +53,17 @@ def test_figures():
     assert isinstance(figure, plotly.Figure) and [trace.name for trace in figure.data] == ["a", "b"]
     assert list(figure.data[0].y) == [1.0, None]
     assert figure_of(Heat("t", ["r"], ["a"], [[0.5]], low=0.25)).data[0].zmin == 0.25
+
+
+def test_a_wide_table_prints_every_number_whole():
+    from tl_lenses.experiments.report import Report, Table
+
+    names = [f"{a}, {b}" for a in ("KL", "bits/byte", "bias") for b in ("logit", "regression", "tuned")]
+    rows = [["lab-gpt2-small", "0", *(15.394 + i for i in range(9))]]
+
+    class Wide(Report):
+        def tables(self):
+            return [Table("wide", ["model", "layer", *names], rows, percent=False)]
+
+    lines = str(Wide("m")).splitlines()
+    assert all(f"{15.394 + i:.3f}" in lines[-1] for i in range(9)) and "…" not in "".join(lines)

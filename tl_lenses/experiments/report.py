@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from tl_lenses.checkpoint import check_output, versions, write_bytes
 from tl_lenses.experiments.picture import Picture, figure_of, svg_of
 from tl_lenses.model import LensModel, name_of
+
+WHOLE = 16  # characters of a cell that is not wrapped
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,11 @@ class Report:
 
         from tl_lenses import views
 
-        return views.to_text(Group(*_drawn(self.tables())))
+        tables = self.tables()
+        there = shutil.get_terminal_size((80, 24)).columns
+        # Numbers are never cut: a table that needs more than the terminal has runs over.
+        needed = max(sum(least + 3 for least in _least(table)) for table in tables) if tables else 0
+        return views.to_text(Group(*_drawn(tables)), width=needed if needed > there else None)
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -117,6 +124,16 @@ class Report:
         return "\n".join(out)
 
 
+def _least(table: Table) -> list[int]:
+    """The least width of each column: numbers and names stay whole, longer text wraps."""
+    cells = [[table.cell(v) for v in column] for column in zip(*table.rows, strict=True)] or [[] for _ in table.columns]
+    words = [[word for word in name.split() if len(word) <= WHOLE] for name in table.columns]
+    return [
+        max([0, *(len(cell) for cell in column if len(cell) <= WHOLE), *map(len, names)])
+        for column, names in zip(cells, words, strict=True)
+    ]
+
+
 def _drawn(tables: Iterable[Table]) -> list[Any]:
     from rich import box
     from rich.table import Table as RichTable
@@ -127,10 +144,10 @@ def _drawn(tables: Iterable[Table]) -> list[Any]:
         note = f"{table.note}{'; ' * bool(table.note)}in percent" if table.percent else table.note
         one = RichTable(
             title=table.title or None, caption=note or None, title_justify="left", caption_justify="left",
-            box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), header_style="bold", title_style="bold",
+            box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, int(len(table.columns) < 9)), header_style="bold", title_style="bold",
         )  # fmt: skip
-        for i, column in enumerate(table.columns):
-            one.add_column(Text(column), justify="right" if i else "left")
+        for i, (column, least) in enumerate(zip(table.columns, _least(table), strict=True)):
+            one.add_column(Text(column), justify="right" if i else "left", min_width=least)
         for row in table.rows:
             one.add_row(*(Text(table.cell(v)) for v in row))
         found += [*([Text("")] if found else []), one]
