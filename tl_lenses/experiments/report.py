@@ -12,8 +12,6 @@ from tl_lenses.checkpoint import check_output, versions, write_bytes
 from tl_lenses.experiments.picture import Picture, figure_of, svg_of
 from tl_lenses.model import LensModel, name_of
 
-WHOLE = 16  # characters of a cell that is not wrapped
-
 
 @dataclass(frozen=True)
 class Table:
@@ -97,15 +95,16 @@ class Report:
         return folder
 
     def __str__(self) -> str:
-        from rich.console import Group
+        from rich.console import Console, Group
 
         from tl_lenses import views
 
         tables = self.tables()
-        there = shutil.get_terminal_size((80, 24)).columns
+        drawn = Group(*_drawn(tables))
         # Numbers are never cut: a table that needs more than the terminal has runs over.
-        needed = max(sum(least + 3 for least in _least(table)) for table in tables) if tables else 0
-        return views.to_text(Group(*_drawn(tables)), width=needed if needed > there else None)
+        # rich counts neither the lines between columns nor all of the padding.
+        needed = Console(width=1000).measure(drawn).minimum + 2 * max(len(table.columns) for table in tables)
+        return views.to_text(drawn, width=needed if needed > shutil.get_terminal_size((80, 24)).columns else None)
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -124,16 +123,6 @@ class Report:
         return "\n".join(out)
 
 
-def _least(table: Table) -> list[int]:
-    """The least width of each column: numbers and names stay whole, longer text wraps."""
-    cells = [[table.cell(v) for v in column] for column in zip(*table.rows, strict=True)] or [[] for _ in table.columns]
-    words = [[word for word in name.split() if len(word) <= WHOLE] for name in table.columns]
-    return [
-        max([0, *(len(cell) for cell in column if len(cell) <= WHOLE), *map(len, names)])
-        for column, names in zip(cells, words, strict=True)
-    ]
-
-
 def _drawn(tables: Iterable[Table]) -> list[Any]:
     from rich import box
     from rich.table import Table as RichTable
@@ -146,8 +135,8 @@ def _drawn(tables: Iterable[Table]) -> list[Any]:
             title=table.title or None, caption=note or None, title_justify="left", caption_justify="left",
             box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, int(len(table.columns) < 9)), header_style="bold", title_style="bold",
         )  # fmt: skip
-        for i, (column, least) in enumerate(zip(table.columns, _least(table), strict=True)):
-            one.add_column(Text(column), justify="right" if i else "left", min_width=least)
+        for i, column in enumerate(table.columns):
+            one.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
         for row in table.rows:
             one.add_row(*(Text(table.cell(v)) for v in row))
         found += [*([Text("")] if found else []), one]
