@@ -42,10 +42,16 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--profile", action="store_true", help="only show where the time of ours goes, per call")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         print(json.dumps(job(*args.job.split(":"), args)))
+        return 0
+    if args.profile:
+        for size in args.sizes.split(","):
+            for kind in args.kinds.split(","):
+                print(child(f"{size}:{kind}:profile", args)["profile"])
         return 0
     rows, passed = [], True
     for size in args.sizes.split(","):
@@ -105,6 +111,8 @@ def job(size: str, kind: str, what: str, args: argparse.Namespace) -> dict[str, 
         "batch": lambda: in_batches(hf_model, source, target, cells, n_new, tokenizer.eos_token_id),
         "ours": lambda: ours(model, source, target, cells, n_new),
     }
+    if what == "profile":
+        return {"profile": profile(ways["ours"])}
     if what in ways:
         ways["ours"]()  # one-time work is not counted
         trim()
@@ -126,6 +134,27 @@ def job(size: str, kind: str, what: str, args: argparse.Namespace) -> dict[str, 
             run()
             seconds[way].append(time.perf_counter() - started)
     return {"cells": len(cells), "logits": worst, "tokens": compared, "seconds": seconds}
+
+
+def profile(run: Any, calls: int = 20) -> str:
+    """What a call of ours spends its time in, as cProfile sees it, and the milliseconds of a call without the profiler."""
+    import cProfile
+    import io
+    import pstats
+
+    run()
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    milliseconds = 1000 * (time.perf_counter() - started) / calls
+    seen = cProfile.Profile()
+    seen.enable()
+    for _ in range(calls):
+        run()
+    seen.disable()
+    text = io.StringIO()
+    pstats.Stats(seen, stream=text).sort_stats("cumulative").print_stats("tl_lenses|transformer_bridge", 30)
+    return f"{milliseconds:.1f} ms a call; below, {calls} calls under the profiler\n{text.getvalue()}"
 
 
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"

@@ -169,7 +169,6 @@ def test_the_plan_says_why_nothing_is_shared(model):
 
 
 def test_a_model_whose_cache_cannot_be_shared_runs_whole_prompts(model, monkeypatch):
-
     want = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
     monkeypatch.setattr(Decoder, "shareable", lambda self: False)
     got = tll.patchscope(model, SOURCE, TARGET, max_new_tokens=3)
