@@ -2,6 +2,7 @@
 
     python benchmarks/fit_throughput.py --json fit_throughput.json       # GPT-2 small's shape, random weights, 2 threads
     python benchmarks/fit_throughput.py --size lab                       # lab-gpt2, seconds
+    python benchmarks/fit_throughput.py --profile                         # where our time goes
     python benchmarks/fit_throughput.py --device cuda --size llama-8b    # width 4,096, 128,256 tokens, 32 layers
 
 The reference is the loop of the tuned-lens package (`scripts/train_loop.py`): one forward pass, then layer after layer the lens in bf16
@@ -44,13 +45,22 @@ def main() -> int:
     parser.add_argument("--subsample", type=float, default=1.0, help="of our positions, per layer")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--case", choices=["ours", "reference", "muon", "answer", "time"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print where the time of our step goes, and rates of its products, instead",
+    )
+    cases = ["ours", "reference", "muon", "answer", "time", "profile"]
+    parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.case:
         print(json.dumps(run_case(args)))
         return 0
 
+    if args.profile:
+        print("\n".join(child("profile", args)["lines"]))
+        return 0
     answer = child("answer", args)
     print(
         f"answer: losses {answer['loss']:.3f} differ by at most {answer['loss_gap']:.1e}, gradient cosine at least {answer['cosine']:.6f}"
@@ -225,16 +235,22 @@ class Ours:
 
     def gradients(self, tokens: Any) -> list[float]:
         """Mean losses; mean gradients are in `grad_w, grad_b`."""
+        import torch
+
         from tl_lenses.data import Batch
-        from tl_lenses.fit.step import loss_and_gradient, scored_pairs
+        from tl_lenses.fit.step import loss_and_gradient, pieces, scored_pairs
 
         self.grad_w.zero_(), self.grad_b.zero_()
-        pairs = scored_pairs(self.model, Batch(tokens), self.rows, [], False, 0, "kl", self.head.readout)
-        losses = loss_and_gradient(
-            pairs, self.delta, self.biases, self.head, self.grad_w, self.grad_b, subsample=self.args.subsample
-        )
-        self.grad_w.div_(len(pairs)), self.grad_b.div_(len(pairs))
-        return (losses / len(pairs)).tolist()
+        losses, n = torch.zeros(len(self.rows), device=self.device), 0
+        for piece in pieces(self.model, Batch(tokens), []):
+            pairs = scored_pairs(self.model, piece, self.rows, [], False, 0, "kl", self.head.readout)
+            losses += loss_and_gradient(
+                pairs, self.delta, self.biases, self.head, self.grad_w, self.grad_b, subsample=self.args.subsample
+            )
+            n += len(pairs)
+            del pairs
+        self.grad_w.div_(n), self.grad_b.div_(n)
+        return (losses / n).tolist()
 
     def step(self, tokens: Any) -> None:
         """One optimiser step."""
@@ -246,6 +262,40 @@ class Ours:
             leaf.grad, bias.grad = w, b
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def profile(ours: Ours, tokens: Any, wait: Any) -> list[str]:
+    """Lines: seconds of our step by operator, and rates of its two products by their rows and the layout of `W_U`."""
+    import torch
+
+    ours.step(tokens)
+    with torch.profiler.profile() as found:
+        ours.step(tokens)
+        wait()
+    events = found.key_averages()
+    seconds = lambda e: (e.self_device_time_total or e.self_cpu_time_total) / 1e6
+    total = sum(map(seconds, events))
+    lines = [f"our step, {total:.2f} s in all (a profiler is on), by operator"]
+    lines += [f"{e.key:<28}{seconds(e):8.3f} s{e.count:8} calls" for e in sorted(events, key=seconds)[:-15:-1]]
+    contiguous = ours.head.w_u.contiguous()
+    d, v = contiguous.shape
+    lines += [
+        "",
+        f"products in {contiguous.dtype}, GFLOP/s: h W_U and g W_U^T, W_U as [d_model, d_vocab] or a transposed view",
+    ]
+    for rows in (64, 128, 256, 384, 512, 1024):
+        h, g = (torch.randn(rows, n, device=contiguous.device).to(contiguous.dtype) for n in (d, v))
+        rates = []
+        for w in (contiguous, contiguous.mT.contiguous().mT):
+            for left, right in ((h, w), (g, w.mT)):
+                times = []
+                for _ in range(6):
+                    start = time.perf_counter()
+                    torch.mm(left, right), wait()
+                    times.append(time.perf_counter() - start)
+                rates.append(2 * rows * d * v / median(times[1:]) / 1e9)
+        lines.append(f"{rows:5} rows" + "".join(f"{rate:10.0f}" for rate in rates))
+    return lines
 
 
 def run_case(args: argparse.Namespace) -> dict[str, Any]:
@@ -284,6 +334,10 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
             wait()
             times_of_muon.append(time.perf_counter() - start)
         return {"seconds": times_of_muon[-1]}
+    if args.case == "profile":
+        return {"lines": profile(Ours(model, args), tokens, wait)}
+    if args.case == "answer":
+        args.subsample = 1.0  # a layer's own positions have another gradient, of the same expectation
     ours, reference = Ours(model, args), Reference(model, hf)
     if args.case == "answer":
         generator = torch.Generator().manual_seed(3)

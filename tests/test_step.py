@@ -10,7 +10,7 @@ from tl_lenses.data import Batch
 from tl_lenses.divergence import fused_ce, fused_kl
 from tl_lenses.fit.common import rows_for
 from tl_lenses.fit.optim import optimizer_step, optimizers_of, rate_scales, set_scales
-from tl_lenses.fit.step import head_of, loss_and_gradient, scored_pairs
+from tl_lenses.fit.step import PASS, head_of, loss_and_gradient, narrowed, pieces, scored_pairs, summed_losses
 from tl_lenses.fit.stop import Watch
 from tl_lenses.unembed import Readout
 
@@ -66,6 +66,84 @@ def test_bfloat16_products_keep_the_loss_and_the_direction():
     assert got_grad.dtype == torch.float32
 
 
+def test_what_all_logits_have_in_common_does_not_cost_bfloat16_its_digits():
+    hidden, final, w, b = _problem(n=200, d=64, d_vocab=2000)
+    hidden, final = hidden + 1, final + 1
+    w = w - 1.5  # logits around -100, as GPT-2's
+    assert -120 < float((final @ w).mean()) < -80
+    expected, grad = _autograd(hidden, final @ w + b, w, b, lambda z: z)
+    errors = []
+    for centre in (True, False):
+        y = hidden.float().requires_grad_()
+        got = fused_kl(
+            y, final.float(), narrowed(w.float(), torch.bfloat16, centre=centre), b.float(), teacher_hidden=True
+        )
+        (got_grad,) = torch.autograd.grad(got.sum(), y)
+        cosine = torch.cosine_similarity(got_grad.double().flatten(1), grad.flatten(1), dim=1)
+        errors.append((float(((got.detach() - expected).abs() / expected).max()), float(1 - cosine.min())))
+    (loss, angle), (worse_loss, worse_angle) = errors
+    assert loss < 5e-3 and angle < 5e-4
+    assert worse_loss > 2 * loss and worse_angle > 2 * angle  # what it is for
+
+
+def test_tiles_cover_every_position_of_every_layer_once_and_fit(monkeypatch):
+    monkeypatch.setitem(D.CHUNK, "cpu", 60_000)
+    cpu = torch.device("cpu")
+    for rows, n, size in ((1, 1, None), (12, 100, None), (13, 7, 3), (80, 50, None), (5, 0, None)):
+        count = torch.zeros(rows, n)
+        for part, groups in D.tiles(rows, n, 300, torch.bfloat16, cpu, size):
+            for group in groups:
+                count[group, part] += 1
+                held = (part.stop - part.start) * (group.stop - group.start) * 300 * 2
+                assert held <= 60_000 or part.stop - part.start == 1 or size
+        assert bool((count == 1).all())
+
+
+@pytest.mark.parametrize("subsample", [1.0, 0.5])
+def test_many_tiles_equal_one_and_scoring_alone_gives_the_same_losses(subsample, monkeypatch):
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+    one = _step(model, tokens, subsample=subsample, chunk_size=1000)
+    monkeypatch.setattr(D, "LAYERS", 1)
+    many = _step(model, tokens, subsample=subsample, chunk_size=1000)
+    for a, b in zip(one[1:], many[1:], strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+    if subsample == 1:
+        small = _step(model, tokens, chunk_size=7)
+        for a, b in zip(one[1:], small[1:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+        rows = len(one[1])
+        g, d = torch.Generator().manual_seed(2), int(model.cfg.d_model)
+        maps = torch.randn(rows, d, d, generator=g) / d, torch.randn(rows, d, generator=g) / d
+        alone = summed_losses(one[0], *maps, head_of(Readout(model), "float32"), chunk_size=5)
+        assert torch.allclose(alone / len(one[0]), one[1], rtol=1e-5)
+
+
+def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(monkeypatch):
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(5, 16)
+    monkeypatch.setitem(PASS, "cpu", 40)
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    batch = Batch(tokens, mask)
+    parts = list(pieces(model, batch, []))
+    assert [len(p.tokens) for p in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([p.tokens for p in parts]), tokens)
+    assert torch.equal(torch.cat([p.attention_mask for p in parts]), mask)
+    hook = ("blocks.0.hook_resid_post", lambda x, hook: x - x.mean(0))
+    assert [len(p.tokens) for p in pieces(model, batch, [hook])] == [5]
+    model.add_hook(*hook)
+    try:
+        assert [len(p.tokens) for p in pieces(model, batch, [])] == [5]
+    finally:
+        model.reset_hooks()
+    settings = dict(steps=2, init="identity", optimizer="sgd", precision="float32", layers=[0, 1])
+    in_pieces = tll.fit_tuned(model, [batch, batch], **settings)
+    monkeypatch.setitem(PASS, "cpu", 10**6)
+    whole = tll.fit_tuned(model, [batch, batch], **settings)
+    assert torch.allclose(in_pieces.weights, whole.weights, atol=1e-5) and not torch.equal(
+        whole.weights[0], torch.eye(int(model.cfg.d_model))
+    )
+
+
 def test_a_layers_own_positions_are_unbiased_and_exact():
     hidden, final, w, b = _problem(n=12)
     generator = torch.Generator().manual_seed(1)
@@ -91,7 +169,7 @@ def _step(model, tokens, *, precision="float32", hooks=(), loss="kl", **kwargs):
     delta, biases = torch.randn(len(rows), d, d, generator=g) / d, torch.randn(len(rows), d, generator=g) / d
     grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
     pairs = scored_pairs(model, Batch(tokens), rows, list(hooks), True, 0 if loss == "kl" else 1, loss, head.readout)
-    losses = loss_and_gradient(pairs, delta, biases, head, grad_w, grad_b, loss=loss, **kwargs)
+    losses = loss_and_gradient(pairs, delta, biases, head, grad_w, grad_b, **kwargs)
     return pairs, losses / len(pairs), grad_w / len(pairs), grad_b / len(pairs)
 
 

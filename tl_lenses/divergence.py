@@ -1,14 +1,16 @@
-"""Loss of a lens and its gradient from hidden states, fused: `[n, d_vocab]` logits exist for one chunk of one layer at a time.
+"""Loss of a lens and its gradient from hidden states, fused: `[n, d_vocab]` logits exist for a few positions and layers at a time.
 
-With student logits `z = h W_U + b_U`, teacher probabilities p and `q = softmax(z)`:
+With student logits `z = h W_U + b_U`, teacher probabilities p, `q = softmax(z)`, and `m = W_U p` of the teacher alone:
 
-    KL(p || q) = sum p log p - sum p z + logsumexp z          d KL / d z = q - p          d KL / d h = (q - p) W_U^T
+    KL(p || q) = sum p log p - sum p z + logsumexp z,  sum p z = h m + p b_U      d KL / d z = q - p      d KL / d h = (q - p) W_U^T
 
-so the gradient is ready as soon as the loss is, and no graph over logits is kept. A chunk's teacher is shared by all layers.
-The two products are the cost; what lies between them runs on blocks of rows that stay in the processor's cache.
+so the gradient is ready as soon as the loss is, no graph over logits is kept, and `sum p z` costs nothing per layer. A chunk's
+teacher is shared by all layers. The two products are the cost; what lies between them runs on blocks of rows that stay
+in the processor's cache.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,9 +22,12 @@ from tl_lenses import stats as S
 Transform = Callable[[Tensor], Tensor]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Bytes of a chunk's student logits in the type of the product. On a CPU 180 rows of 50,257 bf16 logits: the product of
-# fewer rows packs W_U too often (431 against 474 GFLOP/s at 128 and 256 rows, AVX512-bf16), and more rows hold more memory.
-CHUNK = {"cpu": 18 * 2**20, "cuda": 256 * 2**20}
+# Bytes of student logits, in the type of the product, that exist at a time: on a CPU 480 rows of 50,257 in bf16. A product reads
+# and rearranges all of W_U, so the rate grows with its rows, 979, 1,504 and 1,758 GFLOP/s at 180, 520 and 1,024 (two cores
+# with AMX), and so does the memory.
+CHUNK = {"cpu": 40 * 2**20, "cuda": 256 * 2**20}
+# Layers in one product, so that few positions need a teacher (fp32) at a time.
+LAYERS = 6
 # Bytes of fp32 logits between the products that are worked on at once: in the second-level cache of each CPU core.
 BLOCK = {"cpu": 3 * 2**19, "cuda": 64 * 2**20}
 
@@ -54,13 +59,172 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def chunks(n: int, d_vocab: int, dtype: torch.dtype, device: torch.device, size: int | None = None) -> Iterator[slice]:
-    """Slices of positions, of about equal size, whose student logits fit in `CHUNK` bytes; or of `size` positions."""
+def tiles(
+    rows: int,
+    n: int,
+    d_vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: int | None = None,
+    share: float = 1.0,
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of positions (of `size`), and for each the slices of layers, whose student logits fit in `CHUNK` bytes together.
+
+    Where each layer has but a `share` of the positions, more layers make a product.
+    """
+    groups = list(_evenly(rows, round(LAYERS / share)))
     if size is None:
-        most = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (dtype.itemsize * d_vocab))
-        size = -(-n // max(1, -(-n // most))) or 1  # no small one at the end
-    step = size
-    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+        room = CHUNK.get(device.type, CHUNK["cuda"]) / (dtype.itemsize * d_vocab)
+        size = max(1, int(room / (groups[0].stop * share)))
+    return ((part, groups) for part in _evenly(n, size))
+
+
+def _evenly(n: int, most: int) -> Iterator[slice]:
+    """Slices of about equal size, at most `most` long: no small one at the end."""
+    size = -(-n // max(1, -(-n // most))) or 1
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What all layers are scored against at some positions.
+
+    Attributes:
+        p: the model's probabilities, or the target ids of a cross entropy.
+        negentropy: `sum p log p` less what of `sum p z` does not depend on the layer; 0 for ids.
+        mean: `W_U p`; None for ids, and where a transform makes logits no linear function of the states.
+        state: what the unembedding read, where `negentropy` leaves out `state . mean`: a layer that is nearly right then loses nothing
+            to the difference of two large numbers.
+    """
+
+    p: Float[Tensor, "n d_vocab"] | Int[Tensor, " n"]
+    negentropy: Float[Tensor, " n"]
+    mean: Float[Tensor, "n d_model"] | None = None
+    state: Float[Tensor, "n d_model"] | None = None
+
+
+def teacher_of(
+    t: Tensor,
+    w_u: Float[Tensor, "d_model d_vocab"],
+    b_u: Float[Tensor, " d_vocab"] | None,
+    transform: Transform | None,
+    *,
+    wide: torch.dtype = torch.float32,
+    hidden: bool = False,
+    room: Tensor | None = None,
+) -> Teacher:
+    """The teacher of target ids `[n]`, logits `[n, d_vocab]` or, with `hidden`, what the unembedding reads, `[n, d_model]`.
+
+    `room` as in `score`.
+    """
+    if not t.is_floating_point():
+        return Teacher(t, torch.zeros(len(t), dtype=wide, device=t.device))
+    linear = transform is None
+    t = t.to(w_u.dtype) if hidden else t
+    own = None if room is None else room[: len(t)]
+    z = torch.mm(t, w_u, out=own) if hidden else t
+    p = torch.empty(z.shape, dtype=wide, device=z.device)
+    negentropy = torch.empty(len(z), dtype=wide, device=z.device)
+    bias = None if b_u is None else b_u.to(wide)
+    for block in _blocks(len(z), w_u):
+        s = z[block].to(wide)
+        if hidden:
+            s = s if bias is None else s + bias
+            s = s if transform is None else transform(s)
+        torch.softmax(s, -1, out=p[block])
+        negentropy[block] = p[block].amax(-1).log() - s.amax(
+            -1
+        )  # -logsumexp: at the largest entry log p = s - logsumexp s
+        if not (hidden and linear):
+            negentropy[block] += S.expectation(p[block], s)
+            if linear and bias is not None:  # the part of sum p z that is the bias'
+                negentropy[block] -= S.expectation(p[block], bias.expand_as(s))
+    mean = None
+    if linear:
+        narrow = p.to(w_u.dtype) if own is None or own.dtype == wide else own.copy_(p)
+        mean = (narrow @ w_u.mT).to(wide)
+    return Teacher(p, negentropy, mean, t.to(wide) if hidden and linear else None)
+
+
+def score(
+    hidden: Float[Tensor, "rows n d_model"],
+    teacher: Teacher,
+    w_u: Float[Tensor, "d_model d_vocab"],
+    b_u: Float[Tensor, " d_vocab"] | None,
+    transform: Transform | None,
+    *,
+    picks: Int[Tensor, "rows n"] | None = None,
+    gradient: bool = True,
+    room: Tensor | None = None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows n d_model"] | None]:
+    """Sum over positions of each row's loss, and its gradient with respect to `hidden`, all rows in one product.
+
+    Args:
+        picks: for each row the teacher's position of each of its states; the teacher's own positions in order if None.
+        gradient: False leaves it out, and half of the cost.
+        room: memory for the logits, `[at least rows n, d_vocab]` in the type of `w_u`: used again and again, its pages are there already.
+    """
+    rows, n, d = hidden.shape
+    wide = teacher.negentropy.dtype
+    narrow = hidden.detach().to(w_u.dtype).reshape(rows * n, d)
+    z = torch.mm(narrow, w_u, out=None if room is None else room[: rows * n])
+    bias = None if b_u is None else b_u.to(wide)
+    losses = torch.empty(rows, dtype=wide, device=hidden.device)
+    for row in range(rows):
+        own = slice(0, n) if picks is None else picks[row]
+        each = teacher.negentropy[own]
+        if teacher.mean is not None:
+            h = narrow[row * n : row * n + n].to(wide)
+            h = h if teacher.state is None else h - teacher.state[own]
+            each = each - torch.linalg.vecdot(h, teacher.mean[own])
+        losses[row] = each.sum()
+        for block in _blocks(n, w_u):
+            p = teacher.p[block] if picks is None else teacher.p[picks[row, block]]
+            out = z[row * n + block.start : row * n + block.stop]
+            losses[row] += _residual(out, p, bias, transform, wide, teacher.mean is not None, gradient)
+    if not gradient:
+        return losses, None
+    return losses, (z @ w_u.mT).to(wide).neg_().view(rows, n, d)
+
+
+def _blocks(n: int, w_u: Tensor) -> Iterator[slice]:
+    """Rows worked on at once; on a CPU as many for each thread, since each core has a cache of its own."""
+    kind = w_u.device.type
+    size = max(1, BLOCK.get(kind, BLOCK["cuda"]) // (4 * w_u.shape[1]))
+    return _evenly(n, size * torch.get_num_threads() if kind == "cpu" else size)
+
+
+def _residual(
+    out: Tensor,
+    p: Tensor,
+    bias: Tensor | None,
+    transform: Transform | None,
+    wide: torch.dtype,
+    said: bool,
+    gradient: bool,
+) -> Tensor:
+    """Of a block of logits: `sum logsumexp z`, less `sum p z` unless that is `said` already. The logits become `p - q`."""
+    raw = out.to(wide) if bias is None else out + bias
+    z = raw if transform is None else transform(raw)
+    largest = z.amax(-1, keepdim=True)
+    loss = largest.sum()
+    if not said:
+        loss = loss - (S.expectation(p, z) if p.ndim == 2 else z.gather(-1, p[:, None])).sum()
+    z = (z.sub_ if transform is None else z.sub)(largest).exp_()  # in place where no transform needs `raw` again
+    total = z.sum(-1, keepdim=True)
+    loss = loss + total.log().sum()
+    if not gradient:
+        return loss
+    if p.ndim == 2:
+        torch.addcmul(p, z, total.reciprocal(), value=-1, out=z)
+    else:
+        z.mul_(-total.reciprocal()).scatter_add_(-1, p[:, None], torch.ones_like(p[:, None], dtype=wide))
+    if transform is not None:  # a soft cap or scale
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            (z,) = torch.autograd.grad(transform(leaf), leaf, z)
+    out.copy_(z)
+    return loss
 
 
 class _Fused(torch.autograd.Function):
@@ -79,28 +243,19 @@ class _Fused(torch.autograd.Function):
         rows, n, _ = hidden.shape
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         losses = torch.zeros(rows, dtype=wide, device=hidden.device)
-        grad = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
-        step = _block_rows(w_u)
-        narrow = hidden.to(w_u.dtype)
-        bias = None if b_u is None else b_u.to(wide)
+        needed = ctx.needs_input_grad[0]
+        grad = torch.empty(hidden.shape if needed else 0, dtype=wide, device=hidden.device)
         # A row's own picks are among all of the teacher's positions, so the teacher is one chunk then.
-        whole = [slice(0, len(teacher))]
-        for part in chunks(n, w_u.shape[1], w_u.dtype, w_u.device, chunk_size) if picks is None else whole:
-            p, entropy = teacher[part], torch.zeros(len(teacher[part]), dtype=wide, device=hidden.device)
-            if teacher.is_floating_point():
-                p, entropy = _teacher(p, w_u if teacher_hidden else None, bias, transform, wide, step)
-            used = part if picks is None else slice(0, n)
-            z = torch.empty(used.stop - used.start, w_u.shape[1], dtype=w_u.dtype, device=w_u.device)
-            for row in range(rows):
-                own = None if picks is None else picks[row]
-                torch.mm(narrow[row, used], w_u, out=z)
-                losses[row] += (entropy if own is None else entropy[own]).sum()
-                for at in range(0, len(z), step):  # z becomes q - p in its place
-                    block = slice(at, at + step)
-                    said = p[block] if own is None else p[own[block]]
-                    losses[row] += _residual(z[block], said, bias, transform, wide)
-                if ctx.needs_input_grad[0]:
-                    grad[row, used] = (z @ w_u.mT).to(wide)
+        for part, groups in tiles(rows, n, w_u.shape[1], w_u.dtype, w_u.device, n if picks is not None else chunk_size):
+            one = teacher_of(
+                teacher[part if picks is None else slice(None)], w_u, b_u, transform, wide=wide, hidden=teacher_hidden
+            )
+            for group in groups:
+                own = None if picks is None else picks[group]
+                each, back = score(hidden[group, part], one, w_u, b_u, transform, picks=own, gradient=needed)
+                losses[group] += each
+                if back is not None:
+                    grad[group, part] = back
         ctx.save_for_backward(grad.div_(n))
         return losses / n
 
@@ -108,55 +263,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
         return grad * grads[0][:, None, None].to(grad), None, None, None, None, None, None, None
-
-
-def _block_rows(w_u: Tensor) -> int:
-    """Rows worked on at once; on a CPU as many for each thread, since each core has a cache of its own."""
-    kind = w_u.device.type
-    rows = max(1, BLOCK.get(kind, BLOCK["cuda"]) // (4 * w_u.shape[1]))
-    return rows * torch.get_num_threads() if kind == "cpu" else rows
-
-
-def _teacher(
-    t: Tensor, w_u: Tensor | None, bias: Tensor | None, transform: Transform | None, wide: torch.dtype, step: int
-) -> tuple[Tensor, Tensor]:
-    """`p` and `sum p log p` per position, of logits or, with `w_u`, of what the unembedding reads."""
-    z = t if w_u is None else t @ w_u
-    p = torch.empty(z.shape, dtype=wide, device=z.device)
-    entropy = torch.empty(len(z), dtype=wide, device=z.device)
-    for at in range(0, len(z), step):
-        block = slice(at, at + step)
-        s = z[block].to(wide)
-        if w_u is not None:
-            s = s if bias is None else s + bias
-            s = s if transform is None else transform(s)
-        torch.softmax(s, -1, out=p[block])
-        entropy[block] = S.expectation(p[block], s) - _logsumexp(s, p[block])
-    return p, entropy
-
-
-def _residual(out: Tensor, p: Tensor, bias: Tensor | None, transform: Transform | None, wide: torch.dtype) -> Tensor:
-    """`sum (logsumexp z - sum p z)` of a block of logits, which are replaced by `q - p` (with the transform's derivative)."""
-    raw = out.to(wide) if bias is None else out + bias
-    z = raw if transform is None else transform(raw)
-    g = z.softmax(-1)
-    said = S.expectation(p, z) if p.ndim == 2 else z.gather(-1, p[:, None])[:, 0]
-    loss = (_logsumexp(z, g) - said).sum()
-    if p.ndim == 2:
-        g -= p
-    else:
-        g.scatter_add_(-1, p[:, None], torch.full_like(p[:, None], -1, dtype=g.dtype))
-    if transform is not None:  # a soft cap or scale
-        with torch.enable_grad():
-            leaf = raw.detach().requires_grad_()
-            (g,) = torch.autograd.grad(transform(leaf), leaf, g)
-    out.copy_(g)
-    return loss
-
-
-def _logsumexp(z: Tensor, q: Tensor) -> Tensor:
-    """`logsumexp z` from `q = softmax z`: at the largest entry `log q = z - logsumexp z`, so no second exponential is needed."""
-    return z.amax(-1) - q.amax(-1).log()
 
 
 def _check(hidden: Tensor, n: int, picks: Tensor | None) -> None:
@@ -201,7 +307,6 @@ def fused_kl(
             f"expected a teacher of width {wanted} ({'d_model' if teacher_hidden else 'd_vocab'}), got {teacher.shape[1]}: "
             "pass logits, or hidden states with teacher_hidden=True"
         )
-    teacher = teacher.to(w_u.dtype) if teacher_hidden else teacher
     return _Fused.apply(hidden, teacher, w_u, b_u, transform, chunk_size, teacher_hidden, picks)  # type: ignore[return-value]
 
 

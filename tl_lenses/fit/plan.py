@@ -13,11 +13,14 @@ and per step of Muon five Newton-Schulz iterations, `5 * 6 R d^3`.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tl_lenses.divergence import BLOCK, CHUNK
+import torch
+
+from tl_lenses.divergence import BLOCK, tiles
+from tl_lenses.fit.step import PASS
 
 # Bytes moved per student logit between the two products, counted on the lines of `divergence._residual` as if nothing stayed in a cache:
-# products 4, to fp32 6, softmax 12, sum p z 16, two maxima 8, q - p 12, back 6.
-LOGIT_BYTES = 64
+# products 4, to fp32 6, maximum 4, difference 8, exp 8, sum 4, p - q 12, back 6.
+LOGIT_BYTES = 52
 _STATES = {"muon": 1, "sgd": 1, "adam": 2}  # fp32 numbers of optimiser state per weight
 
 
@@ -103,7 +106,7 @@ def plan(
         n_params: its parameters, embeddings included; by default `12 n_layers d^2 + 2 d V`.
         n_rows: layers that are fitted, all by default.
         rows_at_once: layers per group, each group a pass over the text; all by default.
-        tokens_per_batch: tokens of one forward pass.
+        tokens_per_batch: tokens of a batch; no more than `step.PASS` of them are run at a time.
         tokens_per_step: tokens of an optimiser step; one batch by default.
         init: "regression" holds moments in float64 before the first step.
         precision: of the vocabulary product.
@@ -142,7 +145,10 @@ def plan(
     weights = 4 * together * (d_model if bias_only else d_model**2 + d_model)
     maps = 4 * together * (d_model**2 + d_model)
     wide = 2 if precision == "bfloat16" else 4
-    chunk = min(chunk_size or max(1, CHUNK[device] // (wide * d_vocab)), batch)
+    run = min(batch, PASS[device])
+    dtype = torch.bfloat16 if wide == 2 else torch.float32
+    part, groups_of_layers = next(tiles(together, run, d_vocab, dtype, torch.device(device), chunk_size, subsample))
+    chunk, layers = min(part.stop, run), groups_of_layers[0].stop
     block = min(BLOCK[device], 4 * chunk * d_vocab)
     moments = 2 * 8 * together * d_model**2 if init == "regression" else 0
     state = weights * _STATES[optimizer]
@@ -154,9 +160,9 @@ def plan(
         "moments of the start": 0 if state_on_cpu else max(0, moments - maps - state),
         "gradients": maps,
         "optimiser": 0 if state_on_cpu else state,
-        "residuals": batch * d_model * (together + 2) * element,
-        # States behind the map, normed, in the product's type, and their gradient; the teacher's p in fp32 beside a product.
-        "a chunk": chunk * (4 * 4 * together * d_model + (4 + wide) * d_vocab) + 3 * block,
+        "residuals": run * d_model * (together + 2) * element,
+        # States, behind the map, normed, in the product's type, and gradients; the teacher's p in fp32 beside a product of several layers.
+        "a chunk": chunk * (6 * 4 * layers * d_model + (4 + int(wide * layers * subsample)) * d_vocab) + 2 * block,
     }
     groups = -(-rows // together)
     tokens = steps * step

@@ -1,6 +1,6 @@
 """One step of tuned-lens training: residuals and teachers of a batch, loss and gradient of every layer, the clip."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_lenses import divergence as D
 from tl_lenses.data import Batch
 from tl_lenses.fit.common import activations
-from tl_lenses.hooks import Hook
+from tl_lenses.hooks import Hook, hooked
 from tl_lenses.model import LensModel
 from tl_lenses.translators import Row
 from tl_lenses.unembed import Readout
@@ -31,8 +31,22 @@ def head_of(readout: Readout, precision: D.Precision = "auto") -> Head:
     """The readout with its products in a precision; makes one copy of `W_U` where that is another type than the model's."""
     w_u, b_u = readout.weights()
     transform = readout.transform if readout.transforms() else None
-    # In the layout it has: a second copy for the other product would save 5% of the time and cost as much memory again.
-    return Head(readout, w_u.to(D.product_dtype(precision, w_u)), b_u, transform)
+    dtype = D.product_dtype(precision, w_u)
+    return Head(readout, w_u if dtype == w_u.dtype else narrowed(w_u, dtype, centre=transform is None), b_u, transform)
+
+
+def narrowed(
+    w_u: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, *, centre: bool
+) -> Float[Tensor, "d_model d_vocab"]:
+    """A copy in another type, contiguous; with `centre`, less its mean over the vocabulary.
+
+    Softmax does not see what all logits have in common, but rounding does: GPT-2's logits lie around -100, where bf16 numbers are 0.5 apart.
+    """
+    narrow = torch.empty(w_u.shape, dtype=dtype, device=w_u.device)
+    for rows in torch.arange(len(w_u)).split(32):  # no second copy in the wide type
+        block = w_u[rows[0] : rows[-1] + 1]
+        narrow[rows[0] : rows[-1] + 1] = block - block.mean(-1, keepdim=True) if centre else block
+    return narrow
 
 
 @dataclass(frozen=True)
@@ -56,25 +70,46 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.at)
 
-    def take(self, row: int, part: slice, picks: Int[Tensor, "rows m"] | None = None) -> Float[Tensor, "m d_in"]:
-        """States of a row, fp32: of the part's positions, or of the row's own picks among them."""
-        at = self.at[part] if picks is None else self.at[part][picks[row]]
-        # A model that is spread over devices has its states on several.
-        states = self.states[row]
-        return states[at.to(states.device)].float().to(self.teacher.device)
+    def take(
+        self, rows: slice, part: slice, picks: Int[Tensor, "rows m"] | None = None
+    ) -> Float[Tensor, "rows m d_in"]:
+        """States of some rows, fp32: of the part's positions, or of each row's own picks among them."""
+        at, device = self.at[part], self.teacher.device
+        taken = []
+        for i, states in enumerate(self.states[rows]):
+            own = at if picks is None else at[picks[i]]
+            # A model that is spread over devices has its states on several.
+            taken.append(states[own.to(states.device)].float().to(device))
+        return torch.stack(taken)
 
 
 def translated(
-    x: Float[Tensor, "n d_in"], row: int, delta: Float[Tensor, "rows d_out d_in"], biases: Float[Tensor, "rows d_out"]
-) -> Float[Tensor, "n d_out"]:
+    x: Float[Tensor, "rows n d_in"], delta: Float[Tensor, "rows d_out d_in"], biases: Float[Tensor, "rows d_out"]
+) -> Float[Tensor, "rows n d_out"]:
     """`x + D x + b`, without the first where the widths differ."""
-    y = torch.addmm(biases[row], x, delta[row].mT)
-    return y.add_(x) if delta.shape[1] == delta.shape[2] else y
+    y = torch.baddbmm(biases[:, None], x, delta.mT)
+    return y.add_(x) if x.shape == y.shape else y
 
 
-def normed(y: Float[Tensor, "n d_model"], head: Head) -> Float[Tensor, "n d_model"]:
+def normed(y: Float[Tensor, "rows n d_model"], head: Head) -> Float[Tensor, "rows n d_model"]:
     """By the model's own final norm."""
     return head.readout.norm(y.to(head.readout.dtype))
+
+
+# Tokens of one forward pass: activations and residuals of no more exist at a time, and the passes are no slower.
+PASS = {"cpu": 512, "cuda": 2**14}
+
+
+def pieces(model: LensModel, batch: Batch, hooks: list[Hook], size: int | None = None) -> Iterator[Batch]:
+    """A batch as rows that are run one after the other, `size` tokens or `PASS` at a time; whole where a hook could see the batch."""
+    at_once = size or PASS.get(Readout(model).device.type, PASS["cuda"])
+    n = max(1, at_once // max(1, batch.tokens.shape[1]))
+    if hooks or hooked(model) or n >= len(batch.tokens):
+        yield batch
+        return
+    masks = [None] * len(batch.tokens) if batch.attention_mask is None else batch.attention_mask.split(n)
+    for tokens, mask in zip(batch.tokens.split(n), masks, strict=False):
+        yield Batch(tokens, mask, batch.bytes_per_token)
 
 
 def scored_pairs(
@@ -117,14 +152,13 @@ def loss_and_gradient(
     grad_w: Float[Tensor, "rows d_out d_in"],
     grad_b: Float[Tensor, "rows d_out"],
     *,
-    loss: Literal["kl", "ce"] = "kl",
     chunk_size: int | None = None,
     subsample: float = 1.0,
     seed: int = 0,
 ) -> Float[Tensor, " rows"]:
     """Sum over positions of each layer's loss; the gradients of that sum with respect to D and b are added to `grad_w, grad_b`.
 
-    Autograd sees the final norm alone.
+    Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's.
 
     Args:
         chunk_size: positions whose logits exist at a time.
@@ -134,28 +168,30 @@ def loss_and_gradient(
     """
     losses = torch.zeros(len(delta), device=delta.device)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    fused = _fused(loss, pairs)
-    for part in D.chunks(len(pairs), head.w_u.shape[1], head.w_u.dtype, head.w_u.device, chunk_size):
+    room = None
+    for part, groups in _tiles(pairs, delta, head, chunk_size, subsample):
         size = part.stop - part.start
-        teacher, picks = pairs.teacher[pairs.scored[part]], None
+        picks = None
         if subsample < 1:
             kept = max(1, round(subsample * size))
             order = torch.rand(len(delta), size, generator=generator).argsort(-1)
-            picks = order[:, :kept].to(teacher.device)
-        # Row by row but for the fused part: what a norm keeps for its gradient is several times the states.
-        with torch.no_grad():
-            y = torch.stack([translated(pairs.take(row, part, picks), row, delta, biases) for row in range(len(delta))])
-            hidden = torch.stack([normed(one, head) for one in y]).requires_grad_()
-        with torch.enable_grad():
-            each = fused(hidden, teacher, head, size, picks)
-            (grad,) = torch.autograd.grad(each.sum(), hidden)
-        for row, one in enumerate(y):
+            picks = order[:, :kept].to(pairs.teacher.device)
+        room = _room(room, size * groups[0].stop, head)
+        teacher = _teacher(pairs, part, head, room)
+        for group in groups:
+            own = None if picks is None else picks[group]
+            x = pairs.take(group, part, own)
+            y = translated(x, delta[group], biases[group]).requires_grad_()
             with torch.enable_grad():
-                one.requires_grad_()
-                (grad_y,) = torch.autograd.grad(normed(one, head), one, grad[row].to(head.readout.dtype))
-            grad_w[row].addmm_(grad_y.mT, pairs.take(row, part, picks), alpha=size)
-            grad_b[row].add_(grad_y.sum(0), alpha=size)
-        losses += size * each.detach().to(losses)
+                hidden = normed(y, head)
+            each, back = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, picks=own, room=room)
+            assert back is not None  # asked for
+            (grad,) = torch.autograd.grad(hidden, y, back.to(hidden.dtype))
+            weight = size / x.shape[1]
+            grad_w[group].baddbmm_(grad.mT, x, alpha=weight)
+            grad_b[group].add_(grad.sum(1), alpha=weight)
+            losses[group] += weight * each.to(losses)
+        del teacher  # before the next one is made
     return losses
 
 
@@ -166,29 +202,39 @@ def summed_losses(
     biases: Float[Tensor, "rows d_out"],
     head: Head,
     *,
-    loss: Literal["kl", "ce"] = "kl",
     chunk_size: int | None = None,
 ) -> Float[Tensor, " rows"]:
     """Sum over positions of each layer's loss, without the gradient: half the cost."""
-    losses = torch.zeros(len(delta), device=delta.device)
-    for part in D.chunks(len(pairs), head.w_u.shape[1], head.w_u.dtype, head.w_u.device, chunk_size):
-        rows = range(len(delta))
-        hidden = torch.stack([normed(translated(pairs.take(row, part), row, delta, biases), head) for row in rows])
-        teacher, size = pairs.teacher[pairs.scored[part]], part.stop - part.start
-        losses += size * _fused(loss, pairs)(hidden, teacher, head, size, None).to(losses)
+    losses, room = torch.zeros(len(delta), device=delta.device), None
+    for part, groups in _tiles(pairs, delta, head, chunk_size):
+        room = _room(room, (part.stop - part.start) * groups[0].stop, head)
+        teacher = _teacher(pairs, part, head, room)
+        for group in groups:
+            hidden = normed(translated(pairs.take(group, part), delta[group], biases[group]), head)
+            losses[group] += D.score(hidden, teacher, head.w_u, head.b_u, head.transform, gradient=False, room=room)[
+                0
+            ].to(losses)
+        del teacher
     return losses
 
 
-def _fused(loss: Literal["kl", "ce"], pairs: Pairs) -> Callable[..., Tensor]:
-    """Mean loss per row of normed states."""
+def _tiles(
+    pairs: Pairs, delta: Tensor, head: Head, chunk_size: int | None, share: float = 1.0
+) -> Iterator[tuple[slice, list[slice]]]:
+    w_u = head.w_u
+    return D.tiles(len(delta), len(pairs), w_u.shape[1], w_u.dtype, w_u.device, chunk_size, share)
 
-    def of(hidden: Tensor, teacher: Tensor, head: Head, size: int, picks: Tensor | None) -> Tensor:
-        settings = {"transform": head.transform, "chunk_size": size, "picks": picks}
-        if loss == "ce":
-            return D.fused_ce(hidden, teacher, head.w_u, head.b_u, **settings)
-        return D.fused_kl(hidden, teacher, head.w_u, head.b_u, teacher_hidden=pairs.hidden, **settings)
 
-    return of
+def _teacher(pairs: Pairs, part: slice, head: Head, room: Tensor) -> D.Teacher:
+    states = pairs.teacher[pairs.scored[part]]
+    return D.teacher_of(states, head.w_u, head.b_u, head.transform, hidden=pairs.hidden, room=room)
+
+
+def _room(room: Tensor | None, rows: int, head: Head) -> Tensor:
+    """Memory for `rows` logits: the one that is there, if it is large enough."""
+    if room is not None and len(room) >= rows:
+        return room
+    return torch.empty(rows, head.w_u.shape[1], dtype=head.w_u.dtype, device=head.w_u.device)
 
 
 def clip_gradients(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:

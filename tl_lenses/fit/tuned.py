@@ -22,7 +22,7 @@ from tl_lenses.fit.optim import (
 )
 from tl_lenses.fit.start import default_tokens, first_batches, regression_start
 from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
-from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, scored_pairs, summed_losses
+from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, pieces, scored_pairs, summed_losses
 from tl_lenses.fit.stop import Watch, split_held_out
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, n_layers
@@ -253,13 +253,17 @@ def _train(
 
     def add_gradients(batch: Batch, losses: Tensor, grad_w: Tensor, grad_b: Tensor, row: int) -> int:
         """Sums over the positions of a batch, however a step's positions fall into batches and processes; how many."""
-        pairs = scored_pairs(model, batch, rows, hooks, skip_first, shift, loss, readout)
-        if len(pairs):
-            losses += loss_and_gradient(
-                pairs, delta, biases, head, grad_w, grad_b, loss=loss, chunk_size=chunk_size,
-                subsample=settings["subsample"], seed=settings["seed"] * 1_000_003 + row,
-            )  # fmt: skip
-        return len(pairs)
+        n = 0
+        for i, piece in enumerate(pieces(model, batch, hooks)):
+            pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
+            if len(pairs):
+                losses += loss_and_gradient(
+                    pairs, delta, biases, head, grad_w, grad_b, chunk_size=chunk_size,
+                    subsample=settings["subsample"], seed=(settings["seed"] * 1_000_003 + row) * 1009 + i,
+                )  # fmt: skip
+            n += len(pairs)
+            del pairs  # before the next pass
+        return n
 
     def is_finite(batch: Batch) -> bool:
         flat.zero_()
@@ -274,9 +278,9 @@ def _train(
         for batch in apart:
             own, _ = own_rows(batch, first, who)
             first += len(batch.tokens)
-            if own is not None:
-                pairs = scored_pairs(model, own, rows, hooks, skip_first, shift, loss, readout)
-                sums[:-1] += summed_losses(pairs, delta, biases, head, loss=loss, chunk_size=chunk_size)
+            for piece in () if own is None else pieces(model, own, hooks):
+                pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
+                sums[:-1] += summed_losses(pairs, delta, biases, head, chunk_size=chunk_size)
                 sums[-1] += len(pairs)
         add_up(sums, who)
         if sums[-1] == 0:
