@@ -15,6 +15,7 @@ import torch.distributed as dist
 import zoo
 
 import tl_lenses as tll
+import tl_lenses.fit.tuned
 from tl_lenses.checkpoint import load_state, save_state
 from tl_lenses.data import Batch
 from tl_lenses.fit.distributed import Processes, own_rows
@@ -199,6 +200,110 @@ def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
     assert all(torch.equal(a["delta"], b["delta"]) for a, b in zip(whole, resumed, strict=True))
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", zoo.FEW_KINDS)
+def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
+    from tl_lenses.fit.shard import is_sharded, shard
+
+    tokens = zoo.tokens(23, 16)
+    batches = [tokens[:3], tokens[3:4], *tokens[4:].split(5)]  # some processes have no row of a batch
+    settings = dict(steps=4, optimizer="sgd", tokens_per_step=100, init_tokens=200, precision="float32")
+    settings |= dict(held_out=[zoo.tokens(3, 16, seed=5)], held_out_every=2)
+    one = tll.fit_tuned(zoo.build(arch, kind), batches, **settings)
+
+    def work(rank, _):
+        model = zoo.build(arch, kind)
+        size = lambda: sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.blocks.parameters())
+        before = size()
+        shard(model)
+        assert is_sharded(model)
+        found = _maps(tll.fit_tuned(model, batches, **settings))
+        with pytest.raises(ValueError, match="sharded already"):
+            shard(model)
+        return {**found, "share": size() / before}
+
+    for maps in _ok(launch(2, work, tmp_path)):
+        assert maps["share"] < 0.55  # of the blocks, and again so behind the fit
+        assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
+        assert torch.allclose(maps["biases"], one.biases, atol=1e-5, rtol=0)
+        assert maps["meta"]["held_out"]["loss"] == pytest.approx(one.meta["held_out"]["loss"], rel=1e-4)
+        assert maps["meta"]["basis"] == one.meta["basis"]
+
+
+def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_one_ends_the_job(tmp_path):
+    from tl_lenses.fit.shard import shard
+
+    tokens = zoo.tokens(8, 16)
+
+    def bad(rank, model):  # the last row belongs to process 1
+        shard(model)
+        wrong = tokens.clone()
+        wrong[-1, 3] = zoo.D_VOCAB
+        return tll.fit_tuned(model, [*wrong.split(2), *tokens.split(2)], steps=2, tokens_per_step=300, init="identity")
+
+    errors = [one["error"] for one in launch(2, bad, tmp_path)]
+    assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process 1" in e for e in errors)
+
+    def regression(rank, model):
+        shard(model)
+        wrong = tokens.clone()
+        wrong[-1, 3] = zoo.D_VOCAB
+        return _maps(tll.fit_regression(model, [*wrong.split(2), *tokens.split(2)]))
+
+    errors = [one["error"] for one in launch(2, regression, tmp_path)]
+    assert all(f"token id {zoo.D_VOCAB}" in error for error in errors)
+
+    def broken(rank, model):  # a gradient that is not finite, of a row of process 1
+        shard(model)
+        compute = tl_lenses.fit.tuned.loss_and_gradient
+        guilty = tokens[5]
+
+        def wrong(pairs, delta, biases, head, grad_w, *args, **kwargs):
+            losses = compute(pairs, delta, biases, head, grad_w, *args, **kwargs)
+            if rank == 1 and calls[-1]:
+                grad_w[1] += torch.nan
+            return losses
+
+        calls, run = [], tl_lenses.fit.tuned.scored_pairs
+
+        def watched(model, batch, *args, **kwargs):
+            calls.append(any(torch.equal(row, guilty) for row in batch.tokens))
+            return run(model, batch, *args, **kwargs)
+
+        tl_lenses.fit.tuned.loss_and_gradient, tl_lenses.fit.tuned.scored_pairs = wrong, watched
+        return tll.fit_tuned(model, tokens, steps=2, tokens_per_step=300, init="identity")
+
+    errors = [one["error"] for one in launch(2, broken, tmp_path)]
+    assert all(
+        "the gradient is not finite at step 0 for 'blocks.1.hook_resid_pre'" in e and "on the text" in e for e in errors
+    )
+
+    def killed(rank, model):
+        shard(model)
+
+        def die(entry):
+            if rank == 1 and entry["step"] == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return _maps(
+            tll.fit_tuned(
+                model, tokens, steps=6, optimizer="sgd", init="identity", checkpoint=tmp_path / "state", log=die
+            )
+        )
+
+    start = time.perf_counter()
+    found = launch(2, killed, tmp_path)
+    assert found[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
+    assert "lost the others" in found[0]["error"] and "holds the last steps" in found[0]["error"], found[0]
+
+
+def test_one_process_alone_has_nobody_to_share_with(unchecked):
+    from tl_lenses.fit.shard import shard
+
+    with pytest.raises(ValueError, match="several processes, and there is one: start them with accelerate launch"):
+        shard(zoo.build("gpt2", zoo.FEW_KINDS[0]))
+
+
 def _launch(port, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", str(port), "-m", "tl_lenses", "fit", *map(str, arguments)]
@@ -232,6 +337,12 @@ def test_accelerate_launches_the_command(tmp_path):
     assert out.count("saved in") == 1 and "in 2 processes" in out and "memory at the peak" in out
     a, b = (tll.Translators.load(tmp_path / name) for name in ("one", "two"))
     assert torch.allclose(a.delta, b.delta, atol=1e-5, rtol=0) and a.meta["tokens_seen"] == b.meta["tokens_seen"]
+
+    # the model spread over both
+    job = _launch(_free_port(), *fit, "--shard", "--output", tmp_path / "spread")
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert torch.allclose(tll.Translators.load(tmp_path / "spread").delta, b.delta, atol=1e-6, rtol=0)
 
     # one worker is killed: the job ends, and the same command goes on
     job = _launch(_free_port(), *fit, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "three")

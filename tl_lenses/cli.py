@@ -190,6 +190,9 @@ def fit(
     offload: Annotated[
         bool, typer.Option("--offload", help="Optimiser state and moments on the CPU between uses.")
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread the model's blocks over the processes (FSDP), where it fits none.")
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream/--download", help="Read a `datasets` name as it is needed, or all of it first.")
     ] = True,
@@ -231,7 +234,11 @@ def fit(
 
     import tl_lenses as tll
 
-    loaded = load_model(model, device or who.device, dtype.value)
+    loaded = load_model(model, "cpu" if shard else device or who.device, dtype.value)
+    if shard:
+        from tl_lenses.fit.shard import shard as spread
+
+        spread(loaded)
     chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers)
     regression = method is Method.regression
     limit = limit_tokens or (REGRESSION_TOKENS if regression else None)

@@ -279,14 +279,19 @@ def fit_plan(
 ) -> str:
     """Memory of a fit, before its first step; says how many layers fit where not all of them do."""
     from tl_lenses.divergence import product_dtype
+    from tl_lenses.fit.distributed import processes
     from tl_lenses.fit.plan import plan
+    from tl_lenses.fit.shard import is_sharded
     from tl_lenses.model import d_model, n_layers
 
     depth, width, element = n_layers(model), d_model(model), next(model.parameters()).element_size()
+    sharded = processes().world if is_sharded(model) else 1
     parameters = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    here = [p.to_local() if sharded > 1 and hasattr(p, "to_local") else p for p in model.parameters()]
+    held = sum({p.data_ptr(): p.numel() for p in here}.values()) * element  # by this process
     rows = depth if layers is None else len(layers)
     if regression:  # moments of every layer, in float64
-        each, rest = 0 if offload else 2 * 8 * width**2, parameters * element
+        each, rest = 0 if offload else 2 * 8 * width**2, held
         at_once = min(rows, layers_at_once or rows)
         needed = rest + each * at_once
         text = f"memory: {needed / 1e9:.2f} GB, of which moments {each * at_once / 1e9:.2f} GB"
@@ -296,15 +301,15 @@ def fit_plan(
             tokens_per_batch=batches.seq_len * batches.batch_size, tokens_per_step=tokens_per_step, steps=steps,
             optimizer=optimizer, state_on_cpu=offload, model_dtype="bfloat16" if element == 2 else "float32",
             precision="float32" if product_dtype("auto", model.W_U).itemsize > 2 else "bfloat16",
-            device="cpu" if model.W_U.device.type == "cpu" else "cuda",
+            device="cpu" if model.W_U.device.type == "cpu" else "cuda", sharded=sharded,
         )  # fmt: skip
         found = made(layers_at_once)
         needed, text = found.peak, str(found)
         at_once = min(rows, layers_at_once or rows)
         each = (found.peak - made(1).peak) / max(1, at_once - 1) if at_once > 1 else 0
     there = _memory(model)
-    if there is not None and needed > there + parameters * element:
-        fits = int(at_once - (needed - there - parameters * element) / each) if each else 0
+    if there is not None and needed > there + held:
+        fits = int(at_once - (needed - there - held) / each) if each else 0
         hint = f"pass --layers-at-once {fits}" if fits > 0 else "use a smaller --batch-size or a larger machine"
         text += f"\n{there / 1e9:.1f} GB are free beside the model, less than that: {hint}"
     return text

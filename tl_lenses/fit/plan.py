@@ -114,7 +114,7 @@ def plan(
         device: the sizes of chunks differ.
         chunk_size: positions whose logits exist at a time; as `divergence` chooses by default.
         state_on_cpu: optimiser state and moments do not count.
-        sharded: processes that the frozen model is spread over.
+        sharded: processes that the frozen model's blocks are spread over.
 
     Raises:
         ValueError: a size below 1, or a share outside (0, 1].
@@ -150,10 +150,12 @@ def plan(
     part, groups_of_layers = next(tiles(together, run, d_vocab, dtype, torch.device(device), chunk_size, subsample))
     chunk, layers = min(part.stop, run), groups_of_layers[0].stop
     block = min(BLOCK[device], 4 * chunk * d_vocab)
+    table = 2 * d_model * d_vocab
     moments = 2 * 8 * together * d_model**2 if init == "regression" else 0
     state = weights * _STATES[optimizer]
     memory = {
-        "model": params * element // sharded,
+        # What a lens reads stays whole in each process (`fit.shard`); embedding and unembedding counted apart, as large models have them.
+        "model": element * (params if sharded == 1 else max(params - table, 0) // sharded + min(table, params)),
         "unembedding in bf16": 2 * d_model * d_vocab if precision == "bfloat16" and element == 4 else 0,
         "translators": maps * (2 if average else 1),
         # The moments are gone before there is a gradient or a state.

@@ -15,6 +15,7 @@ from tl_lenses.fingerprint import check_tokenizers
 from tl_lenses.fit.common import NotFinite, identity_of, record, row_groups, rows_for, rows_of_pairs, states
 from tl_lenses.fit.distributed import agree, own_rows, processes, same_settings
 from tl_lenses.fit.evidence import Evidence, count, evidence_of, evidence_tree, merged_evidence, on_device
+from tl_lenses.fit.shard import in_step
 from tl_lenses.fit.state import keep, resume, state_file
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, n_layers, name_of
@@ -227,9 +228,10 @@ def collect(
             choosing = (index % CHOOSING == CHOOSING - 1) & ~apart & choose
             sets = torch.stack([~apart & ~choosing, choosing, apart])
             own, mine = own_rows(batch, counts[1], who)
-            if own is not None:
-                part = _part(model, to, own, sets[:, mine], places, targets, rows, hooks, target_hooks, skip_first)
-                total = total + (on_device(part, "cpu") if offload else part)
+            with in_step([model, to], 1, who):
+                if own is not None:
+                    part = _part(model, to, own, sets[:, mine], places, targets, rows, hooks, target_hooks, skip_first)
+                    total = total + (on_device(part, "cpu") if offload else part)
             used = used_positions(batch, skip_first).cpu()
             counts = [
                 counts[0] + int(used.sum()),

@@ -100,16 +100,29 @@ def normed(y: Float[Tensor, "rows n d_model"], head: Head) -> Float[Tensor, "row
 PASS = {"cpu": 512, "cuda": 2**14}
 
 
-def pieces(model: LensModel, batch: Batch, hooks: list[Hook], size: int | None = None) -> Iterator[Batch]:
-    """A batch as rows that are run one after the other, `size` tokens or `PASS` at a time; whole where a hook could see the batch."""
-    at_once = size or PASS.get(Readout(model).device.type, PASS["cuda"])
-    n = max(1, at_once // max(1, batch.tokens.shape[1]))
-    if hooks or hooked(model) or n >= len(batch.tokens):
+def rows_at_once(model: LensModel, batch: Batch, hooks: list[Hook]) -> int:
+    """Rows of one forward pass: of `PASS` tokens, or all where a hook, given or on the model, could see the batch."""
+    if hooks or hooked(model):
+        return len(batch.tokens)
+    at_once = PASS.get(Readout(model).device.type, PASS["cuda"])
+    return min(len(batch.tokens), max(1, at_once // max(1, batch.tokens.shape[1])))
+
+
+def pieces(model: LensModel, batch: Batch, hooks: list[Hook]) -> Iterator[Batch]:
+    """A batch as rows that are run one after the other."""
+    n = rows_at_once(model, batch, hooks)
+    if n == len(batch.tokens):
         yield batch
         return
     masks = [None] * len(batch.tokens) if batch.attention_mask is None else batch.attention_mask.split(n)
     for tokens, mask in zip(batch.tokens.split(n), masks, strict=False):
         yield Batch(tokens, mask, batch.bytes_per_token)
+
+
+def most_passes(model: LensModel, batch: Batch, hooks: list[Hook], world: int) -> int:
+    """Forward passes of the process with the most rows of a batch."""
+    rows = -(-len(batch.tokens) // world)
+    return -(-rows // rows_at_once(model, batch, hooks)) if rows else 0
 
 
 def scored_pairs(

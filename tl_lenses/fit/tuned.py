@@ -20,9 +20,18 @@ from tl_lenses.fit.optim import (
     rate_scales,
     set_scales,
 )
+from tl_lenses.fit.shard import in_step
 from tl_lenses.fit.start import default_tokens, first_batches, regression_start
 from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
-from tl_lenses.fit.step import clip_gradients, head_of, loss_and_gradient, pieces, scored_pairs, summed_losses
+from tl_lenses.fit.step import (
+    clip_gradients,
+    head_of,
+    loss_and_gradient,
+    most_passes,
+    pieces,
+    scored_pairs,
+    summed_losses,
+)
 from tl_lenses.fit.stop import Watch, split_held_out
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, check_model, n_layers
@@ -278,10 +287,11 @@ def _train(
         for batch in apart:
             own, _ = own_rows(batch, first, who)
             first += len(batch.tokens)
-            for piece in () if own is None else pieces(model, own, hooks):
-                pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
-                sums[:-1] += summed_losses(pairs, delta, biases, head, chunk_size=chunk_size)
-                sums[-1] += len(pairs)
+            with in_step([model], most_passes(model, batch, hooks, who.world), who):
+                for piece in () if own is None else pieces(model, own, hooks):
+                    pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
+                    sums[:-1] += summed_losses(pairs, delta, biases, head, chunk_size=chunk_size)
+                    sums[-1] += len(pairs)
         add_up(sums, who)
         if sums[-1] == 0:
             raise ValueError("no position to score in held_out: rows of one token with skip_first, or all pads")
@@ -300,10 +310,9 @@ def _train(
                     n_step += batch.tokens.numel()
                     own, _ = own_rows(batch, n_rows + taken, who)
                     taken += len(batch.tokens)
-                    if own is None:
-                        continue
-                    mine.append(own)
-                    counts[0] += add_gradients(own, losses, grad_w, grad_b, n_rows + taken)
+                    mine += [] if own is None else [own]
+                    with in_step([model], most_passes(model, batch, hooks, who.world), who):
+                        counts[0] += 0 if own is None else add_gradients(own, losses, grad_w, grad_b, n_rows + taken)
             except Exception as wrong:  # the other processes would wait for this one
                 error = NotFinite(f"{wrong}, at step {done}") if isinstance(wrong, NotFinite) else wrong
                 counts[1] += 1
@@ -320,7 +329,8 @@ def _train(
             if not finite.all():
                 found = losses.clone(), finite.clone()
                 searched = mine if _finite(delta, biases).all() else []  # with such maps every text is guilty
-                text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
+                with in_step([model], -(-taken // who.world), who):
+                    text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
                 texts = [text for text in gathered(text, who) if text]
                 raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
             if settings["clip"] is not None:
