@@ -19,10 +19,17 @@ from tl_lenses.data import positions
 from tl_lenses.stream import Position
 
 
-def batches(text: list[str], tokenizer, tokens: int, prefetch: int):
+def batches(text: list[str], tokenizer, tokens: int, prefetch: int, workers: int = 0):
     endless = lambda: (text[i % len(text)] for i in count())
     return tll.token_batches(
-        endless, tokenizer, seq_len=128, batch_size=16, limit_tokens=tokens, shuffle_seed=0, prefetch=prefetch
+        endless,
+        tokenizer,
+        seq_len=128,
+        batch_size=16,
+        limit_tokens=tokens,
+        shuffle_seed=0,
+        prefetch=prefetch,
+        workers=workers,
     )
 
 
@@ -58,9 +65,12 @@ def main() -> None:
     alone = time.perf_counter() - start
     each = alone / (made / (128 * 16))
     found = {"tokens": made, "threads": torch.get_num_threads(), "tokens_per_second": made / alone}
-    for prefetch in (0, 4):
-        seconds, waited = consume(positions(batches(text, tokenizer, options.tokens, prefetch), endless=False), each)
-        found[f"prefetch_{prefetch}"] = {"seconds": seconds, "waited": waited}
+    for prefetch, workers in ((0, 0), (4, 0), (4, 1)):
+        ready = batches(text, tokenizer, options.tokens, prefetch, workers)
+        if workers:
+            next(iter(ready))  # starting processes takes seconds, once
+        seconds, waited = consume(positions(ready, endless=False), each)
+        found[f"prefetch_{prefetch}_workers_{workers}"] = {"seconds": seconds, "waited": waited}
     start = time.perf_counter()
     state = position.state()
     found["state_bytes"] = sum(v.nbytes for v in state["before"].values() if isinstance(v, torch.Tensor))

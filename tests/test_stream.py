@@ -1,7 +1,12 @@
 """A position in the text: reading goes on there to the same batches, in every kind of source, without reading again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import datasets
 import pandas
@@ -168,6 +173,58 @@ def test_a_text_that_has_changed_is_refused(tmp_path):
 
 
 # --- the thread that is ahead
+
+
+def _same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_worker_processes_give_the_same_batches_and_positions():
+    settings = dict(seq_len=9, batch_size=2, shuffle_seed=1, shuffle_buffer=5)
+    alone, shared = (token_batches(list(LONG) * 4, TOKENIZER, workers=workers, **settings) for workers in (0, 2))
+    expected = list(positions(alone, endless=False))
+    got = list(positions(shared, endless=False))
+    assert len(got) == len(expected) > 20
+    for (batch, place), (other, there) in zip(got, expected, strict=True):
+        assert torch.equal(batch.tokens, other.tokens) and batch.bytes_per_token == other.bytes_per_token
+        assert _same(place.state(), there.state())
+    assert shared.n_tokens == alone.n_tokens and shared.counted == alone.counted
+    middle = len(got) // 2
+    on = [batch.tokens for batch, _ in positions(shared, at=got[middle][1], endless=False)]  # the same pool
+    assert torch.equal(torch.cat(on), torch.cat([batch.tokens for batch, _ in expected[middle + 1 :]]))
+
+    assert shared.pool is not None
+    os.kill(next(iter(shared.pool._processes)), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="a worker process of the tokenizer ended.*workers=0 does without"):
+        list(shared)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = """
+import os, sys, tl_lenses as tll
+sys.path.insert(0, {tests!r})
+from test_stream import LONG, TOKENIZER
+if __name__ == "__main__":
+    batches = tll.token_batches(LONG * 50, TOKENIZER, seq_len=9, batch_size=2, workers=1)
+    next(iter(batches))
+    print(*batches.pool._processes, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    (tmp_path / "script.py").write_text(script.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(tl_lenses.texts.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker = int(done.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists() or "State:\tZ" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its parent")
 
 
 def test_the_thread_is_ahead_by_no_more_than_asked_and_stops_with_its_reader():

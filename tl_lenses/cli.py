@@ -197,6 +197,9 @@ def fit(
         bool, typer.Option("--stream/--download", help="Read a `datasets` name as it is needed, or all of it first.")
     ] = True,
     shuffle_buffer: Annotated[int, typer.Option(help="Documents that the shuffle draws from.", min=1)] = 1000,
+    workers: Annotated[
+        int, typer.Option(help="Processes that tokenise; 0: a thread, enough for most tokenizers.", min=0)
+    ] = 0,
     show_progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Loss, tokens/s and time left; on in a terminal.")
     ] = None,
@@ -253,6 +256,7 @@ def fit(
         seed,
         streaming=stream,
         shuffle_buffer=shuffle_buffer,
+        workers=workers,
     )
     settings = {
         "model": model, "data": data, "text_column": text_column, "split": split, "seq_len": batches.seq_len,

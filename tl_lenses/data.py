@@ -32,6 +32,7 @@ def token_batches(
     drop_last: bool = False,
     streaming: bool = True,
     prefetch: int = 4,
+    workers: int = 0,
 ) -> TokenBatches:
     """Streams text as batches `[batch, seq_len]` of full rows, from the start each time it is iterated over.
 
@@ -56,6 +57,8 @@ def token_batches(
         drop_last: leave out a last batch with fewer rows.
         streaming: read a data set by name over the network as it is needed; False downloads all of it first.
         prefetch: batches that a thread tokenises ahead of a fit; 0 for none.
+        workers: processes that tokenise, in the same order; 0 leaves it to that thread, which is enough for most
+            (fast) tokenizers. A script that uses them needs `if __name__ == "__main__":`.
 
     Raises:
         ValueError: the source is missing, empty, not UTF-8, without the column, or too short for one row.
@@ -70,7 +73,8 @@ def token_batches(
         ("seq_len", seq_len, 2, "one token to read and one to predict"),
         ("batch_size", batch_size, 1, "one row"),
         ("shuffle_buffer", shuffle_buffer, 1, "one document"),
-        ("prefetch", prefetch + 1, 1, "0"),
+        ("prefetch", prefetch, 0, "which is none"),
+        ("workers", workers, 0, "which is a thread"),
         ("limit_tokens", seq_len if limit_tokens is None else limit_tokens, seq_len, "one row of seq_len"),
     ):
         if value < least:
@@ -80,7 +84,7 @@ def token_batches(
     shuffle = None if shuffle_seed is None else (shuffle_seed, shuffle_buffer)
     one_shot = isinstance(source, Iterator)
     return TokenBatches(
-        start, name, one_shot, tokenizer, seq_len, batch_size, bos, shuffle, limit_tokens, drop_last, prefetch
+        start, name, one_shot, tokenizer, seq_len, batch_size, bos, shuffle, limit_tokens, drop_last, prefetch, workers
     )
 
 

@@ -4,11 +4,16 @@ A position is taken where a group of documents begins, together with the number 
 tokenises that one group again and nothing before it.
 """
 
+import os
 import queue
+import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
+from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,6 +112,8 @@ class TokenBatches:
     limit_tokens: int | None
     drop_last: bool
     prefetch: int = 4
+    workers: int = 0
+    pool: ProcessPoolExecutor | None = None  # started when first needed, and kept
     n_tokens: int = 0
     counted: tuple[int, int] = (0, 0)  # tokens and bytes of the documents of the longest pass
 
@@ -177,12 +184,13 @@ class TokenBatches:
     def _groups(self, documents: "_Documents", before: Before) -> Iterator[tuple[list[list[int]], Before]]:
         """Ids of each document of a group, and the state before it; `pending` and `rows` are for the caller to add."""
         tokens, size = before.counted
-        while True:
-            begun = documents.before((tokens, size))
-            if not (group := documents.take(GROUP)):
-                return
+        if self.workers and self.pool is None:
+            self.pool = _pool(self.tokenizer, self.workers)
+        taken = iter(lambda: (documents.before(), documents.take(GROUP)), None)
+        groups = takewhile(lambda item: item[1], taken)
+        for begun, group, encoded in _encoded(self.tokenizer, groups, self.pool, 2 * self.workers):
+            begun = replace(begun, counted=(tokens, size))
             size += sum(len(text.encode()) for text in group)
-            encoded = encode(self.tokenizer, group)
             tokens += sum(map(len, encoded))
             self.counted = max(self.counted, (tokens, size))
             yield [ids for ids in encoded if ids], begun  # an empty document would only double a separator
@@ -195,7 +203,7 @@ class TokenBatches:
         separator = [] if eos is None else [eos]
         pending, any_text, rows = list(before.pending), before.any_text, before.rows
         for group, begun in self._groups(documents, before):
-            begun = _with(begun, pending, any_text, rows)
+            begun = replace(begun, pending=tuple(pending), any_text=any_text, rows=rows)
             number = 0
             for ids in group:
                 pending += separator + ids if any_text else ids
@@ -206,12 +214,6 @@ class TokenBatches:
                     yield head + pending[at : at + width], begun, number
                 del pending[:full]
             rows += number
-
-
-def _with(begun: Before, pending: list[int], any_text: bool, rows: int) -> Before:
-    return Before(
-        begun.place, begun.buffer, begun.generator, begun.ended, tuple(pending), any_text, begun.counted, rows
-    )
 
 
 @dataclass(eq=False, repr=False)
@@ -229,9 +231,9 @@ class _Documents:
         """The next n, fewer at the end."""
         return list(islice(self._next() if self.generator is None else self._shuffled(self.generator), n))
 
-    def before(self, counted: tuple[int, int]) -> Before:
+    def before(self) -> Before:
         state = None if self.generator is None else self.generator.get_state()
-        return Before(self.place, tuple(self.buffer), state, self.ended, counted=counted)
+        return Before(self.place, tuple(self.buffer), state, self.ended)
 
     def _next(self) -> Iterator[str]:
         for text, place in self.texts:
@@ -257,11 +259,63 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
+def _encoded(
+    tokenizer: Any, groups: Iterator[tuple[Before, list[str]]], pool: ProcessPoolExecutor | None, most: int
+) -> Iterator[tuple[Before, list[str], list[list[int]]]]:
+    """The groups with their ids, in order; with a pool up to `most` of them are being tokenised at a time."""
+    if pool is None:
+        yield from ((begun, group, encode(tokenizer, group)) for begun, group in groups)
+        return
+    waiting: deque[tuple[Before, list[str], Future[list[list[int]]]]] = deque()
+    try:
+        while True:
+            for begun, group in islice(groups, most - len(waiting)):
+                waiting.append((begun, group, pool.submit(_encode_there, group)))
+            if not waiting:
+                return
+            begun, group, ids = waiting.popleft()
+            yield begun, group, ids.result()
+    except BrokenExecutor as error:
+        raise RuntimeError(
+            "a worker process of the tokenizer ended: it was killed, ran out of memory, or a script that starts workers lacks "
+            'its `if __name__ == "__main__":`; workers=0 does without'
+        ) from error
+    finally:
+        for _, _, ids in waiting:
+            ids.cancel()
+
+
+def _pool(tokenizer: Any, workers: int) -> ProcessPoolExecutor:
+    # Spawned: a fork of a process with threads (torch's, ours) may hang.
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start_there, (tokenizer,))
+
+
+_tokenizer: Any = None  # of a worker process
+
+
+def _start_there(tokenizer: Any) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the fit's, which saves and then ends its workers
+
+    def watch() -> None:  # workers of a fit that was killed would wait forever
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode_there(texts: list[str]) -> list[list[int]]:
+    return encode(_tokenizer, texts)
+
+
 def ahead(items: Iterator[T], size: int) -> Generator[T, None, None]:
     """The same items, made by a thread that is up to `size` of them ahead.
 
-    A thread and not a process: fast tokenizers work without the interpreter's lock and so does torch, and nothing has
-    to be sent between processes (`benchmarks/text_throughput.py`).
+    Fast tokenizers work without the interpreter's lock and so does torch, so that a thread is enough for one of them
+    (`benchmarks/text_throughput.py`); `workers` are for slow ones, and for models faster than one thread.
     """
     if not size:
         yield from items
