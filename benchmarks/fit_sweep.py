@@ -3,6 +3,7 @@
     python benchmarks/fit_sweep.py                                     # lab-gpt2, 32,768 tokens
     python benchmarks/fit_sweep.py --model lab-gpt2-small
     python benchmarks/fit_sweep.py --model ../shared/models/stories260K
+    python benchmarks/fit_sweep.py --only precision
 
 The states of the text are read once and every setting trains on them, so a setting takes seconds. `rate x` is the same rate for all
 layers, which says what each layer wants; every other line is the default with one thing changed. One order of the text: differences
@@ -39,6 +40,9 @@ def main() -> int:
     parser.add_argument("--model", default="lab-gpt2", help="a lab model, or a folder with a Hugging Face model")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
+    parser.add_argument(
+        "--only", choices=sorted({key for change in CHANGES for key in change}), help="changes of this alone"
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -66,7 +70,7 @@ def main() -> int:
     print(
         f"{args.model}, {len(text) * PER_STEP:,} tokens, {args.heldout_tokens:,} held out; KL per layer, mean last, seconds"
     )
-    for change in [None, {}, *CHANGES]:
+    for change in [None, {}, *(c for c in CHANGES if args.only in (None, *c))]:
         settings = {**BASE, **(change or {})}
         n_start = min(settings["start"], args.tokens)
         if n_start not in starts:
