@@ -7,7 +7,7 @@
 
 The reference is the loop of the tuned-lens package (`scripts/train_loop.py`): one forward pass, then layer after layer the lens in bf16
 autocast, full logits, KL and backward, a joint clip, SGD with Nesterov momentum; written out here with the package's own
-`TunedLens` where it is installed. Both see the same model, tokens and machine, in turns. Each memory is measured in a process
+`TunedLens` where it is installed (`pip install --no-deps tuned-lens`). Both see the same model, tokens and machine, in turns. Each memory is measured in a process
 of its own. The answer is checked first: the same loss to 1e-2 and a gradient cosine above 0.999 at every layer, from
 translators away from the identity. Leaves with 1 where the answer is wrong or, at the default size on a CPU, a requirement is
 missed: 3 times the tokens per second, a quarter of the memory.
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,7 +64,7 @@ def main() -> int:
         return 0
     answer = child("answer", args)
     print(
-        f"answer: losses {answer['loss']:.3f} differ by at most {answer['loss_gap']:.1e}, gradient cosine at least {answer['cosine']:.6f}"
+        f"against {answer['reference']}\nanswer: losses {answer['loss']:.3f} differ by at most {answer['loss_gap']:.1e}, gradient cosine at least {answer['cosine']:.6f}"
     )
     if answer["loss_gap"] > 1e-2 or answer["cosine"] < 0.999:
         print("the answer is wrong: nothing is measured", file=sys.stderr)
@@ -157,6 +158,29 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return model, model.original_model, tokens.to(args.device)
 
 
+def packages_lens(hf: Any, readout: Any, n_layers: int) -> Any:
+    """The tuned-lens package's `TunedLens` on this model's norm and unembedding, or None where it is not installed."""
+    import copy
+
+    try:
+        from tuned_lens import model_surgery  # pyright: ignore[reportMissingImports]
+        from tuned_lens.nn.lenses import TunedLens, TunedLensConfig  # pyright: ignore[reportMissingImports]
+        from tuned_lens.nn.unembed import Unembed  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    model_surgery._transformer_lens_available = False  # it asks TransformerLens 4 for a class that is gone
+    config = copy.deepcopy(hf.config)
+    config.num_hidden_layers = 0  # the package wants a Hugging Face model, and a bridge has replaced this one's modules
+    plain = type(hf)(config).to(readout.device, readout.dtype)
+    unembed = Unembed(plain)
+    norm = {key.split(".")[-1]: value for key, value in readout.norm_module.state_dict().items()}
+    unembed.final_norm.load_state_dict(norm)
+    weights = readout.weights()[0].mT
+    unembed.unembedding.weight.data = weights  # the model's own: the package's copy of it is not held against the loop
+    lens = TunedLens(unembed, TunedLensConfig("", int(config.hidden_size), n_layers)).to(readout.device)
+    return lens.float()
+
+
 class Reference:
     """The published loop on the model's own Hugging Face modules."""
 
@@ -167,10 +191,17 @@ class Reference:
 
         self.model, self.hf, d = model, hf, int(model.cfg.d_model)
         self.device = next(hf.parameters()).device
-        self.readout = tll.Lens(model).readout
-        self.layers = [torch.nn.Linear(d, d, device=self.device) for _ in range(int(model.cfg.n_layers))]
-        for layer in self.layers:
-            torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+        readout = tll.Lens(model).readout
+        package = packages_lens(hf, readout, int(model.cfg.n_layers))
+        self.source = "own copy of the loop" if package is None else f"tuned-lens {version('tuned-lens')}'s TunedLens"
+        if package is not None:
+            self.layers, self.lens = list(package), package
+        else:
+            self.layers = [torch.nn.Linear(d, d, device=self.device) for _ in range(int(model.cfg.n_layers))]
+            for layer in self.layers:
+                torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+            norm, head = readout.norm_module, readout.unembed_module
+            self.lens = lambda h, idx: head(norm(h + self.layers[idx](h)))
         hf.requires_grad_(False)
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -184,11 +215,9 @@ class Reference:
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             labels = self.model(tokens, return_type="logits").float().log_softmax(-1)
         losses = []
-        norm, head = self.readout.norm_module, self.readout.unembed_module
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)):
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                h = seen[i]
-                logits = head(norm(h + layer(h)))
+                logits = self.lens(seen[i], idx=i)
                 loss = torch.sum(labels.exp() * (labels - logits.log_softmax(-1)), dim=-1).mean()
             loss.backward()
             losses.append(float(loss.detach()))
@@ -349,7 +378,12 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         theirs = torch.stack([layer.weight.grad for layer in reference.layers])  # type: ignore[misc]
         cosine = torch.cosine_similarity(ours.grad_w.flatten(1), theirs.flatten(1), dim=1)
         gap = (got - expected).abs() / expected.abs().clamp_min(1)
-        return {"loss": float(got.mean()), "loss_gap": float(gap.max()), "cosine": float(cosine.min())}
+        return {
+            "reference": reference.source,
+            "loss": float(got.mean()),
+            "loss_gap": float(gap.max()),
+            "cosine": float(cosine.min()),
+        }
     times: dict[str, list[float]] = {"ours": [], "reference": []}
     for turn in range(args.repeats + 1):  # the first is for warming up
         for name, one in (("ours", ours), ("reference", reference)):
