@@ -146,7 +146,7 @@ def test_what_one_process_finds_all_of_them_say(tmp_path):
 
 def test_a_killed_process_ends_the_job_and_the_checkpoint_goes_on(tmp_path):
     tokens = zoo.tokens(40, 16)
-    settings = dict(steps=12, optimizer="sgd", init="identity", tokens_per_step=96)
+    settings = dict(steps=12, optimizer="sgd", init="identity", tokens_per_step=96, precision="float32")
     file = tmp_path / "state"
     whole = tll.fit_tuned(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens, **settings)
 

@@ -175,9 +175,9 @@ def test_a_text_that_has_changed_is_refused(tmp_path):
 # --- the thread that is ahead
 
 
-def _same(a, b):
+def _equal(a, b):
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -189,7 +189,7 @@ def test_worker_processes_give_the_same_batches_and_positions():
     assert len(got) == len(expected) > 20
     for (batch, place), (other, there) in zip(got, expected, strict=True):
         assert torch.equal(batch.tokens, other.tokens) and batch.bytes_per_token == other.bytes_per_token
-        assert _same(place.state(), there.state())
+        assert _equal(place.state(), there.state())
     assert shared.n_tokens == alone.n_tokens and shared.counted == alone.counted
     middle = len(got) // 2
     on = [batch.tokens for batch, _ in positions(shared, at=got[middle][1], endless=False)]  # the same pool

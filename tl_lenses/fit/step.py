@@ -171,7 +171,8 @@ def loss_and_gradient(
 ) -> Float[Tensor, " rows"]:
     """Sum over positions of each layer's loss; the gradients of that sum with respect to D and b are added to `grad_w, grad_b`.
 
-    Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's.
+    Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's. With bf16 products the
+    losses are for the log: `summed_losses` has more digits (`divergence.teacher_of`).
 
     Args:
         chunk_size: positions whose logits exist at a time.
@@ -190,7 +191,7 @@ def loss_and_gradient(
             order = torch.rand(len(delta), size, generator=generator).argsort(-1)
             picks = order[:, :kept].to(pairs.teacher.device)
         room = _room(room, size * groups[0].stop, head)
-        teacher = _teacher(pairs, part, head, room)
+        teacher = _teacher(pairs, part, head, room, exact=False)
         for group in groups:
             own = None if picks is None else picks[group]
             x = pairs.take(group, part, own)
@@ -221,7 +222,7 @@ def summed_losses(
     losses, room = torch.zeros(len(delta), device=delta.device), None
     for part, groups in _tiles(pairs, delta, head, chunk_size):
         room = _room(room, (part.stop - part.start) * groups[0].stop, head)
-        teacher = _teacher(pairs, part, head, room)
+        teacher = _teacher(pairs, part, head, room, exact=True)
         for group in groups:
             hidden = normed(translated(pairs.take(group, part), delta[group], biases[group]), head)
             losses[group] += D.score(hidden, teacher, head.w_u, head.b_u, head.transform, gradient=False, room=room)[
@@ -238,9 +239,9 @@ def _tiles(
     return D.tiles(len(delta), len(pairs), w_u.shape[1], w_u.dtype, w_u.device, chunk_size, share)
 
 
-def _teacher(pairs: Pairs, part: slice, head: Head, room: Tensor) -> D.Teacher:
+def _teacher(pairs: Pairs, part: slice, head: Head, room: Tensor, exact: bool) -> D.Teacher:
     states = pairs.teacher[pairs.scored[part]]
-    return D.teacher_of(states, head.w_u, head.b_u, head.transform, hidden=pairs.hidden, room=room)
+    return D.teacher_of(states, head.w_u, head.b_u, head.transform, hidden=pairs.hidden, exact=exact, room=room)
 
 
 def _room(room: Tensor | None, rows: int, head: Head) -> Tensor:
