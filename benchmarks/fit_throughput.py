@@ -178,7 +178,8 @@ def packages_lens(hf: Any, readout: Any, n_layers: int) -> Any:
     weights = readout.weights()[0].mT
     unembed.unembedding.weight.data = weights  # the model's own: the package's copy of it is not held against the loop
     lens = TunedLens(unembed, TunedLensConfig("", int(config.hidden_size), n_layers)).to(readout.device)
-    return lens.float()
+    lens.layer_translators.float()
+    return lens
 
 
 class Reference:

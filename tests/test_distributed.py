@@ -18,6 +18,7 @@ import tl_lenses as tll
 import tl_lenses.fit.tuned
 from tl_lenses.checkpoint import load_state, save_state
 from tl_lenses.data import Batch
+from tl_lenses.edits import scale
 from tl_lenses.fit.distributed import Processes, own_rows
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_gloo_available(), reason="needs fork and gloo")
@@ -203,7 +204,7 @@ def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", zoo.FEW_KINDS)
 def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
-    from tl_lenses.fit.shard import is_sharded, shard
+    from tl_lenses.fit.shard import is_sharded, shard, sizes
 
     tokens = zoo.tokens(23, 16)
     batches = [tokens[:3], tokens[3:4], *tokens[4:].split(5)]  # some processes have no row of a batch
@@ -214,9 +215,10 @@ def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
     def work(rank, _):
         model = zoo.build(arch, kind)
         size = lambda: sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.blocks.parameters())
-        before = size()
+        before, whole = size(), sizes(model)
         shard(model)
-        assert is_sharded(model)
+        assert is_sharded(model) and whole[0] == whole[1] > sizes(model)[1]
+        assert whole[0] <= sizes(model)[0] < 1.1 * whole[0]  # GPT-2's joint projection and its views are apart then
         found = _maps(tll.fit_tuned(model, batches, **settings))
         with pytest.raises(ValueError, match="sharded already"):
             shard(model)
@@ -297,6 +299,88 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
     assert "lost the others" in found[0]["error"] and "holds the last steps" in found[0]["error"], found[0]
 
 
+class _Torn:
+    """Text that one process cannot read to its end, in the second pass or in the first."""
+
+    def __init__(self, tokens, ends):
+        self.tokens, self.ends = tokens, ends
+
+    def __iter__(self):
+        for i, batch in enumerate(self.tokens.split(2)):
+            if self.ends and i == 2:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_text_that_one_process_cannot_read_ends_all(sharded, tmp_path):
+    from tl_lenses.fit.shard import shard
+
+    tokens = zoo.tokens(12, 16)
+    settings = dict(steps=4, tokens_per_step=90, init="identity")
+
+    def tuned(rank, model):
+        _ = shard(model) if sharded else None
+        return _maps(tll.fit_tuned(model, _Torn(tokens, rank == 1), **settings))
+
+    def held_out(rank, model):
+        _ = shard(model) if sharded else None
+        return _maps(tll.fit_tuned(model, tokens, held_out=_Torn(tokens, rank == 1), **settings))
+
+    def regression(rank, model):
+        _ = shard(model) if sharded else None
+        return _maps(tll.fit_regression(model, _Torn(tokens, rank == 1)))
+
+    for work in (tuned, held_out, regression):
+        start = time.perf_counter()
+        errors = [one["error"] for one in launch(2, work, tmp_path)]
+        assert errors[1] == "OSError: the disk is gone" and "the disk is gone (in process 1 of 2)" in errors[0], (
+            work,
+            errors,
+        )
+        assert time.perf_counter() - start < 30
+
+
+def test_hooks_on_a_sharded_model(tmp_path):
+    from tl_lenses.fit.shard import shard
+
+    tokens = zoo.tokens(5, 16)  # a process without a row at the end
+    kept = ("blocks.1.hook_resid_pre", lambda x, hook: x + 0.1 * x[:, 3:4])  # wants four positions
+    pattern = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
+    settings = dict(steps=2, optimizer="sgd", precision="float32", init_tokens=60)
+
+    def fit(model, hooks):
+        model.add_hook(*kept)
+        try:
+            return tll.fit_tuned(model, tokens.split(2), hooks=hooks, **settings)
+        finally:
+            model.reset_hooks()
+
+    for hooks in ([], [pattern]):
+        one = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]), hooks)
+
+        def work(rank, model, hooks=hooks):
+            shard(model)
+            return _maps(fit(model, hooks))
+
+        for maps in _ok(launch(2, work, tmp_path)):
+            assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
+
+    def broken(rank, model):
+        shard(model)
+
+        def fail(x, hook):
+            if rank == 1:
+                raise KeyError("a hook of ours")
+
+        return _maps(tll.fit_tuned(model, tokens, hooks=[("blocks.1.hook_resid_pre", fail)], **settings))
+
+    start = time.perf_counter()
+    found = launch(2, broken, tmp_path)
+    assert "failed in the middle of a pass" in found[1]["error"] and "a hook of ours" in found[1]["error"], found
+    assert found[0]["error"].startswith("Lost") and time.perf_counter() - start < 30, found
+
+
 def test_one_process_alone_has_nobody_to_share_with(unchecked):
     from tl_lenses.fit.shard import shard
 
@@ -348,7 +432,7 @@ def test_accelerate_launches_the_command(tmp_path):
     job = _launch(_free_port(), *fit, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "three")
     state = tmp_path / "three.checkpoint"
     for _ in range(600):
-        if state.exists():
+        if state.exists() and load_state(state)["step"] > 0:
             break
         time.sleep(0.1)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()

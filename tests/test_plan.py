@@ -22,7 +22,9 @@ def test_what_makes_it_smaller():
     settings = dict(n_params=10**9, tokens_per_step=2**14, precision="bfloat16", model_dtype="bfloat16")
     whole = plan(2048, 24, 50_000, **settings)
     table = 2 * 2048 * 50_000  # embedding and unembedding stay whole
-    assert plan(2048, 24, 50_000, sharded=4, **settings).memory["model"] == 2 * ((10**9 - table) // 4 + table)
+    assert plan(2048, 24, 50_000, sharded=4, **settings).memory["model"] == 2 * (
+        (10**9 - table) // 4 + table + (10**9 - table) // 24
+    )
     groups = plan(2048, 24, 50_000, rows_at_once=7, **settings)
     assert groups.groups == 4 and groups.memory["translators"] < whole.memory["translators"] / 3
     assert groups.operations["model"] == 4 * whole.operations["model"]  # each group is a pass over the text

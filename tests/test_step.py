@@ -5,9 +5,12 @@ import torch
 import zoo
 
 import tl_lenses as tll
+import tl_lenses.fit.step
+import tl_lenses.hooks
 from tl_lenses import divergence as D
 from tl_lenses.data import Batch
 from tl_lenses.divergence import fused_ce, fused_kl
+from tl_lenses.edits import scale
 from tl_lenses.fit.common import rows_for
 from tl_lenses.fit.optim import optimizer_step, optimizers_of, rate_scales, set_scales
 from tl_lenses.fit.step import PASS, head_of, loss_and_gradient, narrowed, pieces, scored_pairs, summed_losses
@@ -131,6 +134,33 @@ def test_many_tiles_equal_one_and_scoring_alone_gives_the_same_losses(subsample,
         maps = torch.randn(rows, d, d, generator=g) / d, torch.randn(rows, d, generator=g) / d
         alone = summed_losses(one[0], *maps, head_of(Readout(model), "float32"), chunk_size=5)
         assert torch.allclose(alone / len(one[0]), one[1], rtol=1e-5)
+
+
+def test_memory_of_a_step_does_not_grow_with_a_smaller_share(monkeypatch):
+    rows = []
+    real = tl_lenses.fit.step._room
+    monkeypatch.setattr(tl_lenses.fit.step, "_room", lambda room, n, head: (rows.append(n), real(room, n, head))[1])
+    monkeypatch.setitem(D.CHUNK, "cpu", 4 * zoo.D_VOCAB * 12)  # twelve rows of logits
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+    for share in (1.0, 0.5, 0.1):
+        rows.clear()
+        _step(model, tokens, subsample=share)
+        assert max(rows) <= 12 + 3, (share, max(rows))  # rounding of a share, per layer
+
+
+def test_cross_entropy_of_a_float64_model_with_a_bias():
+    model = zoo.build("phi", KIND).double()
+    tokens = zoo.tokens(2, 8)
+    found = _step(model, tokens, loss="ce")
+    assert all(part.isfinite().all() for part in found[1:]) and found[2].abs().max() > 0
+
+
+def test_a_fit_under_an_edited_pattern_has_its_own_teacher():
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(3, 12)
+    hook = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
+    tl_lenses.hooks._PATTERNS.pop(model, None)  # as at first use, when the check of patterns makes passes of its own
+    first, second = (tll.fit_tuned(model, tokens, steps=1, init="identity", hooks=[hook]) for _ in range(2))
+    assert torch.equal(first.weights, second.weights)
 
 
 def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(monkeypatch):

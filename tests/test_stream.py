@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -199,6 +200,23 @@ def test_worker_processes_give_the_same_batches_and_positions():
     os.kill(next(iter(shared.pool._processes)), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="a worker process of the tokenizer ended.*workers=0 does without"):
         list(shared)
+    assert shared.pool is None  # the next pass starts others
+
+    def torn():
+        yield from LONG
+        raise OSError("the disk is gone")
+
+    alone, shared = (token_batches(torn, TOKENIZER, seq_len=9, batch_size=2, workers=n, prefetch=0) for n in (0, 1))
+    got = []
+    for batches in (alone, shared):
+        got.append([])
+        with pytest.raises(OSError, match="the disk is gone"):
+            got[-1] += (batch.tokens.tolist() for batch in batches)
+    assert got[0] == got[1] and len(got[0]) > 5
+    stuck = make_tokenizer(bos_token="<bos>", eos_token="<eos>")
+    stuck.lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be sent to worker processes .*pass workers=0"):
+        next(iter(token_batches(LONG, stuck, seq_len=9, batch_size=2, workers=1)))
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):

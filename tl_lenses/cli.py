@@ -237,11 +237,15 @@ def fit(
 
     import tl_lenses as tll
 
+    if shard and device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(
+            f"with --shard each process has its own: cpu, cuda or nothing, got {device}", param_hint="--device"
+        )
     loaded = load_model(model, "cpu" if shard else device or who.device, dtype.value)
     if shard:
         from tl_lenses.fit.shard import shard as spread
 
-        spread(loaded)
+        spread(loaded, device)
     chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers)
     regression = method is Method.regression
     limit = limit_tokens or (REGRESSION_TOKENS if regression else None)

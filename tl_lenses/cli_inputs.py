@@ -281,14 +281,13 @@ def fit_plan(
     from tl_lenses.divergence import product_dtype
     from tl_lenses.fit.distributed import processes
     from tl_lenses.fit.plan import plan
-    from tl_lenses.fit.shard import is_sharded
+    from tl_lenses.fit.shard import is_sharded, sizes
     from tl_lenses.model import d_model, n_layers
 
     depth, width, element = n_layers(model), d_model(model), next(model.parameters()).element_size()
     sharded = processes().world if is_sharded(model) else 1
-    parameters = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
-    here = [p.to_local() if sharded > 1 and hasattr(p, "to_local") else p for p in model.parameters()]
-    held = sum({p.data_ptr(): p.numel() for p in here}.values()) * element  # by this process
+    parameters, held = sizes(model)
+    held *= element
     rows = depth if layers is None else len(layers)
     if regression:  # moments of every layer, in float64
         each, rest = 0 if offload else 2 * 8 * width**2, held

@@ -68,14 +68,14 @@ def tiles(
     size: int | None = None,
     share: float = 1.0,
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of positions (of `size`), and for each the slices of layers, whose student logits fit in `CHUNK` bytes together.
+    """Slices of positions (of `size`), and for each the slices of layers whose student logits fit in `CHUNK` bytes together.
 
     Where each layer has but a `share` of the positions, more layers make a product.
     """
     groups = list(_evenly(rows, round(LAYERS / share)))
     if size is None:
         room = CHUNK.get(device.type, CHUNK["cuda"]) / (dtype.itemsize * d_vocab)
-        size = max(1, int(room / (groups[0].stop * share)))
+        size = max(1, int(room / max(1, groups[0].stop * share)))  # the teacher of no more positions than that either
     return ((part, groups) for part in _evenly(n, size))
 
 
@@ -208,7 +208,7 @@ def _residual(
     gradient: bool,
 ) -> Tensor:
     """Of a block of logits: `sum logsumexp z`, less `sum p z` unless that is `said` already. The logits become `p - q`."""
-    raw = out.to(wide) if bias is None else out + bias
+    raw = out.to(wide) if bias is None else out + bias  # in fp32 at once, without a pass for the cast
     z = raw if transform is None else transform(raw)
     largest = z.amax(-1, keepdim=True)
     loss = largest.sum()
@@ -222,7 +222,7 @@ def _residual(
     if p.ndim == 2:
         torch.addcmul(p, z, total.reciprocal(), value=-1, out=z)
     else:
-        z.mul_(-total.reciprocal()).scatter_add_(-1, p[:, None], torch.ones_like(p[:, None], dtype=wide))
+        z.mul_(-total.reciprocal()).scatter_add_(-1, p[:, None], torch.ones_like(p[:, None], dtype=z.dtype))
     if transform is not None:  # a soft cap or scale
         with torch.enable_grad():
             leaf = raw.detach().requires_grad_()

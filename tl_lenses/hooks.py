@@ -263,6 +263,12 @@ def check_patterns(model: LensModel) -> None:
         )
 
 
+def check_edits(model: LensModel, hooks: Iterable[Hook]) -> None:
+    """`check_patterns` where a hook edits one. It makes passes of its own, once per model."""
+    if any(isinstance(name, str) and getattr(fn, "edits", False) and _position_axis(name) == 2 for name, fn in hooks):
+        check_patterns(model)
+
+
 @contextmanager
 def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
     """Put hooks on the model, check that each fired, take them off whatever happens.
@@ -283,8 +289,7 @@ def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
 
         return hook_fn
 
-    if any(getattr(fn, "edits", False) and _position_axis(name) == 2 for name, fn in pairs):
-        check_patterns(model)
+    check_edits(model, pairs)
     off = [
         f"{name!r} is switched off; call model.{setter}(True)."
         for name, _ in pairs

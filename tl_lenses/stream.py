@@ -5,6 +5,7 @@ tokenises that one group again and nothing before it.
 """
 
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -188,12 +189,46 @@ class TokenBatches:
             self.pool = _pool(self.tokenizer, self.workers)
         taken = iter(lambda: (documents.before(), documents.take(GROUP)), None)
         groups = takewhile(lambda item: item[1], taken)
-        for begun, group, encoded in _encoded(self.tokenizer, groups, self.pool, 2 * self.workers):
+        for begun, group, encoded in self._encoded(groups):
             begun = replace(begun, counted=(tokens, size))
             size += sum(len(text.encode()) for text in group)
             tokens += sum(map(len, encoded))
             self.counted = max(self.counted, (tokens, size))
             yield [ids for ids in encoded if ids], begun  # an empty document would only double a separator
+
+    def _encoded(
+        self, groups: Iterator[tuple[Before, list[str]]]
+    ) -> Iterator[tuple[Before, list[str], list[list[int]]]]:
+        """The groups with their ids, in order; with a pool several of them are being tokenised at a time."""
+        if self.pool is None:
+            yield from ((begun, group, encode(self.tokenizer, group)) for begun, group in groups)
+            return
+        waiting: deque[tuple[Before, list[str], Future[list[list[int]]]]] = deque()
+        failed: Exception | None = None
+        try:
+            while True:
+                try:
+                    for begun, group in islice(groups, 0 if failed else 2 * self.workers - len(waiting)):
+                        waiting.append((begun, group, self.pool.submit(_encode_there, group)))
+                except BrokenExecutor:
+                    raise
+                except Exception as error:  # of the source: what was read before it comes first
+                    failed = error
+                if not waiting:
+                    if failed is not None:
+                        raise failed
+                    return
+                begun, group, ids = waiting.popleft()
+                yield begun, group, ids.result()
+        except BrokenExecutor as error:
+            self.pool = None
+            raise RuntimeError(
+                "a worker process of the tokenizer ended: it was killed, ran out of memory, or a script that starts workers lacks "
+                'its `if __name__ == "__main__":`; workers=0 does without'
+            ) from error
+        finally:
+            for _, _, ids in waiting:
+                ids.cancel()
 
     def _rows(self, documents: "_Documents", before: Before) -> Iterator[tuple[list[int], Before, int]]:
         """Rows, each with the state before its group and its number in it, from 1."""
@@ -259,33 +294,11 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _encoded(
-    tokenizer: Any, groups: Iterator[tuple[Before, list[str]]], pool: ProcessPoolExecutor | None, most: int
-) -> Iterator[tuple[Before, list[str], list[list[int]]]]:
-    """The groups with their ids, in order; with a pool up to `most` of them are being tokenised at a time."""
-    if pool is None:
-        yield from ((begun, group, encode(tokenizer, group)) for begun, group in groups)
-        return
-    waiting: deque[tuple[Before, list[str], Future[list[list[int]]]]] = deque()
-    try:
-        while True:
-            for begun, group in islice(groups, most - len(waiting)):
-                waiting.append((begun, group, pool.submit(_encode_there, group)))
-            if not waiting:
-                return
-            begun, group, ids = waiting.popleft()
-            yield begun, group, ids.result()
-    except BrokenExecutor as error:
-        raise RuntimeError(
-            "a worker process of the tokenizer ended: it was killed, ran out of memory, or a script that starts workers lacks "
-            'its `if __name__ == "__main__":`; workers=0 does without'
-        ) from error
-    finally:
-        for _, _, ids in waiting:
-            ids.cancel()
-
-
 def _pool(tokenizer: Any, workers: int) -> ProcessPoolExecutor:
+    try:
+        pickle.dumps(tokenizer)
+    except Exception as error:
+        raise ValueError(f"this tokenizer cannot be sent to worker processes ({error}): pass workers=0") from error
     # Spawned: a fork of a process with threads (torch's, ours) may hang.
     return ProcessPoolExecutor(workers, get_context("spawn"), _start_there, (tokenizer,))
 

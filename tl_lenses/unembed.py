@@ -59,7 +59,7 @@ class Readout:
             return
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            into.append(args[0].detach())
+            into[:] = [args[0].detach()]  # of the last pass: `hooks.check_patterns` makes some of its own before
             return (args[0][:, -1:], *args[1:])
 
         handle = self.unembed_module.register_forward_pre_hook(keep)

@@ -151,11 +151,13 @@ def plan(
     chunk, layers = min(part.stop, run), groups_of_layers[0].stop
     block = min(BLOCK[device], 4 * chunk * d_vocab)
     table = 2 * d_model * d_vocab
+    gathered = max(params - table, 0) // n_layers if sharded > 1 else 0  # gathered while it runs
     moments = 2 * 8 * together * d_model**2 if init == "regression" else 0
     state = weights * _STATES[optimizer]
     memory = {
         # What a lens reads stays whole in each process (`fit.shard`); embedding and unembedding counted apart, as large models have them.
-        "model": element * (params if sharded == 1 else max(params - table, 0) // sharded + min(table, params)),
+        "model": element
+        * (params if sharded == 1 else max(params - table, 0) // sharded + min(table, params) + gathered),
         "unembedding in bf16": 2 * d_model * d_vocab if precision == "bfloat16" and element == 4 else 0,
         "translators": maps * (2 if average else 1),
         # The moments are gone before there is a gradient or a state.

@@ -13,11 +13,11 @@ from tl_lenses.data import Batch, Position, positions
 from tl_lenses.evaluation import used_positions
 from tl_lenses.fingerprint import check_tokenizers
 from tl_lenses.fit.common import NotFinite, identity_of, record, row_groups, rows_for, rows_of_pairs, states
-from tl_lenses.fit.distributed import agree, own_rows, processes, same_settings
+from tl_lenses.fit.distributed import Lost, agree, own_rows, processes, same_settings
 from tl_lenses.fit.evidence import Evidence, count, evidence_of, evidence_tree, merged_evidence, on_device
-from tl_lenses.fit.shard import in_step
+from tl_lenses.fit.shard import in_step, in_turn
 from tl_lenses.fit.state import keep, resume, state_file
-from tl_lenses.hooks import Hook
+from tl_lenses.hooks import Hook, check_edits
 from tl_lenses.model import LensModel, check_model, n_layers, name_of
 from tl_lenses.moments import Moments, grouped_moments
 from tl_lenses.progress import progress
@@ -218,17 +218,22 @@ def collect(
     if (state := resume(checkpoint, "fit_regression", settings, who)) is not None:
         position, counts = Position.load(state["position"]), state["counts"]
         total = evidence_of(state["evidence"], rows) if who.first else nothing
+    check_edits(model, hooks)  # every process makes its passes now, or none
+    if to is not None:
+        check_edits(to, target_hooks)
     stream = positions(tokens, at=position, endless=False)
     error: Exception | None = None
     try:
-        for batch, position in progress(stream, desc="regression", show=show_progress if who.first else False):
+        for batch, position in progress(
+            in_turn(stream, [model, to], who), desc="regression", show=show_progress if who.first else False
+        ):
             # Sets by the number of a row in the whole text, whatever the batches and processes.
             index = torch.arange(counts[1], counts[1] + len(batch.tokens))
             apart = index % every == 0 if every else torch.zeros_like(index, dtype=torch.bool)
             choosing = (index % CHOOSING == CHOOSING - 1) & ~apart & choose
             sets = torch.stack([~apart & ~choosing, choosing, apart])
             own, mine = own_rows(batch, counts[1], who)
-            with in_step([model, to], 1, who):
+            with in_step([model, to], batch, 1, who):
                 if own is not None:
                     part = _part(model, to, own, sets[:, mine], places, targets, rows, hooks, target_hooks, skip_first)
                     total = total + (on_device(part, "cpu") if offload else part)
@@ -252,6 +257,8 @@ def collect(
                 }
                 keep(checkpoint, "fit_regression", state, f"after {counts[1]} rows of text", who)
                 total = total if who.first else nothing
+    except Lost:
+        raise
     except NotFinite as wrong:
         error = NotFinite(f"{wrong}, among the {len(batch.tokens)} rows behind row {counts[1]}")
     except Exception as wrong:  # the other processes would wait for this one

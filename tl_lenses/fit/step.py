@@ -12,7 +12,7 @@ from tl_lenses import divergence as D
 from tl_lenses.data import Batch
 from tl_lenses.fit.common import activations
 from tl_lenses.hooks import Hook, hooked
-from tl_lenses.model import LensModel
+from tl_lenses.model import LensModel, prepare
 from tl_lenses.translators import Row
 from tl_lenses.unembed import Readout
 
@@ -114,6 +114,7 @@ def pieces(model: LensModel, batch: Batch, hooks: list[Hook]) -> Iterator[Batch]
     if n == len(batch.tokens):
         yield batch
         return
+    prepare(model, batch.tokens, batch.attention_mask)  # what is wrong with a row is said with its number in the batch
     masks = [None] * len(batch.tokens) if batch.attention_mask is None else batch.attention_mask.split(n)
     for tokens, mask in zip(batch.tokens.split(n), masks, strict=False):
         yield Batch(tokens, mask, batch.bytes_per_token)
@@ -168,30 +169,31 @@ def loss_and_gradient(
     chunk_size: int | None = None,
     subsample: float = 1.0,
     seed: int = 0,
+    exact: bool = False,
 ) -> Float[Tensor, " rows"]:
     """Sum over positions of each layer's loss; the gradients of that sum with respect to D and b are added to `grad_w, grad_b`.
 
-    Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's. With bf16 products the
-    losses are for the log: `summed_losses` has more digits (`divergence.teacher_of`).
+    Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's.
 
     Args:
-        chunk_size: positions whose logits exist at a time.
+        chunk_size: positions whose logits, of up to `divergence.LAYERS` layers, exist at a time.
         subsample: share of each chunk's positions that a layer is trained on, its own random ones, weighted so that the sum's
             expectation is the sum over all. The teacher is made for every position, once.
         seed: of the random positions.
+        exact: for losses with more digits where products are bf16, at the cost of a pass (`divergence.teacher_of`).
     """
     losses = torch.zeros(len(delta), device=delta.device)
     generator = torch.Generator().manual_seed(seed % 2**63)
     room = None
     for part, groups in _tiles(pairs, delta, head, chunk_size, subsample):
         size = part.stop - part.start
-        picks = None
+        picks, kept = None, size
         if subsample < 1:
             kept = max(1, round(subsample * size))
             order = torch.rand(len(delta), size, generator=generator).argsort(-1)
             picks = order[:, :kept].to(pairs.teacher.device)
-        room = _room(room, size * groups[0].stop, head)
-        teacher = _teacher(pairs, part, head, room, exact=False)
+        room = _room(room, max(size, kept * groups[0].stop), head)
+        teacher = _teacher(pairs, part, head, room, exact=exact)
         for group in groups:
             own = None if picks is None else picks[group]
             x = pairs.take(group, part, own)
@@ -241,7 +243,10 @@ def _tiles(
 
 def _teacher(pairs: Pairs, part: slice, head: Head, room: Tensor, exact: bool) -> D.Teacher:
     states = pairs.teacher[pairs.scored[part]]
-    return D.teacher_of(states, head.w_u, head.b_u, head.transform, hidden=pairs.hidden, exact=exact, room=room)
+    wide = torch.float64 if head.w_u.dtype == torch.float64 else torch.float32
+    return D.teacher_of(
+        states, head.w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room
+    )
 
 
 def _room(room: Tensor | None, rows: int, head: Head) -> Tensor:

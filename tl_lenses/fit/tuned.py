@@ -20,7 +20,7 @@ from tl_lenses.fit.optim import (
     rate_scales,
     set_scales,
 )
-from tl_lenses.fit.shard import in_step
+from tl_lenses.fit.shard import in_step, in_turn
 from tl_lenses.fit.start import default_tokens, first_batches, regression_start
 from tl_lenses.fit.state import guilty_text, keep, random_state, resume, set_random_state, state_file, unbroken
 from tl_lenses.fit.step import (
@@ -33,7 +33,7 @@ from tl_lenses.fit.step import (
     summed_losses,
 )
 from tl_lenses.fit.stop import Watch, split_held_out
-from tl_lenses.hooks import Hook
+from tl_lenses.hooks import Hook, check_edits
 from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.progress import StepBar
 from tl_lenses.sites import LayerOrSite
@@ -99,7 +99,7 @@ def fit_tuned(
         token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
         bias_only: train b alone.
         layers: layers or sites, `0..n_layers-1` by default.
-        chunk_size: positions whose logits exist at a time.
+        chunk_size: positions whose logits, of up to six layers, exist at a time.
         checkpoint: file that keeps the state every `checkpoint_every` steps and when interrupted; an existing one of
             the same settings is
             resumed.
@@ -217,7 +217,9 @@ def _train(
     state = resume(checkpoint, "fit_tuned", settings, who)
     position = Position.load(state["position"]) if state is not None and state["position"] else None
     stream = positions(tokens if isinstance(tokens, Tensor) else batches, seed=settings["seed"], at=position)
+    stream = in_turn(stream, [model], who)
     feed: Iterator[tuple[Batch, Position]] = stream
+    check_edits(model, hooks)  # every process makes its passes now, or none
     if state is None:
         weights, biases, n_init, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
     else:
@@ -269,6 +271,7 @@ def _train(
                 losses += loss_and_gradient(
                     pairs, delta, biases, head, grad_w, grad_b, chunk_size=chunk_size,
                     subsample=settings["subsample"], seed=(settings["seed"] * 1_000_003 + row) * 1009 + i,
+                    exact=done == 0,  # they set each layer's rate
                 )  # fmt: skip
             n += len(pairs)
             del pairs  # before the next pass
@@ -283,15 +286,21 @@ def _train(
         """The loss on held-out text, in every process the same; where it is due and the fit was not killed behind it."""
         if apart is None or not watch.due(done) or (watch.looks and watch.looks[-1]["step"] == done):
             return
-        sums, first = torch.zeros(len(rows) + 1, device=device), 0
-        for batch in apart:
-            own, _ = own_rows(batch, first, who)
-            first += len(batch.tokens)
-            with in_step([model], most_passes(model, batch, hooks, who.world), who):
-                for piece in () if own is None else pieces(model, own, hooks):
-                    pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
-                    sums[:-1] += summed_losses(pairs, delta, biases, head, chunk_size=chunk_size)
-                    sums[-1] += len(pairs)
+        sums, first, error = torch.zeros(len(rows) + 1, device=device), 0, None
+        try:
+            for batch in in_turn(apart, [model], who):
+                own, _ = own_rows(batch, first, who)
+                first += len(batch.tokens)
+                with in_step([model], batch, most_passes(model, batch, hooks, who.world), who):
+                    for piece in () if own is None else pieces(model, own, hooks):
+                        pairs = scored_pairs(model, piece, rows, hooks, skip_first, shift, loss, readout)
+                        sums[:-1] += summed_losses(pairs, delta, biases, head, chunk_size=chunk_size)
+                        sums[-1] += len(pairs)
+        except Lost:
+            raise
+        except Exception as wrong:
+            error = wrong
+        agree(error, who)
         add_up(sums, who)
         if sums[-1] == 0:
             raise ValueError("no position to score in held_out: rows of one token with skip_first, or all pads")
@@ -311,8 +320,10 @@ def _train(
                     own, _ = own_rows(batch, n_rows + taken, who)
                     taken += len(batch.tokens)
                     mine += [] if own is None else [own]
-                    with in_step([model], most_passes(model, batch, hooks, who.world), who):
+                    with in_step([model], batch, most_passes(model, batch, hooks, who.world), who):
                         counts[0] += 0 if own is None else add_gradients(own, losses, grad_w, grad_b, n_rows + taken)
+            except Lost:
+                raise
             except Exception as wrong:  # the other processes would wait for this one
                 error = NotFinite(f"{wrong}, at step {done}") if isinstance(wrong, NotFinite) else wrong
                 counts[1] += 1
@@ -329,7 +340,7 @@ def _train(
             if not finite.all():
                 found = losses.clone(), finite.clone()
                 searched = mine if _finite(delta, biases).all() else []  # with such maps every text is guilty
-                with in_step([model], -(-taken // who.world), who):
+                with in_step([model], batch, -(-taken // who.world), who):
                     text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
                 texts = [text for text in gathered(text, who) if text]
                 raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
