@@ -1,6 +1,7 @@
 """Closed-form maps in one pass over the text: a lens, shortcuts between layers, and maps from one model into another."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from tl_lenses.moments import Moments, grouped_moments
 from tl_lenses.progress import progress
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators
+from tl_lenses.unembed import Readout
 
 Method = Literal["ridge", "procrustes", "shift"]
 CHOOSING = 10  # of several ridge strengths, every tenth row of the text says which is best
@@ -313,7 +315,10 @@ def _both(
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
     """States `[batch, pos, d]` of sources and targets, positions to use, and where both models' argmax agree."""
     wanted = sources if to is not None else [*sources, *goals]
-    logits, seen, used, _ = states(model, batch, wanted, hooks, skip_first)
+    # Nobody reads one model's own logits: two models' are compared.
+    watched = [*hooks, *((name, None) for name in wanted)]
+    with Readout(model).without_logits([], watched) if to is None else nullcontext():
+        logits, seen, used, _ = states(model, batch, wanted, hooks, skip_first)
     same = None
     x, there = [seen[name] for name in sources], seen
     if to is not None:
