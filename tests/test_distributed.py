@@ -345,7 +345,7 @@ def test_hooks_on_a_sharded_model(tmp_path):
     from tl_lenses.fit.shard import shard
 
     tokens = zoo.tokens(5, 16)  # a process without a row at the end
-    kept = ("blocks.1.hook_resid_pre", lambda x, hook: x + 0.1 * x[:, 3:4])  # wants four positions
+    kept = ("blocks.1.hook_resid_pre", lambda x, hook: x + 0.1 * x[:, 2:3])  # wants three positions
     pattern = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
     settings = dict(steps=2, optimizer="sgd", precision="float32", init_tokens=60)
 

@@ -1,5 +1,7 @@
 """The step of tuned-lens training: products in bf16, a teacher made chunk by chunk, a layer's own positions; against autograd."""
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -149,7 +151,7 @@ def test_memory_of_a_step_does_not_grow_with_a_smaller_share(monkeypatch):
 
 
 def test_cross_entropy_of_a_float64_model_with_a_bias():
-    model = zoo.build("phi", KIND).double()
+    model = copy.deepcopy(zoo.build("phi", KIND)).double()
     tokens = zoo.tokens(2, 8)
     found = _step(model, tokens, loss="ce")
     assert all(part.isfinite().all() for part in found[1:]) and found[2].abs().max() > 0
