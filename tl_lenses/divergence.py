@@ -22,9 +22,9 @@ from tl_lenses import stats as S
 Transform = Callable[[Tensor], Tensor]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Bytes of student logits, in the type of the product, that exist at a time: on a CPU 480 rows of 50,257 in bf16. A product reads
-# and rearranges all of W_U, so the rate grows with its rows, 979, 1,504 and 1,758 GFLOP/s at 180, 520 and 1,024 (two cores
-# with AMX), and so does the memory.
+# Bytes of student logits, in the type of the product, that exist at a time: on a CPU 417 rows of 50,257 in bf16. A product reads
+# and rearranges all of W_U, so the rate grows with its rows: 1,315, 1,674, 2,105 and 2,215 GFLOP/s at 128, 256, 384 and 512 (two cores
+# with AMX, `benchmarks/fit_throughput.py --profile`). So does the memory.
 CHUNK = {"cpu": 40 * 2**20, "cuda": 256 * 2**20}
 # Layers in one product, so that few positions need a teacher (fp32) at a time.
 LAYERS = 6
