@@ -3,6 +3,7 @@
     python benchmarks/fit_quality.py --json fit_quality.json           # lab-gpt2, 65,536 tokens, 3 seeds
     python benchmarks/fit_quality.py --tokens 16384 --seeds 1          # a look
     python benchmarks/fit_quality.py --tokens 16384 --seeds 1 --lr 0.01,0.03 --lr-power 0,0.75 --weight-decay 0.01,0.1    # a sweep
+    python benchmarks/fit_quality.py --tokens 174592 --seeds 1 --layers 0 --lr 0.04,0.16,0.64                                   # of one layer
 
 A budget is all, a third or a tenth of the tokens; each is a fit of its own, whose rate falls to zero at its end. Every recipe reads the
 same tokens in the same order; a seed is an order. Rivals are the published SGD recipe and the authors' later Muon recipe, at their
@@ -43,6 +44,10 @@ def main() -> int:
     parser.add_argument("--lr-power", type=floats, help="and these powers")
     parser.add_argument("--weight-decay", type=floats, help="and these decays")
     parser.add_argument("--subsample", type=floats, help="and these shares of the positions")
+    parser.add_argument("--init", type=lambda text: text.split(","), help="and these starts: regression, identity")
+    parser.add_argument(
+        "--layers", type=lambda text: [int(x) for x in text.split(",")], help="of these alone, in a sweep"
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
 
@@ -53,12 +58,19 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     model = load(args.model)
     sweep = {
-        name: getattr(args, name) for name in ("lr", "lr_power", "weight_decay", "subsample") if getattr(args, name)
+        name: getattr(args, name)
+        for name in ("lr", "lr_power", "weight_decay", "subsample", "init")
+        if getattr(args, name)
     }
+    if args.layers and not sweep:
+        parser.error("--layers goes with a sweep: --lr, --init, ...")
     recipes = RECIPES
     if sweep:
         recipes = {
-            " ".join(f"{k} {v:g}" for k, v in zip(sweep, values, strict=True)): dict(zip(sweep, values, strict=True))
+            " ".join(f"{k} {v}" for k, v in zip(sweep, values, strict=True)): {
+                **dict(zip(sweep, values, strict=True)),
+                **({"layers": args.layers} if args.layers else {}),
+            }
             for values in product(*sweep.values())
         }
     budgets = [n // PER_STEP * PER_STEP for n in (args.tokens // 10, args.tokens // 3, args.tokens)]
@@ -66,7 +78,7 @@ def main() -> int:
         tll.lab.text(split), model.tokenizer, seq_len=SEQ_LEN, batch_size=PER_STEP // SEQ_LEN, shuffle_seed=seed, drop_last=True,
         limit_tokens=n,
     )  # fmt: skip
-    measure = measurer(model, read("heldout", args.heldout_tokens, 0))
+    measure = measurer(model, read("heldout", args.heldout_tokens, 0), args.layers)
     runs: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         for budget, (name, settings) in product(budgets, recipes.items()):
@@ -81,7 +93,7 @@ def main() -> int:
                 flush=True,
             )
 
-    table(runs, list(recipes), budgets)
+    table(runs, list(recipes), budgets, args.layers)
     print(
         f"\n{args.model}, {args.seeds} seeds (± is one standard error), KL to the model in nats, {args.threads} threads"
     )
@@ -129,13 +141,13 @@ def fit(model: Any, text: Any, settings: dict[str, Any] | None, budget: int, see
     )
 
 
-def measurer(model: Any, heldout: Any) -> Any:
+def measurer(model: Any, heldout: Any, layers: list[int] | None = None) -> Any:
     """A function from translators to the KL of each layer, in fp32, on states that are read once."""
     from tl_lenses.fit.common import rows_for
     from tl_lenses.fit.step import head_of, scored_pairs, summed_losses
     from tl_lenses.unembed import Readout
 
-    rows, head = rows_for(model, None), head_of(Readout(model), "float32")
+    rows, head = rows_for(model, layers), head_of(Readout(model), "float32")
     pairs = [scored_pairs(model, batch, rows, [], True, 0, "kl", head.readout) for batch in heldout]
 
     def measure(maps: Any) -> list[float]:
@@ -161,10 +173,10 @@ def of(runs: list[dict[str, Any]], recipe: str, tokens: int) -> list[dict[str, A
     return [run for run in runs if run["recipe"] == recipe and run["tokens"] == tokens]
 
 
-def table(runs: list[dict[str, Any]], recipes: list[str], budgets: list[int]) -> None:
+def table(runs: list[dict[str, Any]], recipes: list[str], budgets: list[int], names: list[int] | None = None) -> None:
     """A Markdown table: a line per recipe and budget."""
     layers = range(len(runs[0]["kl"]))
-    print("| Recipe | tokens | seconds | mean KL |" + "".join(f" {layer} |" for layer in layers))
+    print("| Recipe | tokens | seconds | mean KL |" + "".join(f" {name} |" for name in names or layers))
     print("|---|---|---|---|" + "---|" * len(layers))
     for recipe, budget in product(recipes, budgets):
         found = of(runs, recipe, budget)

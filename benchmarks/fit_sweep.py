@@ -22,14 +22,14 @@ from fit_quality import PER_STEP, START, load, mean
 
 BASE: dict[str, Any] = {
     "lr": 0.04, "power": 0.75, "decay": 0.01, "momentum": 0.9, "clip": 1.0, "start": START, "per_step": PER_STEP, "subsample": 1.0,
-    "bias_rate": 1.0, "precision": "auto", "average": 0.0,
+    "bias_rate": 1.0, "norm": 0.0, "precision": "auto", "average": 0.0,
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
     *({"lr": lr, "power": 0.0} for lr in (0.001, 0.003, 0.01, 0.03)),
     *({"lr": lr, "power": power} for lr in (0.02, 0.04) for power in (0.5, 0.75, 1.0)),
     *({"decay": decay} for decay in (0.0, 0.1)),
     {"momentum": 0.95}, {"clip": None}, {"bias_rate": 0.3}, {"start": START // 2}, {"per_step": 2 * PER_STEP}, {"average": 0.5},
-    {"precision": "float32"}, {"subsample": 0.5}, {"subsample": 0.25},
+    *({"norm": power} for power in (0.25, 0.5, 0.75, 1.0)), {"precision": "float32"}, {"subsample": 0.5}, {"subsample": 0.25},
 ]  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def main() -> int:
         n_start = min(settings["start"], args.tokens)
         if n_start not in starts:
             starts[n_start] = regression_start(model, text[: n_start // PER_STEP], rows, [], True)[:2]
+            print(f"norm of the start, {n_start:,} tokens: " + " ".join(f"{x:.2f}" for x in norms(starts[n_start][0])))
         begin = time.perf_counter()
         maps = (
             train(pairs, *starts[n_start], heads[settings["precision"]], settings)
@@ -95,6 +96,14 @@ def main() -> int:
     return 0
 
 
+def norms(delta: Any) -> list[float]:
+    """`|W| / sqrt(d)` of each layer's map; 1 for the identity, whose size is that of what a step changes."""
+    import torch
+
+    identity = torch.eye(delta.shape[-1])
+    return [float((x + identity).norm() / identity.norm()) for x in delta]
+
+
 def train(pairs: list[Any], delta: Any, biases: Any, head: Any, s: dict[str, Any]) -> tuple[Any, Any]:
     """`fit_tuned`'s loop on states that were read before."""
     import torch
@@ -103,6 +112,7 @@ def train(pairs: list[Any], delta: Any, biases: Any, head: Any, s: dict[str, Any
     from tl_lenses.fit.step import clip_gradients, loss_and_gradient
 
     delta, biases = delta.clone(), biases.clone()
+    sizes = norms(delta)
     leaves = [torch.nn.Parameter(x) for x in delta], [torch.nn.Parameter(x) for x in biases]
     optimizers = make_optimizers("muon", *leaves, s["lr"], s["decay"], s["momentum"])
     per = s["per_step"] // PER_STEP
@@ -121,6 +131,7 @@ def train(pairs: list[Any], delta: Any, biases: Any, head: Any, s: dict[str, Any
             leaf.grad, bias.grad = w, b
         if step == 0:
             scales = rate_scales((losses / n).tolist(), s["power"])
+            scales = [scale * size ** s["norm"] for scale, size in zip(scales, sizes, strict=True)]
             set_scales(optimizers[:1], scales)
             set_scales(optimizers[1:], [s["bias_rate"] * scale for scale in scales])
         optimizer_step(optimizers, s["lr"] * (1 - step / steps), None)

@@ -71,7 +71,7 @@ def test_bfloat16_products_keep_the_loss_and_the_direction():
     assert got_grad.dtype == torch.float32
 
 
-def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right():
+def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right(monkeypatch):
     _, final, w, _ = _problem(n=200, d=64, d_vocab=2000)
     generator = torch.Generator().manual_seed(5)
     hidden = final + 0.03 * torch.randn(1, 200, 64, generator=generator, dtype=torch.float64)
@@ -84,6 +84,15 @@ def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right():
     errors = {exact: float((losses / 200 - expected).abs() / expected) for exact, (losses, _) in found.items()}
     assert expected < 0.01 and errors[True] < 0.06 < errors[False], (expected, errors)  # measured 0.035 and 0.41
     assert torch.equal(found[True][1], found[False][1])  # the gradient is the same
+
+    asked = []
+    real = D.teacher_of
+    monkeypatch.setattr(D, "teacher_of", lambda *a, exact, **k: (asked.append(exact), real(*a, exact=exact, **k))[1])
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(2, 8)
+    pairs = _step(model, tokens)[0]
+    rows, d = len(pairs.states), int(model.cfg.d_model)
+    summed_losses(pairs, torch.zeros(rows, d, d), torch.zeros(rows, d), head_of(Readout(model), "bfloat16"))
+    assert asked == [False, True]
 
 
 def test_what_all_logits_have_in_common_does_not_cost_bfloat16_its_digits():
@@ -162,8 +171,8 @@ def test_a_fit_under_an_edited_pattern_has_its_own_teacher():
     model, tokens = zoo.build("gpt2", KIND), zoo.tokens(3, 12)
     hook = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
     tl_lenses.hooks._PATTERNS.pop(model, None)  # as at first use, when the check of patterns makes passes of its own
-    first, second = (tll.fit_tuned(model, tokens, steps=1, init="identity", hooks=[hook]) for _ in range(2))
-    assert torch.equal(first.weights, second.weights)
+    first, second = (_step(model, tokens, hooks=[hook]) for _ in range(2))
+    assert first[0].hidden and torch.equal(first[0].teacher, second[0].teacher) and torch.equal(first[1], second[1])
 
 
 def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(monkeypatch):
@@ -176,6 +185,10 @@ def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(
     assert [len(p.tokens) for p in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([p.tokens for p in parts]), tokens)
     assert torch.equal(torch.cat([p.attention_mask for p in parts]), mask)
+    wrong = tokens.clone()
+    wrong[4, 2] = zoo.D_VOCAB
+    with pytest.raises(ValueError, match="row 4"):  # of the batch and not of its piece
+        list(pieces(model, Batch(wrong), []))
     hook = ("blocks.0.hook_resid_post", lambda x, hook: x - x.mean(0))
     assert [len(p.tokens) for p in pieces(model, batch, [hook])] == [5]
     model.add_hook(*hook)

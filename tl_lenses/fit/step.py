@@ -12,7 +12,7 @@ from tl_lenses import divergence as D
 from tl_lenses.data import Batch
 from tl_lenses.fit.common import activations
 from tl_lenses.hooks import Hook, hooked
-from tl_lenses.model import LensModel, prepare
+from tl_lenses.model import LensModel, device_of, prepare
 from tl_lenses.translators import Row
 from tl_lenses.unembed import Readout
 
@@ -104,7 +104,7 @@ def rows_at_once(model: LensModel, batch: Batch, hooks: list[Hook]) -> int:
     """Rows of one forward pass: of `PASS` tokens, or all where a hook, given or on the model, could see the batch."""
     if hooks or hooked(model):
         return len(batch.tokens)
-    at_once = PASS.get(Readout(model).device.type, PASS["cuda"])
+    at_once = PASS.get(device_of(model).type, PASS["cuda"])
     return min(len(batch.tokens), max(1, at_once // max(1, batch.tokens.shape[1])))
 
 
@@ -227,9 +227,8 @@ def summed_losses(
         teacher = _teacher(pairs, part, head, room, exact=True)
         for group in groups:
             hidden = normed(translated(pairs.take(group, part), delta[group], biases[group]), head)
-            losses[group] += D.score(hidden, teacher, head.w_u, head.b_u, head.transform, gradient=False, room=room)[
-                0
-            ].to(losses)
+            each, _ = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, gradient=False, room=room)
+            losses[group] += each.to(losses)
         del teacher
     return losses
 
