@@ -245,6 +245,18 @@ if __name__ == "__main__":
     raise AssertionError("the worker outlived its parent")
 
 
+def test_the_thread_has_ended_when_its_reader_has():
+    def items():
+        for i in range(100):
+            time.sleep(0.3)  # in a tokenizer
+            yield i
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 0
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "tl_lenses text"]
+
+
 def test_the_thread_is_ahead_by_no_more_than_asked_and_stops_with_its_reader():
     made = []
 

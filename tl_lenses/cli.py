@@ -221,7 +221,7 @@ def fit(
     Example: tl-lenses fit --model gpt2 --data corpus.txt --output my-lens
     """
     from tl_lenses.checkpoint import check_output
-    from tl_lenses.fit.distributed import processes
+    from tl_lenses.fit.distributed import leave, processes
 
     who = processes()
     state = checkpoint or Path(f"{output}.checkpoint")
@@ -313,6 +313,7 @@ def fit(
             typer.echo(interrupted(state, history, steps), err=True)
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - start
+    leave()
     if not who.first:
         return
     translators.save(output, overwrite=overwrite)

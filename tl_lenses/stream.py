@@ -353,7 +353,8 @@ def ahead(items: Iterator[T], size: int) -> Generator[T, None, None]:
         except BaseException as error:  # belongs to whoever waits for the item
             put(None, error)
 
-    threading.Thread(target=work, name="tl_lenses text", daemon=True).start()
+    thread = threading.Thread(target=work, name="tl_lenses text", daemon=True)
+    thread.start()
     try:
         while True:
             item, error = made.get()
@@ -364,3 +365,7 @@ def ahead(items: Iterator[T], size: int) -> Generator[T, None, None]:
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
+        # A thread that is in a tokenizer or in torch when the interpreter ends aborts it ("terminate called without an active exception").
+        # An item takes a fraction of a second; a source that hangs is not waited for.
+        if thread is not threading.current_thread():
+            thread.join(timeout=10)

@@ -64,6 +64,12 @@ def processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
+def leave() -> None:
+    """Out of the group, as torch wants it before a process ends."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def own_rows(batch: Batch, first: int, who: Processes) -> tuple[Batch | None, Int[Tensor, " rows"]]:
     """This process' rows of a batch that begins with row `first` of the stream, and their numbers in the batch."""
     mine = torch.tensor(range((who.rank - first) % who.world, len(batch.tokens), who.world), dtype=torch.long)
