@@ -2,8 +2,8 @@
 
     python benchmarks/fit_quality.py --json fit_quality.json           # lab-gpt2, 65,536 tokens, 3 seeds
     python benchmarks/fit_quality.py --tokens 16384 --seeds 1          # a look
-    python benchmarks/fit_quality.py --tokens 16384 --seeds 1 --lr 0.01,0.03 --lr-power 0,0.75 --weight-decay 0.01,0.1    # a sweep
-    python benchmarks/fit_quality.py --tokens 174592 --seeds 1 --layers 0 --lr 0.04,0.16,0.64                                   # of one layer
+    python benchmarks/fit_quality.py --tokens 16384 --seeds 1 --lr 0.02,0.04 --lr-power 0,0.75 --weight-decay 0.01,0.1    # a sweep
+    python benchmarks/fit_quality.py --tokens 174592 --seeds 1 --layers 0 --lr 0.02,0.04,0.08                                   # of one layer
 
 A budget is all, a third or a tenth of the tokens; each is a fit of its own, whose rate falls to zero at its end. Every recipe reads the
 same tokens in the same order; a seed is an order. Rivals are the published SGD recipe and the authors' later Muon recipe, at their
@@ -21,13 +21,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-SEQ_LEN, PER_STEP, START, NOISE = 128, 512, 2**14, 2.0
+SEQ_LEN, PER_STEP, START, NOISE = 128, 512, 2**15, 2.0
 OURS = "ours"
 PUBLISHED = {"init": "identity", "lr_power": 0.0, "joint_clip": True}
 RECIPES: dict[str, dict[str, Any] | None] = {
     "regression": None,
     "SGD, published": {**PUBLISHED, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3},
-    "Muon, authors'": {**PUBLISHED, "optimizer": "muon", "lr": 0.01, "weight_decay": 0.01},
+    "Muon, authors'": {**PUBLISHED, "optimizer": "muon", "lr": 0.01, "weight_decay": 0.01, "momentum": 0.9},
     OURS: {},
 }
 

@@ -5,9 +5,11 @@
     python benchmarks/fit_sweep.py --model ../shared/models/stories260K
     python benchmarks/fit_sweep.py --only precision
 
-The states of the text are read once and every setting trains on them, so a setting takes seconds. `rate x` is the same rate for all
-layers, which says what each layer wants; every other line is the default with one thing changed. One order of the text: differences
-below about 0.001 in the mean are none. Nothing passes or fails; `fit_quality.py` compares recipes with seeds.
+The states of the text are read once and every setting trains on them, so a setting takes seconds. `lr` is over the root of the width,
+`power` of the KL, `size` and `norm` are powers of the start's `|det W| ** (1 / d)` and `|W| / sqrt(d)` by which a layer's rate is multiplied. Lines with
+`size 0` and an `lr` say what each layer wants; every other line is the default with one thing changed. `whiten` is the power of the coordinates
+`S^(-whiten / 2) h` that Muon steps in, None those of the model. `--offset 10` and `--stretch 100` are a stream whose mean is that many
+deviations farther from zero, or which is as much longer in one direction, as those of large models are. One order of the text: differences below about 0.001 in the mean are none. Nothing passes or fails; `fit_quality.py` compares recipes with seeds.
 """
 
 import argparse
@@ -20,16 +22,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fit_quality import PER_STEP, START, load, mean
 
+from tl_lenses.fit.optim import LR, LR_POWER, MOMENTUM, WEIGHT_DECAY
+
 BASE: dict[str, Any] = {
-    "lr": 0.04, "power": 0.75, "decay": 0.01, "momentum": 0.9, "clip": 1.0, "start": START, "per_step": PER_STEP, "subsample": 1.0,
-    "bias_rate": 1.0, "norm": 0.0, "precision": "auto", "average": 0.0,
+    "lr": LR["muon"], "power": LR_POWER["muon"], "decay": WEIGHT_DECAY["muon"], "momentum": MOMENTUM["muon"], "clip": 1.0, "start": START,
+    "per_step": PER_STEP, "subsample": 1.0, "bias_rate": 1.0, "bias_size": 1.0, "size": 1.0, "norm": 0.0, "whiten": 0.5, "precision": "auto",
+    "average": 0.0, "falls": "linear",
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
-    *({"lr": lr, "power": 0.0} for lr in (0.001, 0.003, 0.01, 0.03)),
-    *({"lr": lr, "power": power} for lr in (0.02, 0.04) for power in (0.5, 0.75, 1.0)),
+    *({"lr": lr, "power": 0.0, "size": 0.0} for lr in (0.02, 0.07, 0.2, 0.7)),
+    *({"lr": lr, "size": 0.0} for lr in (0.2, 0.35, 0.7, 1.4, 2.8, 5.6, 11.0, 22.0)),
+    *({"lr": lr} for lr in (0.35, 0.5, 1.4)), *({"power": power} for power in (0.5, 1.0)), {"size": 0.5},
     *({"decay": decay} for decay in (0.0, 0.1)),
-    {"momentum": 0.95}, {"clip": None}, {"bias_rate": 0.3}, {"start": START // 2}, {"per_step": 2 * PER_STEP}, {"average": 0.5},
-    *({"norm": power} for power in (0.25, 0.5, 0.75, 1.0)), {"precision": "float32"}, {"subsample": 0.5}, {"subsample": 0.25},
+    *({"momentum": momentum, "lr": lr} for momentum, lr in ((0.6, 0.7), (0.6, 1.0), (0.9, 0.5), (0.9, 0.7), (0.95, 0.5))),
+    {"clip": None}, *({"bias_rate": rate} for rate in (0.3, 3.0)), *({"bias_size": power} for power in (0.0, 0.5)),
+    *({"start": n} for n in (START // 4, START // 2, 2 * START)), {"per_step": 2 * PER_STEP}, {"average": 0.5}, {"falls": "root"},
+    *({"norm": power, "size": 0.0} for power in (0.25, 0.5, 0.75, 1.0)), *({"whiten": power} for power in (None, 0.25, 0.75, 1.0)),
+    {"precision": "float32"}, {"subsample": 0.5}, {"subsample": 0.25},
 ]  # fmt: skip
 
 
@@ -43,6 +52,8 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=sorted({key for change in CHANGES for key in change}), help="changes of this alone"
     )
+    parser.add_argument("--offset", type=float, default=0.0)
+    parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -50,6 +61,8 @@ def main() -> int:
 
     import tl_lenses as tll
     from tl_lenses.fit.common import rows_for
+    from tl_lenses.fit.optim import map_sizes
+    from tl_lenses.fit.regression import from_moments
     from tl_lenses.fit.start import regression_start
     from tl_lenses.fit.step import head_of, scored_pairs, summed_losses
     from tl_lenses.unembed import Readout
@@ -66,6 +79,7 @@ def main() -> int:
         [scored_pairs(model, b, rows, [], True, 0, "kl", readout) for b in part] for part in (text, heldout)
     )
     starts: dict[int, Any] = {}
+    moves: list[tuple[Any, Any]] = []
     results = []
     print(
         f"{args.model}, {len(text) * PER_STEP:,} tokens, {args.heldout_tokens:,} held out; KL per layer, mean last, seconds"
@@ -74,13 +88,31 @@ def main() -> int:
         settings = {**BASE, **(change or {})}
         n_start = min(settings["start"], args.tokens)
         if n_start not in starts:
-            starts[n_start] = regression_start(model, text[: n_start // PER_STEP], rows, [], True)[:2]
-            print(f"norm of the start, {n_start:,} tokens: " + " ".join(f"{x:.2f}" for x in norms(starts[n_start][0])))
+            starts[n_start] = regression_start(model, text[: n_start // PER_STEP], rows, [], True)
+            if args.offset or args.stretch != 1:
+                if not moves:
+                    moves = movements(starts[n_start][2], args.offset, args.stretch)
+                    for part in (*pairs, *apart):
+                        part.states[:] = [h @ a + c for h, (a, c) in zip(part.states, moves, strict=True)]
+                found = moved(starts[n_start][2], moves)
+                maps = from_moments(model, found, rows)
+                starts[n_start] = maps.delta.data, maps.biases.data, found
+            lines = [
+                (f"{name} of the start, {n_start:,} tokens", of(starts[n_start][0]))
+                for name, of in (("size", map_sizes), ("norm", norms))
+            ]
+            lines += zip(
+                ("mean of the states, in deviations", "largest variance, in mean ones"),
+                stream(starts[n_start][2]),
+                strict=True,
+            )
+            for what, values in lines if len(starts) == 1 else lines[:2]:
+                print(f"{what}: " + " ".join(f"{x:.2f}" for x in values))
         begin = time.perf_counter()
         maps = (
             train(pairs, *starts[n_start], heads[settings["precision"]], settings)
             if change is not None
-            else starts[n_start]
+            else starts[n_start][:2]
         )
         seconds = time.perf_counter() - begin
         kl = (sum(summed_losses(p, *maps, heads["float32"]) for p in apart) / sum(map(len, apart))).tolist()
@@ -104,17 +136,58 @@ def norms(delta: Any) -> list[float]:
     return [float((x + identity).norm() / identity.norm()) for x in delta]
 
 
-def train(pairs: list[Any], delta: Any, biases: Any, head: Any, s: dict[str, Any]) -> tuple[Any, Any]:
+def stream(found: Any) -> tuple[list[float], list[float]]:
+    """How far from zero each row's states are, and how uneven: what P is for (`fit.whiten`)."""
+    import torch
+
+    c = found.xx / found.n
+    total = c.diagonal(dim1=1, dim2=2).sum(1)
+    return (found.mean_x.norm(dim=1) / total.sqrt()).tolist(), (
+        torch.linalg.eigvalsh(c)[:, -1] * c.shape[-1] / total
+    ).tolist()
+
+
+def movements(found: Any, offset: float, stretch: float) -> list[tuple[Any, Any]]:
+    """Of each row A and c, which make `h A + c` of its states: farther from zero, and longer in one direction."""
+    import torch
+
+    generator, d = torch.Generator().manual_seed(0), found.xx.shape[-1]
+    result = []
+    for xx in found.xx:
+        c, along = (torch.nn.functional.normalize(torch.randn(d, generator=generator), dim=0) for _ in range(2))
+        away = offset * (xx.trace() / found.n).sqrt().float() * c
+        result.append((torch.eye(d) + (stretch - 1) * torch.outer(along, along), away))
+    return result
+
+
+def moved(found: Any, moves: list[tuple[Any, Any]]) -> Any:
+    """The moments of states that were moved."""
+    import torch
+
+    from tl_lenses.moments import Moments
+
+    by = [(a.double(), c.double()) for a, c in moves]
+    means = [mean @ a + c for mean, (a, c) in zip(found.mean_x, by, strict=True)]
+    xx = [a @ x @ a for x, (a, _) in zip(found.xx, by, strict=True)]
+    yx = [y @ a for y, (a, _) in zip(found.yx, by, strict=True)]
+    return Moments(found.n, torch.stack(means), found.mean_y, torch.stack(xx), torch.stack(yx), found.yy)
+
+
+def train(pairs: list[Any], delta: Any, biases: Any, found: Any, head: Any, s: dict[str, Any]) -> tuple[Any, Any]:
     """`fit_tuned`'s loop on states that were read before."""
     import torch
 
-    from tl_lenses.fit.optim import make_optimizers, optimizer_step, rate_scales, set_scales
+    from tl_lenses.fit.optim import map_sizes, optimizer_step, optimizers_of, rate_scales, set_scales
     from tl_lenses.fit.step import clip_gradients, loss_and_gradient
+    from tl_lenses.fit.whiten import roots, whiten
 
     delta, biases = delta.clone(), biases.clone()
-    sizes = norms(delta)
+    sizes = [size ** s["size"] * norm ** s["norm"] for size, norm in zip(map_sizes(delta), norms(delta), strict=True)]
+    lr = s["lr"] / delta.shape[1] ** 0.5
+    white = roots(found, s["whiten"]) if s["whiten"] is not None else None
     leaves = [torch.nn.Parameter(x) for x in delta], [torch.nn.Parameter(x) for x in biases]
-    optimizers = make_optimizers("muon", *leaves, s["lr"], s["decay"], s["momentum"])
+    of = {"lr": lr, "weight_decay": s["decay"], "momentum": s["momentum"], "bias_only": False}
+    optimizers = optimizers_of("muon", *leaves, of)
     per = s["per_step"] // PER_STEP
     steps = len(pairs) // per
     total = [torch.zeros_like(delta), torch.zeros_like(biases)]
@@ -125,16 +198,19 @@ def train(pairs: list[Any], delta: Any, biases: Any, head: Any, s: dict[str, Any
             n += len(one)
         grad_w /= n
         grad_b /= n
+        if white is not None:
+            whiten(grad_w, white)
         if s["clip"] is not None:
             clip_gradients(grad_w, grad_b, s["clip"], False, False)
         for leaf, bias, w, b in zip(*leaves, grad_w, grad_b, strict=True):
             leaf.grad, bias.grad = w, b
         if step == 0:
-            scales = rate_scales((losses / n).tolist(), s["power"])
-            scales = [scale * size ** s["norm"] for scale, size in zip(scales, sizes, strict=True)]
-            set_scales(optimizers[:1], scales)
-            set_scales(optimizers[1:], [s["bias_rate"] * scale for scale in scales])
-        optimizer_step(optimizers, s["lr"] * (1 - step / steps), None)
+            scales = rate_scales((losses / n).tolist(), s["power"], sizes)
+            of_bias = [s["bias_rate"] * x * size ** (s["bias_size"] - 1) for x, size in zip(scales, sizes, strict=True)]
+            for one, kind in ((0, scales), (1, of_bias)):
+                set_scales([layer[one : one + 1] for layer in optimizers], kind, sizes, s["decay"])
+        t = step / steps
+        optimizer_step(optimizers, lr * (1 - t if s["falls"] == "linear" else 1 - t**0.5), None, white)
         if s["average"] and step >= steps * (1 - s["average"]):
             total[0] += delta
             total[1] += biases

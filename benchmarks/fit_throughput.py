@@ -249,7 +249,7 @@ class Ours:
         import torch
 
         from tl_lenses.fit.common import rows_for
-        from tl_lenses.fit.optim import LR, WEIGHT_DECAY, make_optimizers
+        from tl_lenses.fit.optim import WEIGHT_DECAY, default_lr, optimizers_of
         from tl_lenses.fit.step import head_of
         from tl_lenses.unembed import Readout
 
@@ -261,7 +261,9 @@ class Ours:
         self.grad_w, self.grad_b = torch.zeros_like(self.delta), torch.zeros_like(self.biases)
         self.leaves = [torch.nn.Parameter(x) for x in self.delta], [torch.nn.Parameter(x) for x in self.biases]
         name = "muon" if args.case == "muon" else "sgd"
-        self.optimizers = make_optimizers(name, *self.leaves, LR[name], WEIGHT_DECAY[name], 0.9)
+        self.optimizers = optimizers_of(name, *self.leaves, {
+            "lr": default_lr(name, d), "weight_decay": WEIGHT_DECAY[name], "momentum": 0.9, "bias_only": False,
+        })  # fmt: skip
 
     def gradients(self, tokens: Any) -> list[float]:
         """Mean losses; mean gradients are in `grad_w, grad_b`."""
@@ -290,7 +292,7 @@ class Ours:
         clip_gradients(self.grad_w, self.grad_b, 1.0, False, False)
         for leaf, bias, w, b in zip(*self.leaves, self.grad_w, self.grad_b, strict=True):
             leaf.grad, bias.grad = w, b
-        for optimizer in self.optimizers:
+        for optimizer in (optimizer for layer in self.optimizers for optimizer in layer):
             optimizer.step()
 
 

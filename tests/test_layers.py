@@ -63,7 +63,7 @@ _COMMON = ("common", "facts", "lines", "picture", "report")
 SHARED = {
     "fit": {
         *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
-        *("fit.distributed", "fit.evidence", "fit.shard", "fit.state"),
+        *("fit.distributed", "fit.evidence", "fit.shard", "fit.state", "fit.whiten"),
     },
     "experiments": {
         f"experiments.{name}"

@@ -86,13 +86,14 @@ def _dies_at(moment):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_twenty_random_moments(tmp_path):
-    whole, file, chance = _fit(), tmp_path / "state", random.Random(5)
+    init = {"init": "regression", "init_tokens": 500}
+    whole, file, chance = _fit(**init), tmp_path / "state", random.Random(5)
     kills = 0
 
     def attempt(moment, dies):
         if dies:
             _dies_at(moment)
-        return _fit(file)
+        return _fit(file, **init)
 
     for _ in range(60):
         work = functools.partial(attempt, chance.randrange(2, 40), kills < 20)
@@ -151,9 +152,9 @@ def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path, m
 def test_a_step_that_breaks_is_not_saved(tmp_path, monkeypatch):
     whole, step, calls = _fit(), torch.optim.AdamW.step, []
 
-    def breaking(self, *args):  # the matrices are through, the biases are not
+    def breaking(self, *args):  # layers and matrices are through, the other biases are not
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2 * whole.n_layers + 2:
             raise RuntimeError("out of memory")
         return step(self, *args)
 
@@ -253,7 +254,7 @@ def test_what_hooks_draw_is_drawn_again(tmp_path):
 
 def test_older_states_and_states_of_other_fits_are_refused(tmp_path):
     checkpoint.save_state(tmp_path / "state", {"format": "tl_lenses.fit_tuned", "settings": {}})
-    with pytest.raises(ValueError, match="has version 1, this tl_lenses goes on from 2"):
+    with pytest.raises(ValueError, match="has version 1, this tl_lenses goes on from 3"):
         _fit(tmp_path / "state")
     checkpoint.save_state(tmp_path / "state", {"format": "tl_lenses.fit_regression", "version": state.VERSION})
     with pytest.raises(ValueError, match="is not a checkpoint of fit_tuned"):

@@ -14,7 +14,7 @@ from tl_lenses.data import Batch
 from tl_lenses.divergence import fused_ce, fused_kl
 from tl_lenses.edits import scale
 from tl_lenses.fit.common import rows_for
-from tl_lenses.fit.optim import optimizer_step, optimizers_of, rate_scales, set_scales
+from tl_lenses.fit.optim import default_lr, map_sizes, optimizer_step, optimizers_of, rate_scales, set_scales
 from tl_lenses.fit.step import PASS, head_of, loss_and_gradient, narrowed, pieces, scored_pairs, summed_losses
 from tl_lenses.fit.stop import Watch
 from tl_lenses.unembed import Readout
@@ -311,9 +311,9 @@ def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stre
     tokens = zoo.tokens(30, 16)
     batches = [tokens[i : i + 5] for i in range(0, 30, 5)]
     start = tll.fit_regression(model, batches[:2])
-    expected = tll.fit_tuned(model, batches, steps=3, init=start)
+    expected = tll.fit_tuned(model, batches, steps=3, init=start, optimizer="sgd")
     for source in (batches, iter(batches)):  # a source that can be read only once will do
-        got = tll.fit_tuned(model, source, steps=3, init_tokens=160)
+        got = tll.fit_tuned(model, source, steps=3, init_tokens=160, optimizer="sgd")
         assert torch.allclose(got.weights, expected.weights, atol=1e-6)
         assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240
     # A short text is used once for the start, and a second time only by training.
@@ -400,20 +400,73 @@ def test_refusals_of_held_out(unchecked):
 
 
 def test_a_layers_rate_follows_its_loss():
-    assert rate_scales([4.0, 1.0, 1 / 16, -1e-9], 0.75) == [1.0, 1.0, 0.125, 0.0]
-    assert rate_scales([4.0, 0.1], 0.0) == [1.0, 1.0]
+    assert rate_scales([4.0, 1.0, 1 / 16, -1e-9], 0.75, [3.0, 1.0, 2.0, 1.0]) == [3.0, 1.0, 0.25, 0.0]
+    assert rate_scales([4.0, 0.1], 0.0, [1.0, 5.0]) == [1.0, 5.0]
     leaves = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
     biases = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
     settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "bias_only": False}
-    for name, offload in (("sgd", False), ("sgd", True), ("muon", False), ("muon", True), ("adam", True)):
-        optimizers = optimizers_of(name, leaves, biases, settings, offload)
-        set_scales(optimizers, [1.0, 0.25])
+    for name, device in (("sgd", None), ("muon", None), ("muon", torch.device("cpu")), ("adam", None)):
+        optimizers = optimizers_of(name, leaves, biases, settings)
+        set_scales(optimizers, [1.0, 0.25], [1.0, 1.0], 0.0)
         for parameter in (*leaves, *biases):
             torch.nn.init.zeros_(parameter)
             parameter.grad = torch.ones_like(parameter)
-        optimizer_step(optimizers, 0.1, None)
+        optimizer_step(optimizers, 0.1, device)
         for part in (leaves, biases):
-            assert torch.allclose(part[1] * 4, part[0], rtol=1e-5) and part[0].abs().min() > 0, (name, offload)
+            assert torch.allclose(part[1] * 4, part[0], rtol=1e-5) and part[0].abs().min() > 0, (name, device)
+
+
+def test_decay_takes_the_same_share_of_a_large_map():
+    leaves, biases = ([torch.nn.Parameter(torch.ones(*shape)) for _ in range(2)] for shape in ((4, 4), (4,)))
+    settings = {"lr": 1.0, "weight_decay": 0.5, "momentum": 0.0, "bias_only": False}
+    optimizers = optimizers_of("muon", leaves, biases, settings)
+    set_scales(optimizers, [8.0, 1.0], [8.0, 1.0], 0.5)
+    for parameter in (*leaves, *biases):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_step(optimizers, 0.1, None)
+    for parameter in (*leaves, *biases):
+        assert torch.allclose(parameter, torch.tensor(0.95))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 4), (4, 6)])
+def test_the_size_of_a_map_is_the_geometric_mean_of_its_singular_values(shape):
+    delta = 5 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    maps = delta + tll.translators.base(*shape)
+    expected = torch.linalg.svdvals(maps.double()).log().mean(1).exp()
+    assert map_sizes(delta) == pytest.approx(expected.tolist(), rel=1e-4) and min(expected) > 1
+    # smaller maps, and singular ones, are no reason to stand still
+    assert map_sizes(torch.stack([-tll.translators.base(*shape), 1e-6 * delta[0]]))[0] == 1.0
+    assert map_sizes(torch.zeros(1, 5, 5)) == pytest.approx([1.0])
+
+
+def test_a_step_of_muon_is_as_large_beside_the_map_at_any_width():
+    sizes = []
+    for d in (64, 256):
+        leaf = torch.nn.Parameter(torch.zeros(d, d))
+        settings = {"lr": default_lr("muon", d), "weight_decay": 0.0, "momentum": 0.0, "bias_only": False}
+        optimizers = optimizers_of("muon", [leaf], [torch.nn.Parameter(torch.zeros(d))], settings)
+        leaf.grad = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
+        optimizer_step(optimizers, default_lr("muon", d))
+        sizes.append(torch.linalg.svdvals(leaf.detach()).mean().item())
+    # Five Newton-Schulz steps leave singular values between 0.68 and 1.13 times what they are meant to be.
+    assert 0.2 * 0.68 < sizes[0] < 0.2 * 1.13 and sizes[1] == pytest.approx(sizes[0], rel=0.1), sizes
+
+
+def test_a_fit_does_not_depend_on_the_scale_that_its_start_has(unchecked):
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(8, 12)
+    d = model.cfg.d_model
+    generator = torch.Generator().manual_seed(1)
+    first = 8 * (torch.eye(d) + 0.3 * torch.randn(d, d, generator=generator) / d**0.5)
+    fits = []
+    for times in (1.0, 16.0):
+        rows, depth = rows_for(model, [1]), model.cfg.n_layers
+        start = tll.Translators(rows, times * first[None], torch.full((1, d), times), n_layers=depth)
+        fits.append(tll.fit_tuned(model, [tokens] * 4, steps=4, init=start, layers=[1], weight_decay=0.0)[1])
+    small, large = (fit.weight / times for fit, times in zip(fits, (1.0, 16.0), strict=True))
+    assert (small - first).norm() > 0.05 * first.norm()
+    # Muon orthogonalises in bf16, so a step is right to some percent.
+    assert (small - large).norm() < 0.05 * (small - first).norm()
+    assert (fits[0].bias - fits[1].bias / 16).norm() < 0.05 * (fits[0].bias - 1).norm()
 
 
 def test_the_watch_keeps_the_best_of_each_layer_and_cools_down():

@@ -7,7 +7,7 @@ Per token that is trained on, with R rows (layers), width d and vocabulary V, on
     model         2 P             one forward pass; P parameters less the embedding table
     elementwise   R V LOGIT_BYTES bytes moved, to turn z into q - p and to reduce it
 
-and per step of Muon five Newton-Schulz iterations, `5 * 6 R d^3`.
+and per step of Muon five Newton-Schulz iterations, `5 * 6 R d^3`, and in whitened coordinates (`fit.whiten`) two products, `4 R d^3`.
 """
 
 from dataclasses import dataclass, field
@@ -154,6 +154,7 @@ def plan(
     gathered = max(params - table, 0) // n_layers if sharded > 1 else 0  # gathered while it runs
     moments = 2 * 8 * together * d_model**2 if init == "regression" else 0
     state = weights * _STATES[optimizer]
+    white = maps if init == "regression" and optimizer == "muon" and not bias_only else 0
     memory = {
         # What a lens reads stays whole in each process (`fit.shard`); embedding and unembedding counted apart, as large models have them.
         "model": element
@@ -162,6 +163,7 @@ def plan(
         "translators": maps * (2 if average else 1),
         # The moments are gone before there is a gradient or a state.
         "moments of the start": 0 if state_on_cpu else max(0, moments - maps - state),
+        "coordinates of the steps": 0 if state_on_cpu else white,
         "gradients": maps,
         "optimiser": 0 if state_on_cpu else state,
         "residuals": run * d_model * (together + 2) * element,
@@ -175,7 +177,9 @@ def plan(
         "model": 2.0 * inner * tokens * groups,
         "translators": 4.0 * rows * d_model**2 * tokens * subsample,
         "vocabulary": 4.0 * rows * d_model * d_vocab * tokens * subsample,
-        "optimiser": 30.0 * rows * d_model**3 * steps if optimizer == "muon" and not bias_only else 0.0,
+        "optimiser": (30.0 + (4.0 if white else 0.0)) * rows * d_model**3 * steps
+        if optimizer == "muon" and not bias_only
+        else 0.0,
     }
     moved = float(rows) * d_vocab * LOGIT_BYTES * tokens * subsample
     return Plan(

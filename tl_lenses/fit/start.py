@@ -10,6 +10,7 @@ from tl_lenses.data import Batch
 from tl_lenses.fit.regression import from_moments, gather
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, d_model
+from tl_lenses.moments import Moments
 from tl_lenses.translators import Row
 
 Place = TypeVar("Place")
@@ -54,13 +55,13 @@ def _raising(error: ValueError) -> Iterator[Any]:
 
 def regression_start(
     model: LensModel, batches: list[Batch], rows: list[Row], hooks: list[Hook], skip_first: bool, offload: bool = False
-) -> tuple[Tensor, Tensor, int]:
-    """D and b of the regression lens, and how many positions that took."""
+) -> tuple[Tensor, Tensor, Moments]:
+    """D and b of the regression lens, and the moments that they are of (`n` positions)."""
     found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, offload=offload, show_progress=False)
     maps = from_moments(model, found, rows)
-    return maps.delta.data, maps.biases.data, found.n
+    return maps.delta.data, maps.biases.data, found
 
 
 def default_tokens(model: LensModel) -> int:
-    """Where more tokens help the covariance of this width little: `max(64 d_model, 8192)` (docs/log.md)."""
-    return max(64 * d_model(model), 8192)
+    """Where more tokens help the covariance of this width little: `max(128 d_model, 8192)` (docs/log.md)."""
+    return max(128 * d_model(model), 8192)

@@ -14,7 +14,7 @@ from tl_lenses.checkpoint import Notice, load_state, save_state, state_exists
 from tl_lenses.data import Batch
 from tl_lenses.fit.distributed import Processes, agree, from_first
 
-VERSION = 2  # of the contents
+VERSION = 3  # of the contents
 
 
 def state_file(checkpoint: str | Path | None, group: int, groups: int) -> Path | None:

@@ -13,7 +13,10 @@ from tl_lenses.fit.distributed import Lost, Processes, add_up, agree, gathered, 
 from tl_lenses.fit.optim import (
     LR,
     LR_POWER,
+    MOMENTUM,
     WEIGHT_DECAY,
+    default_lr,
+    map_sizes,
     move_state,
     optimizer_step,
     optimizers_of,
@@ -33,8 +36,10 @@ from tl_lenses.fit.step import (
     summed_losses,
 )
 from tl_lenses.fit.stop import Watch, split_held_out
+from tl_lenses.fit.whiten import roots, whiten
 from tl_lenses.hooks import Hook, check_edits
-from tl_lenses.model import LensModel, check_model, n_layers
+from tl_lenses.model import LensModel, check_model, d_model, n_layers
+from tl_lenses.moments import Moments
 from tl_lenses.progress import StepBar
 from tl_lenses.sites import LayerOrSite
 from tl_lenses.translators import Row, Translators, base
@@ -61,7 +66,7 @@ def fit_tuned(
     *,
     hooks: Iterable[Hook] = (),
     skip_first: bool = True,
-    momentum: float = 0.9,
+    momentum: float | None = None,
     clip: float | None = 1.0,
     joint_clip: bool = False,
     lr_power: float | None = None,
@@ -93,30 +98,31 @@ def fit_tuned(
         tokens_per_step: batches are added up to about this many tokens; one batch by default.
         loss: "kl" against the model's distribution, or "ce" against the text.
         init: where to start: "regression" fits the closed form on the first tokens of the stream, which are trained on
-            too (no second pass over the text); "identity" is the logit lens.
+            too (no second pass over the text), and Muon then steps in coordinates in which their states are more alike in
+            all directions (`fit.whiten`); "identity" is the logit lens; `Translators` are gone on from.
         optimizer: "muon" (matrices; AdamW for biases), "sgd" (Nesterov), "adam" (AdamW).
-        lr, weight_decay: by optimiser if None; decay pulls to the identity.
+        lr, weight_decay, momentum: by optimiser if None, Muon's rate `1 / sqrt(d_model)`; decay pulls to the identity.
         token_shift: position t is scored against t + shift: 0 for KL, 1 for CE by default.
         bias_only: train b alone.
         layers: layers or sites, `0..n_layers-1` by default.
         chunk_size: positions whose logits, of up to six layers, exist at a time.
         checkpoint: file that keeps the state every `checkpoint_every` steps and when interrupted; an existing one of
-            the same settings is
-            resumed.
+            the same settings is resumed.
         log: called with (or appended) `{"step", "tokens", "lr", "loss": {layer: nats}}` after each step.
         hooks: interventions under which to fit; the teacher is the same hooked run.
         clip: gradient norm per layer (over all layers together with `joint_clip`, as published); None for none.
         precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
         subsample: share of the positions that each layer is trained on, its own random ones; 1 is all.
-        init_tokens: tokens for the regression start; by default `max(64 d_model, 8192)`.
+        init_tokens: tokens for the regression start; by default `max(128 d_model, 8192)`.
         held_out: text that is not trained on (as `tokens`), or of a tensor `[n, seq]` the share of its last rows. Its loss is
             taken before the first step, every `held_out_every` steps and at the end; each layer's translators of its best
             look are the result; and after `patience` looks without a gain the fit ends.
         lr_power: a layer's rate is `lr * min(KL, 1 nat) ** lr_power`, of its KL at the first step: the last layers, nearly right
-            from the start, want small steps. 0 is the same rate for all; by optimiser if None.
+            from the start, want small steps. 0 leaves the KL out; by optimiser if None. Muon's rate is also times the size of
+            the map that the layer starts from (`|det W| ** (1 / d)`, at least 1; 1 for the identity).
         layers_at_once: layers whose translators are held at a time, each group a pass over the same text with a
             checkpoint of its own (`checkpoint.1of3`); gives what all at once would.
-        offload: optimiser state and the start's moments lie on the CPU between uses.
+        offload: optimiser state, the start's moments and Muon's coordinates lie on the CPU between uses.
 
     Processes that were launched together (`accelerate launch`) share the rows of the text; the first one writes the
     checkpoint. Ctrl-C saves; a checkpoint that cannot be written is a `checkpoint.Notice` and stops nothing.
@@ -149,15 +155,16 @@ def fit_tuned(
     tokens, apart = split_held_out(tokens, held_out)
     if not 0 < subsample <= 1:
         raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {subsample}")
-    lr = LR[optimizer] if lr is None else lr
     if (
         lr_power is None
     ):  # cross entropy does not fall to zero where a layer is right, so it says nothing about the rate
         lr_power = LR_POWER[optimizer] if loss == "kl" else 0.0
     weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+    momentum = MOMENTUM[optimizer] if momentum is None else momentum
     shift = (0 if loss == "kl" else 1) if token_shift is None else token_shift
     rows = rows_for(model, None if layers is None else list(layers))
     groups = row_groups(rows, layers_at_once, tokens)
+    lr = default_lr(optimizer, d_model(model)) if lr is None else lr
     if len(groups) > 1 and joint_clip:
         raise ValueError("joint_clip needs the gradients of all layers at once: leave out layers_at_once")
     if len(groups) > 1 and apart is not None:
@@ -221,25 +228,32 @@ def _train(
     feed: Iterator[tuple[Batch, Position]] = stream
     check_edits(model, hooks)  # every process makes its passes now, or none
     if state is None:
-        weights, biases, n_init, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
+        weights, biases, found, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
+        n_init = 0 if found is None else found.n
+        white = None if found is None or optimizer != "muon" or bias_only else roots(found)
+        del found
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
+        white = state["white"]
+    if white is not None:
+        white = white.to("cpu" if offload else device)
     # D and b, the stacked buffers
     delta, biases = weights.float().to(device).contiguous(), biases.float().to(device).contiguous()
 
     # One 2-D leaf per layer, each a view of the stacked buffer: Muon orthogonalises matrix by matrix.
     leaves = [nn.Parameter(d) for d in delta]
     bias_leaves = [nn.Parameter(b) for b in biases]
-    optimizers = optimizers_of(optimizer, leaves, bias_leaves, settings, offload)
+    optimizers = optimizers_of(optimizer, leaves, bias_leaves, settings)
     done = n_seen = n_rows = 0
     watch = Watch(steps if isinstance(steps, int) else None, settings["held_out_every"], settings["patience"])
     if state is not None:
         done, n_seen, n_rows = state["step"], state["tokens"], state["rows_seen"]
         watch = Watch.load(state["watch"])
-        for opt, saved in zip(optimizers, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-            if offload:
-                move_state(opt, "cpu")
+        for layer, of_layer in zip(optimizers, state["optimizers"], strict=True):
+            for opt, saved in zip(layer, of_layer, strict=True):
+                opt.load_state_dict(saved)
+                if offload:
+                    move_state(opt, "cpu")
         set_random_state(state["random"])
 
     head = head_of(readout, settings["precision"])
@@ -257,8 +271,8 @@ def _train(
         if keep(checkpoint, "fit_tuned", {
             "settings": settings, "step": done, "tokens": n_seen, "rows_seen": n_rows, "init_tokens": n_init,
             "position": None if position is None else position.state(), "random": random_state(), "delta": delta,
-            "biases": biases, "optimizers": [opt.state_dict() for opt in optimizers],
-            "watch": watch.state(),
+            "biases": biases, "optimizers": [[opt.state_dict() for opt in layer] for layer in optimizers],
+            "watch": watch.state(), "white": white,
         }, f"at step {done}", who):  # fmt: skip
             on_disk = done
 
@@ -344,16 +358,20 @@ def _train(
                     text = guilty_text(searched, is_finite, lambda row: shown(model, row.tokens[0]))
                 texts = [text for text in gathered(text, who) if text]
                 raise NotFinite(_not_finite(rows, found[1], found[0], done, lr, texts))
+            if white is not None:
+                whiten(grad_w, white)
             if settings["clip"] is not None:
                 clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
             if done == 0:
-                set_scales(optimizers, rate_scales(losses.tolist(), settings["lr_power"]))
+                sizes = map_sizes(delta) if optimizer == "muon" and not bias_only else [1.0] * len(rows)
+                scales = rate_scales(losses.tolist(), settings["lr_power"], sizes)
+                set_scales(optimizers, scales, sizes, settings["weight_decay"])
             rate = lr * watch.rate(done)
             for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
                 leaf.grad, bias.grad = grad_w[i], grad_b[i]
             with unbroken():
                 whole = False
-                optimizer_step(optimizers, rate, device if offload else None)
+                optimizer_step(optimizers, rate, device if offload else None, white)
                 done, position, n_seen, n_rows = done + 1, here, n_seen + n_step, n_rows + taken
                 whole = True
             look()
@@ -418,15 +436,15 @@ def _start(
     hooks: list[Hook],
     skip_first: bool,
     offload: bool,
-) -> tuple[Tensor, Tensor, int, Iterator[tuple[Batch, Position]]]:
-    """D and b to start from, how many tokens that took, and the stream, from its beginning still."""
+) -> tuple[Tensor, Tensor, Moments | None, Iterator[tuple[Batch, Position]]]:
+    """D and b to start from, the moments that they are of, and the stream, from its beginning still."""
     d = int(model.cfg.d_model)
     if isinstance(init, Translators):
         chosen = [init[row] for row in rows]
         delta = torch.stack([a.weight - base(*a.weight.shape) for a in chosen])
-        return delta, torch.stack([a.bias for a in chosen]), 0, stream
+        return delta, torch.stack([a.bias for a in chosen]), None, stream
     if init == "identity":
-        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), 0, stream
+        return torch.zeros(len(rows), d, d), torch.zeros(len(rows), d), None, stream
     if init != "regression":
         raise ValueError(f"init must be 'regression', 'identity' or Translators, got {init!r}")
     first, stream = first_batches(stream, init_tokens or default_tokens(model))
