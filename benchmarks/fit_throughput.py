@@ -362,7 +362,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         times_of_muon = []
         for _ in range(2):
             start = time.perf_counter()
-            for optimizer in one.optimizers:
+            for optimizer in (optimizer for layer in one.optimizers for optimizer in layer):
                 optimizer.step()
             wait()
             times_of_muon.append(time.perf_counter() - start)
