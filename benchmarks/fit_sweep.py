@@ -9,7 +9,8 @@ The states of the text are read once and every setting trains on them, so a sett
 `power` of the KL, `size` and `norm` are powers of the start's `|det W| ** (1 / d)` and `|W| / sqrt(d)` by which a layer's rate is multiplied. Lines with
 `size 0` and an `lr` say what each layer wants; every other line is the default with one thing changed. `whiten` is the power of the coordinates
 `S^(-whiten / 2) h` that Muon steps in, None those of the model. `--offset 10` and `--stretch 100` are a stream whose mean is that many
-deviations farther from zero, or which is as much longer in one direction, as those of large models are. One order of the text: differences below about 0.001 in the mean are none. Nothing passes or fails; `fit_quality.py` compares recipes with seeds.
+deviations farther from zero, or which is as much longer in one direction, as those of large models are. One order of the text:
+differences below about 0.001 in the mean are none. Nothing passes or fails; `fit_quality.py` compares recipes with seeds.
 """
 
 import argparse
@@ -97,17 +98,10 @@ def main() -> int:
                 found = moved(starts[n_start][2], moves)
                 maps = from_moments(model, found, rows)
                 starts[n_start] = maps.delta.data, maps.biases.data, found
-            lines = [
-                (f"{name} of the start, {n_start:,} tokens", of(starts[n_start][0]))
-                for name, of in (("size", map_sizes), ("norm", norms))
-            ]
-            lines += zip(
-                ("mean of the states, in deviations", "largest variance, in mean ones"),
-                stream(starts[n_start][2]),
-                strict=True,
-            )
-            for what, values in lines if len(starts) == 1 else lines[:2]:
-                print(f"{what}: " + " ".join(f"{x:.2f}" for x in values))
+            delta, _, found = starts[n_start]
+            about = {"size of the start": map_sizes(delta), "norm of the start": norms(delta), **unevenness(found)}
+            for what, values in about.items():
+                print(f"{what}, {n_start:,} tokens: " + " ".join(f"{x:.2f}" for x in values))
         begin = time.perf_counter()
         maps = (
             train(pairs, *starts[n_start], heads[settings["precision"]], settings)
@@ -136,15 +130,16 @@ def norms(delta: Any) -> list[float]:
     return [float((x + identity).norm() / identity.norm()) for x in delta]
 
 
-def stream(found: Any) -> tuple[list[float], list[float]]:
-    """How far from zero each row's states are, and how uneven: what P is for (`fit.whiten`)."""
+def unevenness(found: Any) -> dict[str, list[float]]:
+    """How far from zero each row's states are, and how unlike in their directions: what `fit.whiten` is for."""
     import torch
 
     c = found.xx / found.n
     total = c.diagonal(dim1=1, dim2=2).sum(1)
-    return (found.mean_x.norm(dim=1) / total.sqrt()).tolist(), (
-        torch.linalg.eigvalsh(c)[:, -1] * c.shape[-1] / total
-    ).tolist()
+    return {
+        "mean of the states, in deviations": (found.mean_x.norm(dim=1) / total.sqrt()).tolist(),
+        "largest variance, in mean ones": (torch.linalg.eigvalsh(c)[:, -1] * c.shape[-1] / total).tolist(),
+    }
 
 
 def movements(found: Any, offset: float, stretch: float) -> list[tuple[Any, Any]]:

@@ -261,8 +261,9 @@ class Ours:
         self.grad_w, self.grad_b = torch.zeros_like(self.delta), torch.zeros_like(self.biases)
         self.leaves = [torch.nn.Parameter(x) for x in self.delta], [torch.nn.Parameter(x) for x in self.biases]
         name = "muon" if args.case == "muon" else "sgd"
+        self.lr = default_lr(name, d)
         self.optimizers = optimizers_of(name, *self.leaves, {
-            "lr": default_lr(name, d), "weight_decay": WEIGHT_DECAY[name], "momentum": 0.9, "bias_only": False,
+            "lr": self.lr, "weight_decay": WEIGHT_DECAY[name], "momentum": 0.9, "bias_only": False,
         })  # fmt: skip
 
     def gradients(self, tokens: Any) -> list[float]:
@@ -286,14 +287,14 @@ class Ours:
 
     def step(self, tokens: Any) -> None:
         """One optimiser step."""
+        from tl_lenses.fit.optim import optimizer_step
         from tl_lenses.fit.step import clip_gradients
 
         self.gradients(tokens)
         clip_gradients(self.grad_w, self.grad_b, 1.0, False, False)
         for leaf, bias, w, b in zip(*self.leaves, self.grad_w, self.grad_b, strict=True):
             leaf.grad, bias.grad = w, b
-        for optimizer in (optimizer for layer in self.optimizers for optimizer in layer):
-            optimizer.step()
+        optimizer_step(self.optimizers, self.lr)
 
 
 def profile(ours: Ours, tokens: Any, wait: Any) -> list[str]:
@@ -355,6 +356,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
         return {"rise_mb": peak - before, "before_mb": before}
     if args.case == "muon":
+        from tl_lenses.fit.optim import optimizer_step
+
         one = Ours(model, args)
         one.grad_w.normal_(), one.grad_b.normal_()
         for leaf, bias, w, b in zip(*one.leaves, one.grad_w, one.grad_b, strict=True):
@@ -362,8 +365,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         times_of_muon = []
         for _ in range(2):
             start = time.perf_counter()
-            for optimizer in (optimizer for layer in one.optimizers for optimizer in layer):
-                optimizer.step()
+            optimizer_step(one.optimizers, one.lr)
             wait()
             times_of_muon.append(time.perf_counter() - start)
         return {"seconds": times_of_muon[-1]}

@@ -61,9 +61,8 @@ def map_sizes(delta: Float[Tensor, "rows d_out d_in"]) -> list[float]:
     for d in delta:
         w = d.float() + base(*d.shape, device=d.device)
         w = w if w.is_cuda else w.cpu()  # not every accelerator has a QR
-        r = torch.linalg.qr(
-            w if w.shape[0] >= w.shape[1] else w.mT, mode="r"
-        ).R  # |det W| is the product of its diagonal
+        tall = w if w.shape[0] >= w.shape[1] else w.mT
+        r = torch.linalg.qr(tall, mode="r").R  # |det W| is the product of its diagonal
         sizes.append(max(1.0, r.diagonal().abs().log().mean().exp().item()))
     return sizes
 

@@ -219,6 +219,7 @@ def _train(
     skip_first, shift, bias_only, offload = (
         settings[key] for key in ("skip_first", "token_shift", "bias_only", "offload")
     )
+    by_muon = optimizer == "muon" and not bias_only
     readout = Readout(model)
     device = readout.device
     state = resume(checkpoint, "fit_tuned", settings, who)
@@ -230,7 +231,7 @@ def _train(
     if state is None:
         weights, biases, found, feed = _start(model, stream, rows, init, init_tokens, hooks, skip_first, offload)
         n_init = 0 if found is None else found.n
-        white = None if found is None or optimizer != "muon" or bias_only else roots(found)
+        white = roots(found) if by_muon and found is not None else None
         del found
     else:
         weights, biases, n_init = state["delta"], state["biases"], state["init_tokens"]
@@ -363,7 +364,7 @@ def _train(
             if settings["clip"] is not None:
                 clip_gradients(grad_w, grad_b, settings["clip"], settings["joint_clip"], bias_only)
             if done == 0:
-                sizes = map_sizes(delta) if optimizer == "muon" and not bias_only else [1.0] * len(rows)
+                sizes = map_sizes(delta) if by_muon else [1.0] * len(rows)
                 scales = rate_scales(losses.tolist(), settings["lr_power"], sizes)
                 set_scales(optimizers, scales, sizes, settings["weight_decay"])
             rate = lr * watch.rate(done)

@@ -1,7 +1,7 @@
 """Where Muon takes its steps: in coordinates in which a layer's states are more alike in all directions.
 
-Muon's step has the same size in every direction of its input, and residual streams have not: their mean is longer than their
-deviations, and a few directions hold most of the variance. With `h' = P h` the same map is `W h = W' h'`, `W' = W P^-1`, so a step
+Muon's step has the same size in every direction of its input, and residual streams have not: their mean can be longer than their
+deviations (Ethayarajh 2019), and a few directions hold most of the variance (Sun et al. 2024, Massive Activations). With `h' = P h` the same map is `W h = W' h'`, `W' = W P^-1`, so a step
 
     dL/dW' = dL/dW P,    dW = dW' P
 
