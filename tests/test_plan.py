@@ -31,7 +31,13 @@ def test_what_makes_it_smaller():
     assert groups.operations["vocabulary"] == whole.operations["vocabulary"]
     half = plan(2048, 24, 50_000, subsample=0.5, **settings)
     assert half.operations["vocabulary"] == whole.operations["vocabulary"] / 2 and half.tokens == whole.tokens
-    assert plan(2048, 24, 50_000, state_on_cpu=True, **settings).memory["optimiser"] == 0
+    offloaded = plan(2048, 24, 50_000, state_on_cpu=True, **settings).memory
+    assert offloaded["optimiser"] == offloaded["coordinates of the steps"] == 0
+    # a matrix per layer, for Muon from a regression alone, and two products with it
+    alone = [plan(2048, 24, 50_000, **settings, **other) for other in ({"init": "identity"}, {"optimizer": "sgd"})]
+    assert whole.memory["coordinates of the steps"] >= 4 * 24 * 2048**2
+    assert all(other.memory["coordinates of the steps"] == 0 for other in alone)
+    assert whole.operations["optimiser"] - alone[0].operations["optimiser"] == 4 * 24 * 2048**3 * 250
     one, eight = whole.seconds(1e14, 1e12), whole.seconds(1e14, 1e12, processes=8)
     assert one / 8 < eight < one  # the optimiser is not shared
 

@@ -9,7 +9,17 @@ import zoo
 import tl_lenses as tll
 from tl_lenses.data import Batch
 from tl_lenses.fit.common import rows_for
-from tl_lenses.fit.optim import default_lr, optimizer_step, optimizers_of, set_scales
+from tl_lenses.fit.optim import (
+    LR_POWER,
+    MOMENTUM,
+    default_lr,
+    map_sizes,
+    optimizer_step,
+    optimizers_of,
+    rate_scales,
+    set_scales,
+)
+from tl_lenses.fit.start import regression_start
 from tl_lenses.fit.step import head_of, loss_and_gradient, scored_pairs
 from tl_lenses.fit.whiten import RIDGE, roots, whiten
 from tl_lenses.moments import moments
@@ -118,6 +128,29 @@ def test_a_far_mean_of_the_states_matters_less(unchecked):
 
     plain, ours = (fitted(away, white) / fitted(torch.zeros(d), white) for white in (False, True))
     assert ours < 1.1 and plain > 1.5, (plain, ours)
+
+
+def test_a_fit_takes_its_steps_there(unchecked):
+    """One step of `fit_tuned` against Muon on W', which is held here as such."""
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(40, 20)
+    d, rows, readout = model.cfg.d_model, rows_for(model, None), Readout(model)
+    got = tll.fit_tuned(model, [tokens], steps=1, init_tokens=600, precision="float32", clip=None, weight_decay=0.0)
+    delta, biases, found = regression_start(model, [Batch(tokens)], rows, [], True)
+    p, grad_w, grad_b = roots(found), torch.zeros_like(delta), torch.zeros_like(biases)
+    pairs = scored_pairs(model, Batch(tokens), rows, [], True, 0, "kl", readout)
+    losses = loss_and_gradient(pairs, delta, biases, head_of(readout, "float32"), grad_w, grad_b) / len(pairs)
+    leaves = [torch.nn.Parameter(x @ torch.linalg.inv(root)) for x, root in zip(delta, p, strict=True)]
+    bias_leaves = [torch.nn.Parameter(b) for b in biases]
+    settings = {"lr": default_lr("muon", d), "weight_decay": 0.0, "momentum": MOMENTUM["muon"], "bias_only": False}
+    optimizers = optimizers_of("muon", leaves, bias_leaves, settings)
+    sizes = map_sizes(delta)
+    set_scales(optimizers, rate_scales(losses.tolist(), LR_POWER["muon"], sizes), sizes, 0.0)
+    for i, (leaf, bias) in enumerate(zip(leaves, bias_leaves, strict=True)):
+        leaf.grad, bias.grad = grad_w[i] @ p[i].T / len(pairs), grad_b[i] / len(pairs)
+    optimizer_step(optimizers, settings["lr"])
+    for i, leaf in enumerate(leaves):
+        step = leaf.detach() @ p[i] - delta[i]
+        assert (got.delta[i] - delta[i] - step).norm() < 0.01 * step.norm(), i
 
 
 def test_only_muon_from_a_regression_has_them(unchecked, tmp_path):
