@@ -37,7 +37,7 @@ def main() -> int:
 
     import tl_lenses as tll
     from tl_lenses.experiments.basis import extract
-    from tl_lenses.experiments.states import states_of, texts_of
+    from tl_lenses.experiments.subject import Subject
 
     torch.set_num_threads(args.threads)
     model = tll.lab.load(args.model)
@@ -46,7 +46,8 @@ def main() -> int:
         tll.lab.text(split), model.tokenizer, seq_len=SEQ_LEN, batch_size=8, shuffle_seed=0, limit_tokens=tokens
     )
     lens = tll.Lens(model, tll.fit_regression(model, text("train", 2**14), layers))
-    states = states_of(model, texts_of(model, text("heldout", args.n + 8 * SEQ_LEN), n=args.n), layers)
+    subject = Subject.of(model, lens, layers)
+    states = subject.states(subject.texts(text("heldout", args.n + 8 * SEQ_LEN), n=args.n))
     for solver in ("fast", "lbfgs"):
         extract(lens[layers[0]], states[layers[0]][:64], 1, solver=solver)
 
@@ -69,7 +70,7 @@ def main() -> int:
     show(results, args.k, int(states[layers[0]].shape[0]))
     passed = all(one["ok"] for one in results)
     if args.json:
-        from tl_lenses.checkpoint import versions
+        from tl_lenses.files import versions
 
         content = {
             "model": args.model, "k": args.k, "n": int(states[layers[0]].shape[0]), "layers": results, "passed": passed,

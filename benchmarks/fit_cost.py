@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from tl_lenses.fit.plan import plan
+from tl_lenses.fit.settings import Settings
 
 # d_model, layers, vocabulary, parameters
 MODELS = {
@@ -48,16 +49,13 @@ def main() -> int:
 def fit(name: str, tokens: int, devices: int):
     """The plan of a model: the published number of tokens or ours; a large model sharded, its layers in groups."""
     d, layers, vocabulary, params = MODELS[name]
-    settings = {
-        "n_params": params, "tokens_per_batch": 4096, "tokens_per_step": min(STEP, tokens), "steps": max(1, tokens // STEP),
-        "precision": "bfloat16", "model_dtype": "bfloat16", "sharded": devices,
-    }  # fmt: skip
-    budget = 0.9 * 80e9
     for at_once in range(layers, 0, -1):
-        found = plan(d, layers, vocabulary, rows_at_once=at_once, **settings)
-        if found.peak <= budget:
-            return found, True
-    return found, False
+        steps = max(1, tokens // STEP)
+        settings = Settings(steps, min(STEP, tokens), precision="bfloat16", layers_at_once=at_once)
+        planned = plan(settings, d, layers, vocabulary, n_params=params, model_dtype="bfloat16", sharded=devices)
+        if planned.peak <= 0.9 * 80e9:
+            return planned, True
+    return planned, False
 
 
 def tables(share: float, memory_share: float) -> str:
@@ -70,8 +68,8 @@ def tables(share: float, memory_share: float) -> str:
     ]
     for name in MODELS:
         d, layers, vocabulary, params = MODELS[name]
-        one = plan(d, layers, vocabulary, n_params=params, tokens_per_batch=STEP, steps=1)
-        v, t, m = (one.operations[k] / one.tokens / 1e9 for k in ("vocabulary", "translators", "model"))
+        step = plan(Settings(1), d, layers, vocabulary, n_params=params, tokens_per_batch=STEP)
+        v, t, m = (step.operations[k] / step.tokens / 1e9 for k in ("vocabulary", "translators", "model"))
         lines.append(f"| {name} | {v:,.2f} | {t:,.2f} | {m:,.2f} | {v / (v + t + m):.0%} |")
     lines += [
         "",

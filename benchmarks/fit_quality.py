@@ -4,6 +4,7 @@
     python benchmarks/fit_quality.py --tokens 16384 --seeds 1          # a look
     python benchmarks/fit_quality.py --tokens 16384 --seeds 1 --lr 0.02,0.04 --lr-power 0,0.75 --weight-decay 0.01,0.1    # a sweep
     python benchmarks/fit_quality.py --tokens 174592 --seeds 1 --layers 0 --lr 0.02,0.04,0.08                                   # of one layer
+    python benchmarks/fit_quality.py --model smollm2-135m --layers 0,6,15,24,28 --tokens 20480 --seeds 1 --text valid.txt test.txt
 
 A budget is all, a third or a tenth of the tokens; each is a fit of its own, whose rate falls to zero at its end. Every recipe reads the
 same tokens in the same order; a seed is an order. Rivals are the published SGD recipe and the authors' later Muon recipe, at their
@@ -36,7 +37,7 @@ def main() -> int:
     """Fit everything, measure it on the same held-out text, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write raw figures here")
-    parser.add_argument("--model", default="lab-gpt2", help="a lab model, or a folder with a Hugging Face model")
+    parser.add_argument("--model", default="lab-gpt2", help="a name or folder that `tll.load_model` takes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
@@ -44,10 +45,11 @@ def main() -> int:
     parser.add_argument("--lr-power", type=floats, help="and these powers")
     parser.add_argument("--weight-decay", type=floats, help="and these decays")
     parser.add_argument("--subsample", type=floats, help="and these shares of the positions")
+    parser.add_argument("--vocabulary", type=lambda text: text.split(","), help="and these: exact, sampled")
+    parser.add_argument("--lr-search", type=lambda text: [x == "on" for x in text.split(",")], help="and on, off")
+    parser.add_argument("--text", nargs=2, help="two files to train on and to hold out; the lab's text by default")
     parser.add_argument("--init", type=lambda text: text.split(","), help="and these starts: regression, identity")
-    parser.add_argument(
-        "--layers", type=lambda text: [int(x) for x in text.split(",")], help="of these alone, in a sweep"
-    )
+    parser.add_argument("--layers", type=lambda text: [int(x) for x in text.split(",")], help="of these alone")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
 
@@ -56,26 +58,23 @@ def main() -> int:
     import tl_lenses as tll
 
     torch.set_num_threads(args.threads)
-    model = load(args.model)
+    model = tll.load_model(args.model)
     sweep = {
         name: getattr(args, name)
-        for name in ("lr", "lr_power", "weight_decay", "subsample", "init")
+        for name in ("lr", "lr_power", "weight_decay", "subsample", "init", "vocabulary", "lr_search")
         if getattr(args, name)
     }
-    if args.layers and not sweep:
-        parser.error("--layers goes with a sweep: --lr, --init, ...")
     recipes = RECIPES
     if sweep:
         recipes = {
-            " ".join(f"{k} {v}" for k, v in zip(sweep, values, strict=True)): {
-                **dict(zip(sweep, values, strict=True)),
-                **({"layers": args.layers} if args.layers else {}),
-            }
+            " ".join(f"{k} {v}" for k, v in zip(sweep, values, strict=True)): dict(zip(sweep, values, strict=True))
             for values in product(*sweep.values())
         }
     budgets = [n // PER_STEP * PER_STEP for n in (args.tokens // 10, args.tokens // 3, args.tokens)]
+    splits = ("train", "heldout")
+    files = dict(zip(splits, args.text or map(tll.lab.text, splits), strict=True))
     read = lambda split, n, seed: tll.token_batches(
-        tll.lab.text(split), model.tokenizer, seq_len=SEQ_LEN, batch_size=PER_STEP // SEQ_LEN, shuffle_seed=seed, drop_last=True,
+        files[split], model.tokenizer, seq_len=SEQ_LEN, batch_size=PER_STEP // SEQ_LEN, shuffle_seed=seed, drop_last=True,
         limit_tokens=n,
     )  # fmt: skip
     measure = measurer(model, read("heldout", args.heldout_tokens, 0), args.layers)
@@ -84,7 +83,7 @@ def main() -> int:
         for budget, (name, settings) in product(budgets, recipes.items()):
             text = read("train", budget, seed)
             start = time.perf_counter()
-            maps = fit(model, text, settings, budget, seed)
+            maps = fit(model, text, settings, budget, seed, args.layers)
             seconds = time.perf_counter() - start
             runs.append({"recipe": name, "tokens": budget, "seed": seed, "seconds": seconds, "kl": measure(maps)})
             print(
@@ -102,7 +101,7 @@ def main() -> int:
         print(("ok    " if check["ok"] else "MISSED") + f"  {check['text']}")
     passed = all(check["ok"] for check in checks)
     if args.json:
-        from tl_lenses.checkpoint import versions
+        from tl_lenses.files import versions
 
         result = {
             "settings": {k: v for k, v in vars(args).items() if k != "json"}, "recipes": recipes, "budgets": budgets, "runs": runs,
@@ -113,31 +112,16 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def load(name: str) -> Any:
-    """A lab model, or one in a folder."""
-    import tl_lenses as tll
-
-    if not Path(name).is_dir():
-        return tll.lab.load(name)
-    import torch
-    import transformers
-    from transformer_lens.model_bridge import TransformerBridge
-
-    hf = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    return TransformerBridge.boot_transformers(
-        Path(name).name, hf_model=hf, tokenizer=tokenizer, device="cpu", dtype=torch.float32
-    ).eval()
-
-
-def fit(model: Any, text: Any, settings: dict[str, Any] | None, budget: int, seed: int) -> Any:
+def fit(
+    model: Any, text: Any, settings: dict[str, Any] | None, budget: int, seed: int, layers: list[int] | None
+) -> Any:
     """One fit of one recipe; None is the closed form on as many tokens."""
     import tl_lenses as tll
 
     if settings is None:
-        return tll.fit_regression(model, text)
+        return tll.fit_regression(model, text, layers=layers)
     return tll.fit_tuned(
-        model, text, budget // PER_STEP, PER_STEP, seed=seed, init_tokens=min(START, budget), **settings
+        model, text, budget // PER_STEP, PER_STEP, layers=layers, seed=seed, init_tokens=min(START, budget), **settings
     )
 
 

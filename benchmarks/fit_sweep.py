@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fit_quality import PER_STEP, START, load, mean
 
-from tl_lenses.fit.optim import LR, LR_POWER, MOMENTUM, WEIGHT_DECAY
+from tl_lenses.fit.settings import LR, LR_POWER, MOMENTUM, WEIGHT_DECAY
 
 BASE: dict[str, Any] = {
     "lr": LR["muon"], "power": LR_POWER["muon"], "decay": WEIGHT_DECAY["muon"], "momentum": MOMENTUM["muon"], "clip": 1.0, "start": START,
@@ -63,7 +63,7 @@ def main() -> int:
     import tl_lenses as tll
     from tl_lenses.fit.common import rows_for
     from tl_lenses.fit.optim import map_sizes
-    from tl_lenses.fit.regression import from_moments
+    from tl_lenses.fit.regression import Evidence, maps_of
     from tl_lenses.fit.start import regression_start
     from tl_lenses.fit.step import head_of, scored_pairs, summed_losses
     from tl_lenses.unembed import Readout
@@ -95,11 +95,11 @@ def main() -> int:
                     moves = movements(starts[n_start][2], args.offset, args.stretch)
                     for part in (*pairs, *apart):
                         part.states[:] = [h @ a + c for h, (a, c) in zip(part.states, moves, strict=True)]
-                found = moved(starts[n_start][2], moves)
-                maps = from_moments(model, found, rows)
-                starts[n_start] = maps.delta.data, maps.biases.data, found
-            delta, _, found = starts[n_start]
-            about = {"size of the start": map_sizes(delta), "norm of the start": norms(delta), **unevenness(found)}
+                sources = moved(starts[n_start][2], moves)
+                maps = maps_of(model, Evidence(tuple(rows), sources))
+                starts[n_start] = maps.delta.data, maps.biases.data, sources
+            delta, _, sources = starts[n_start]
+            about = {"size of the start": map_sizes(delta), "norm of the start": norms(delta), **unevenness(sources)}
             for what, values in about.items():
                 print(f"{what}, {n_start:,} tokens: " + " ".join(f"{x:.2f}" for x in values))
         begin = time.perf_counter()
@@ -130,82 +130,75 @@ def norms(delta: Any) -> list[float]:
     return [float((x + identity).norm() / identity.norm()) for x in delta]
 
 
-def unevenness(found: Any) -> dict[str, list[float]]:
-    """How far from zero each row's states are, and how unlike in their directions: what `fit.whiten` is for."""
+def unevenness(sources: Any) -> dict[str, list[float]]:
+    """How far from zero each row's states are, and how unlike in their directions: the reason for `fit.whiten`."""
     import torch
 
-    c = found.xx / found.n
-    total = c.diagonal(dim1=1, dim2=2).sum(1)
-    return {
-        "mean of the states, in deviations": (found.mean_x.norm(dim=1) / total.sqrt()).tolist(),
-        "largest variance, in mean ones": (torch.linalg.eigvalsh(c)[:, -1] * c.shape[-1] / total).tolist(),
-    }
+    far, long = [], []
+    for source in sources:
+        c = source.xx[0] / source.n
+        far.append(float(source.mean_x[0].norm() / c.trace().sqrt()))
+        long.append(float(torch.linalg.eigvalsh(c)[-1] * len(c) / c.trace()))
+    return {"mean of the states, in deviations": far, "largest variance, in mean ones": long}
 
 
-def movements(found: Any, offset: float, stretch: float) -> list[tuple[Any, Any]]:
-    """Of each row A and c, which make `h A + c` of its states: farther from zero, and longer in one direction."""
+def movements(sources: Any, offset: float, stretch: float) -> list[tuple[Any, Any]]:
+    """For each row A and c, which make `h A + c` of its states: farther from zero, and longer in one direction."""
     import torch
 
-    generator, d = torch.Generator().manual_seed(0), found.xx.shape[-1]
+    generator, d = torch.Generator().manual_seed(0), sources[0].xx.shape[-1]
     result = []
-    for xx in found.xx:
+    for source in sources:
         c, along = (torch.nn.functional.normalize(torch.randn(d, generator=generator), dim=0) for _ in range(2))
-        away = offset * (xx.trace() / found.n).sqrt().float() * c
+        away = offset * (source.xx[0].trace() / source.n).sqrt().float() * c
         result.append((torch.eye(d) + (stretch - 1) * torch.outer(along, along), away))
     return result
 
 
-def moved(found: Any, moves: list[tuple[Any, Any]]) -> Any:
+def moved(sources: Any, moves: list[tuple[Any, Any]]) -> Any:
     """The moments of states that were moved."""
+    from dataclasses import replace
+
+    result = []
+    for source, (a, c) in zip(sources, moves, strict=True):
+        a, c = a.double(), c.double()
+        result.append(replace(source, mean_x=source.mean_x @ a + c, xx=a @ source.xx @ a, yx=source.yx @ a))
+    return tuple(result)
+
+
+def train(pairs: list[Any], delta: Any, biases: Any, sources: Any, head: Any, s: dict[str, Any]) -> tuple[Any, Any]:
+    """`Learner`'s steps on states that were read before, with rates and falls of our own."""
     import torch
 
-    from tl_lenses.moments import Moments
-
-    by = [(a.double(), c.double()) for a, c in moves]
-    means = [mean @ a + c for mean, (a, c) in zip(found.mean_x, by, strict=True)]
-    xx = [a @ x @ a for x, (a, _) in zip(found.xx, by, strict=True)]
-    yx = [y @ a for y, (a, _) in zip(found.yx, by, strict=True)]
-    return Moments(found.n, torch.stack(means), found.mean_y, torch.stack(xx), torch.stack(yx), found.yy)
-
-
-def train(pairs: list[Any], delta: Any, biases: Any, found: Any, head: Any, s: dict[str, Any]) -> tuple[Any, Any]:
-    """`fit_tuned`'s loop on states that were read before."""
-    import torch
-
-    from tl_lenses.fit.optim import map_sizes, optimizer_step, optimizers_of, rate_scales, set_scales
-    from tl_lenses.fit.step import clip_gradients, loss_and_gradient
-    from tl_lenses.fit.whiten import roots, whiten
+    from tl_lenses.fit.learner import Learner
+    from tl_lenses.fit.optim import map_sizes, rate_scales, set_scales
+    from tl_lenses.fit.settings import Settings
+    from tl_lenses.fit.whiten import roots
 
     delta, biases = delta.clone(), biases.clone()
     sizes = [size ** s["size"] * norm ** s["norm"] for size, norm in zip(map_sizes(delta), norms(delta), strict=True)]
     lr = s["lr"] / delta.shape[1] ** 0.5
-    white = roots(found, s["whiten"]) if s["whiten"] is not None else None
-    leaves = [torch.nn.Parameter(x) for x in delta], [torch.nn.Parameter(x) for x in biases]
-    of = {"lr": lr, "weight_decay": s["decay"], "momentum": s["momentum"], "bias_only": False}
-    optimizers = optimizers_of("muon", *leaves, of)
+    settings = Settings(
+        lr=lr, weight_decay=s["decay"], momentum=s["momentum"], clip=s["clip"], subsample=s["subsample"]
+    )
+    learner = Learner(delta, biases, settings, roots(sources, s["whiten"]) if s["whiten"] is not None else None)
     per = s["per_step"] // PER_STEP
     steps = len(pairs) // per
     total = [torch.zeros_like(delta), torch.zeros_like(biases)]
     for step in range(steps):
-        grad_w, grad_b, losses, n = torch.zeros_like(delta), torch.zeros_like(biases), torch.zeros(len(delta)), 0
-        for one in pairs[step * per : (step + 1) * per]:
-            losses += loss_and_gradient(one, delta, biases, head, grad_w, grad_b, subsample=s["subsample"], seed=step)
-            n += len(one)
-        grad_w /= n
-        grad_b /= n
-        if white is not None:
-            whiten(grad_w, white)
-        if s["clip"] is not None:
-            clip_gradients(grad_w, grad_b, s["clip"], False, False)
-        for leaf, bias, w, b in zip(*leaves, grad_w, grad_b, strict=True):
-            leaf.grad, bias.grad = w, b
+        learner.clear()
+        for batch in pairs[step * per : (step + 1) * per]:
+            learner.add(batch, head, seed=step)
+        learner.average()
+        learner.prepare_gradients()
+        learner.hand_over()
         if step == 0:
-            scales = rate_scales((losses / n).tolist(), s["power"], sizes)
+            scales = rate_scales(learner.losses.tolist(), s["power"], sizes)
             of_bias = [s["bias_rate"] * x * size ** (s["bias_size"] - 1) for x, size in zip(scales, sizes, strict=True)]
-            for one, kind in ((0, scales), (1, of_bias)):
-                set_scales([layer[one : one + 1] for layer in optimizers], kind, sizes, s["decay"])
+            for part, kind in ((0, scales), (1, of_bias)):
+                set_scales([layer[part : part + 1] for layer in learner.optimizers], kind, sizes, s["decay"])
         t = step / steps
-        optimizer_step(optimizers, lr * (1 - t if s["falls"] == "linear" else 1 - t**0.5), None, white)
+        learner.update(lr * (1 - t if s["falls"] == "linear" else 1 - t**0.5))
         if s["average"] and step >= steps * (1 - s["average"]):
             total[0] += delta
             total[1] += biases

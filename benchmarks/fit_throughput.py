@@ -16,7 +16,6 @@ missed: 3 times the tokens per second, a quarter of the memory.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trajectory import machine, reset_peak, resident, trim
+from trajectory import child, machine, reset_peak, resident, trim
 
 SIZES = {  # width, vocabulary, layers, heads, rows and columns of a batch
     "gpt2": (768, 50257, 12, 12, 4, 256),
@@ -60,23 +59,23 @@ def main() -> int:
         return 0
 
     if args.profile:
-        print("\n".join(child("profile", args)["lines"]))
+        print("\n".join(case_of("profile", args)["lines"]))
         return 0
-    answer = child("answer", args)
+    answer = case_of("answer", args)
     print(
         f"against {answer['reference']}\nanswer: losses {answer['loss']:.3f} differ by at most {answer['loss_gap']:.1e}, gradient cosine at least {answer['cosine']:.6f}"
     )
     if answer["loss_gap"] > 1e-2 or answer["cosine"] < 0.999:
         print("the answer is wrong: nothing is measured", file=sys.stderr)
         return 1
-    timed = child("time", args)
-    memory = {case: child(case, args)["rise_mb"] for case in ("ours", "reference")}
+    timed = case_of("time", args)
+    memory = {case: case_of(case, args)["rise_mb"] for case in ("ours", "reference")}
     rates = {case: timed["tokens"] / median(timed[case]) for case in memory}
     faster, leaner = rates["ours"] / rates["reference"], memory["reference"] / memory["ours"]
     print(
         f"\n{args.size}, {args.dtype} model, {timed['tokens']:,} tokens a step, {timed['device']}, our products in {timed['products']}"
     )
-    muon = child("muon", args)["seconds"]
+    muon = case_of("muon", args)["seconds"]
     print(f"{'':<12}{'tokens/s':>10}{'s/step':>9}{'MB above the model':>20}")
     for case in ("reference", "ours"):
         print(f"{case:<12}{rates[case]:>10.1f}{median(timed[case]):>9.2f}{memory[case]:>20.0f}")
@@ -97,21 +96,13 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def child(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One case in a fresh process, so that no allocator remembers another one."""
-    options = [
-        f"--{k}={getattr(args, k)}" for k in ("size", "device", "dtype", "precision", "subsample", "repeats", "threads")
-    ]
-    command = [sys.executable, str(Path(__file__).resolve()), "--case", case, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    if case in ("ours", "reference"):
-        # Freed memory goes back at once, so that the peak is of tensors in use (as CUDA's own count is) and not of what the C library
-        # keeps; for both alike, and for the memory alone, since it costs time.
-        env["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"the case {case!r} left with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def case_of(case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One case in a fresh process."""
+    names = ("size", "device", "dtype", "precision", "subsample", "repeats", "threads")
+    # Freed memory goes back at once, so that the peak is of tensors in use (as CUDA's own count is) and not of what the C library
+    # keeps; for both alike, and for the memory alone, since it costs time.
+    memory = {"MALLOC_MMAP_THRESHOLD_": "65536"} if case in ("ours", "reference") else {}
+    return child(case, args, names, **memory)
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -249,52 +240,38 @@ class Ours:
         import torch
 
         from tl_lenses.fit.common import rows_for
-        from tl_lenses.fit.optim import WEIGHT_DECAY, default_lr, optimizers_of
+        from tl_lenses.fit.learner import Learner
+        from tl_lenses.fit.settings import Settings
         from tl_lenses.fit.step import head_of
         from tl_lenses.unembed import Readout
 
         self.model, self.args, self.rows = model, args, rows_for(model, None)
         d, self.device = int(model.cfg.d_model), args.device
         self.head = head_of(Readout(model), args.precision)
-        self.delta = torch.zeros(len(self.rows), d, d, device=self.device)
-        self.biases = torch.zeros(len(self.rows), d, device=self.device)
-        self.grad_w, self.grad_b = torch.zeros_like(self.delta), torch.zeros_like(self.biases)
-        self.leaves = [torch.nn.Parameter(x) for x in self.delta], [torch.nn.Parameter(x) for x in self.biases]
         name = "muon" if args.case == "muon" else "sgd"
-        self.lr = default_lr(name, d)
-        self.optimizers = optimizers_of(name, *self.leaves, {
-            "lr": self.lr, "weight_decay": WEIGHT_DECAY[name], "momentum": 0.9, "bias_only": False,
-        })  # fmt: skip
+        settings = Settings(optimizer=name, momentum=0.9, subsample=args.subsample).at_width(d)
+        maps = torch.zeros(len(self.rows), d, d, device=self.device), torch.zeros(len(self.rows), d, device=self.device)
+        self.learner, self.lr = Learner(*maps, settings), settings.lr
 
     def gradients(self, tokens: Any) -> list[float]:
-        """Mean losses; mean gradients are in `grad_w, grad_b`."""
-        import torch
+        """Mean losses; the learner has the mean gradients."""
+        from tl_lenses.fit.step import pieces, scored_pairs
+        from tl_lenses.tokens import Batch
 
-        from tl_lenses.data import Batch
-        from tl_lenses.fit.step import loss_and_gradient, pieces, scored_pairs
-
-        self.grad_w.zero_(), self.grad_b.zero_()
-        losses, n = torch.zeros(len(self.rows), device=self.device), 0
+        self.learner.clear()
         for piece in pieces(self.model, Batch(tokens), []):
             pairs = scored_pairs(self.model, piece, self.rows, [], False, 0, "kl", self.head.readout)
-            losses += loss_and_gradient(
-                pairs, self.delta, self.biases, self.head, self.grad_w, self.grad_b, subsample=self.args.subsample
-            )
-            n += len(pairs)
+            self.learner.add(pairs, self.head)
             del pairs
-        self.grad_w.div_(n), self.grad_b.div_(n)
-        return (losses / n).tolist()
+        self.learner.average()
+        return self.learner.losses.tolist()
 
     def step(self, tokens: Any) -> None:
         """One optimiser step."""
-        from tl_lenses.fit.optim import optimizer_step
-        from tl_lenses.fit.step import clip_gradients
-
         self.gradients(tokens)
-        clip_gradients(self.grad_w, self.grad_b, 1.0, False, False)
-        for leaf, bias, w, b in zip(*self.leaves, self.grad_w, self.grad_b, strict=True):
-            leaf.grad, bias.grad = w, b
-        optimizer_step(self.optimizers, self.lr)
+        self.learner.prepare_gradients()
+        self.learner.hand_over()
+        self.learner.update(self.lr)
 
 
 def profile(ours: Ours, tokens: Any, wait: Any) -> list[str]:
@@ -356,16 +333,13 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
         return {"rise_mb": peak - before, "before_mb": before}
     if args.case == "muon":
-        from tl_lenses.fit.optim import optimizer_step
-
         one = Ours(model, args)
-        one.grad_w.normal_(), one.grad_b.normal_()
-        for leaf, bias, w, b in zip(*one.leaves, one.grad_w, one.grad_b, strict=True):
-            leaf.grad, bias.grad = w, b
+        one.learner.grad_w.normal_(), one.learner.grad_b.normal_()
+        one.learner.hand_over()
         times_of_muon = []
         for _ in range(2):
             start = time.perf_counter()
-            optimizer_step(one.optimizers, one.lr)
+            one.learner.update(one.lr)
             wait()
             times_of_muon.append(time.perf_counter() - start)
         return {"seconds": times_of_muon[-1]}
@@ -376,13 +350,13 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     ours, reference = Ours(model, args), Reference(model, hf)
     if args.case == "answer":
         generator = torch.Generator().manual_seed(3)
-        noise = torch.randn(ours.delta.shape, generator=generator) * 0.3 / ours.delta.shape[-1] ** 0.5
-        ours.delta.copy_(noise)
+        noise = torch.randn(ours.learner.delta.shape, generator=generator) * 0.3 / ours.learner.delta.shape[-1] ** 0.5
+        ours.learner.delta.copy_(noise)
         for layer, weight in zip(reference.layers, noise, strict=True):
             layer.weight.data.copy_(weight)
         got, expected = torch.tensor(ours.gradients(tokens)), torch.tensor(reference.gradients(tokens))
         theirs = torch.stack([layer.weight.grad for layer in reference.layers])  # type: ignore[misc]
-        cosine = torch.cosine_similarity(ours.grad_w.flatten(1), theirs.flatten(1), dim=1)
+        cosine = torch.cosine_similarity(ours.learner.grad_w.flatten(1), theirs.flatten(1), dim=1)
         gap = (got - expected).abs() / expected.abs().clamp_min(1)
         return {
             "reference": reference.source,

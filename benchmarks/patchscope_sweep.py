@@ -18,19 +18,20 @@ rounds (cell, batch, ours, again); peak memory is that of a process of its own a
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trajectory import machine, reset_peak, resident, trim
+from trajectory import child, machine, reset_peak, resident, trim
 
 # (size, new tokens) -> how many times faster ours must be than (cell, batch)
 REQUIRED = {"next": (25.0, 5.0), "text": (5.0, 1.5)}
 SIZES = {"lab": "lab-gpt2", "gpt2-small": "random weights, 12 layers, width 768, vocabulary 50,257"}
 SOURCE = "The city of Paris lies on a river. People come from all over the world to see the city of"
+
+NAMES = ("new_tokens", "repeats", "threads")  # the options that a case is run with
 
 
 def main() -> int:
@@ -43,21 +44,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--profile", action="store_true", help="only show where the time of ours goes, per call")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job:
-        print(json.dumps(job(*args.job.split(":"), args)))
+    if args.case:
+        print(json.dumps(job(*args.case.split(":"), args)))
         return 0
     if args.profile:
         for size in args.sizes.split(","):
             for kind in args.kinds.split(","):
-                print(child(f"{size}:{kind}:profile", args)["profile"])
+                print(child(f"{size}:{kind}:profile", args, NAMES)["profile"])
         return 0
     rows, passed = [], True
     for size in args.sizes.split(","):
         for kind in args.kinds.split(","):
-            times = child(f"{size}:{kind}:times", args)
-            memory = {way: child(f"{size}:{kind}:{way}", args)["mb"] for way in ("cell", "batch", "ours")}
+            times = child(f"{size}:{kind}:times", args, NAMES)
+            memory = {way: child(f"{size}:{kind}:{way}", args, NAMES)["mb"] for way in ("cell", "batch", "ours")}
             row = {"size": size, "kind": kind, **times, "mb": memory}
             row["over_cell"], row["over_batch"] = (
                 median(a / b for a, b in zip(times["seconds"][way], times["seconds"]["ours"], strict=True))
@@ -79,18 +80,6 @@ def main() -> int:
         result = {"required": REQUIRED, "passed": passed, "threads": args.threads, "rows": rows, **machine()}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if passed else 1
-
-
-def child(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One job in a process of its own."""
-    options = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in ("new-tokens", "repeats", "threads")]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), f"--job={name}", *options],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"{name} left with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def job(size: str, kind: str, what: str, args: argparse.Namespace) -> dict[str, Any]:

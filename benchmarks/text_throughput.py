@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import tl_lenses as tll
-from tl_lenses.data import positions
-from tl_lenses.stream import Position
+from tl_lenses.text.batches import Text
+from tl_lenses.text.stream import Bookmark
 
 
 def batches(text: list[str], tokenizer, tokens: int, prefetch: int, workers: int = 0):
@@ -58,7 +58,7 @@ def main() -> None:
     text = list(text) if not isinstance(text, list) else text
     made = 0
     start = time.perf_counter()
-    for batch, last in positions(batches(text, tokenizer, options.tokens, 0), endless=False):
+    for batch, last in Text.of(batches(text, tokenizer, options.tokens, 0)).stream(endless=False):
         made += batch.tokens.numel()
         if made < 0.9 * options.tokens:
             position = last
@@ -69,12 +69,12 @@ def main() -> None:
         ready = batches(text, tokenizer, options.tokens, prefetch, workers)
         if workers:
             next(iter(ready))  # starting processes takes seconds, once
-        seconds, waited = consume(positions(ready, endless=False), each)
+        seconds, waited = consume(Text.of(ready).stream(endless=False), each)
         found[f"prefetch_{prefetch}_workers_{workers}"] = {"seconds": seconds, "waited": waited}
     start = time.perf_counter()
     state = position.state()
     found["state_bytes"] = sum(v.nbytes for v in state["before"].values() if isinstance(v, torch.Tensor))
-    next(positions(batches(text, tokenizer, options.tokens, 0), at=Position.load(state), endless=False))
+    next(Text.of(batches(text, tokenizer, options.tokens, 0)).stream(at=Bookmark.load(state), endless=False))
     found["seconds_to_go_on_at_90_percent"] = time.perf_counter() - start
     print(json.dumps(found, indent=1))
     if options.json:

@@ -26,6 +26,8 @@ CASES = {
     "random": "trajectory, random translators",
 }
 
+NAMES = ("positions", "layers", "width", "vocabulary", "top_k", "threads")  # the options that a case is run with
+
 
 def main() -> int:
     """Run every case in its own process and print the table."""
@@ -75,13 +77,13 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def child(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One case in a fresh process, so that no allocator remembers another one."""
-    options = [f"--{k}={getattr(args, k)}" for k in ("positions", "layers", "width", "vocabulary", "threads")]
-    command = [sys.executable, str(Path(__file__).resolve()), "--case", case, f"--top-k={args.top_k}", *options]
+def child(case: str, args: argparse.Namespace, names: tuple[str, ...] = NAMES, **environment: str) -> dict[str, Any]:
+    """One case of the benchmark that runs, in a fresh process, so that no allocator remembers another one."""
+    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    )
+        [sys.executable, str(Path(sys.argv[0]).resolve()), f"--case={case}", *options],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment},
+    )  # fmt: skip
     if done.returncode:
         sys.exit(f"the case {case!r} left with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -235,7 +237,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import platform
 
-    from tl_lenses.checkpoint import versions
+    from tl_lenses.files import versions
 
     return {
         "versions": {**versions(), "python": platform.python_version()},

@@ -1,7 +1,9 @@
 """Every command once, Ctrl-C and going on, and one readable line for each kind of mistake."""
 
 import csv
+import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ import zoo
 from typer.testing import CliRunner
 
 import tl_lenses as tll
-import tl_lenses.fit.tuned
+from tl_lenses import files
 from tl_lenses.cli import app
-from tl_lenses.cli_inputs import lens_names, parse_layers, ranges
+from tl_lenses.cli.inputs import lens_names, load_model, parse_layers
+from tl_lenses.cli.messages import ranges
+from tl_lenses.model import name_of
 
 TEXT = "the cat sat on the mat. the dog ran to the king of France and a bird sang in Paris.\n"
 
@@ -58,6 +62,16 @@ def refused(*args, code=1):
 # --- every command
 
 
+def test_fit_jacobian_saves_and_says_what(model, data, tmp_path):
+    command = ("fit", "--method", "jacobian", "--model", model, "--data", data, "--limit-tokens", 80, "--seq-len", 40)
+    done = run(*command, "--layers", "::2", "--output", tmp_path / "lens")
+    assert "of which sums" in done.output and "jacobian lens of" in done.stdout
+    assert tll.Translators.load(tmp_path / "lens").meta["n_prompts"] == 2
+    assert "about" in run(*command, "--output", tmp_path / "other", "--dry-run").stdout
+    message = refused(*command, "--output", tmp_path / "other", "--offload")
+    assert "its layers share one backward pass" in message
+
+
 def test_fit_regression_saves_and_says_what(model, data, fitted, tmp_path):
     assert tll.Translators.load(fitted).meta["fitter"] == "regression"
     output = tmp_path / "some"
@@ -79,8 +93,9 @@ def test_fit_tuned_takes_every_setting(model, data, tmp_path):
     meta = tll.Translators.load(tmp_path / "lens").meta
     want = {"steps": 3, "tokens_per_step": 200, "optimizer": "sgd", "lr": 0.05, "loss": "ce", "seed": 7}
     assert {key: meta["settings"][key] for key in want} == want
-    assert meta["tokens_seen"] == 3 * 2 * 4 * 32
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lens"]  # neither state nor note is left
+    # Of the 1,000 tokens of text 31 rows are read for the start, but for their first position.
+    assert meta["tokens_seen"] == 3 * 2 * 4 * 32 + 31 * 31 and meta["settings"]["init_tokens"] == 31 * 31
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lens"]  # no state is left
 
 
 def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted, tmp_path):
@@ -152,14 +167,53 @@ def test_show_prints_and_saves(model, fitted, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "b.csv").stat().st_size, done.stderr
 
 
+def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path):
+    (tmp_path / "p.txt").write_text("a dog ran\n")
+    options = (
+        "--lens",
+        f"reg={fitted}",
+        "--diff",
+        "reg,logit",
+        "--save",
+        tmp_path / "d.svg",
+        "--file",
+        tmp_path / "p.txt",
+    )
+    given = ["show", "-", "the cat", "--model", str(model), *map(str, options)]
+    done = CliRunner().invoke(app, given, input="the mat\n")
+    assert done.exit_code == 0, done.stderr
+    assert [f"reg − logit, row {i} of 3" in done.stdout for i in range(3)] == [True] * 3 and "·ran" in done.stdout
+    assert "reg better" in (tmp_path / "d.svg").read_text("utf-8")
+    assert "must be two of the lenses logit" in refused("show", "x", "--diff", "a,b")
+    assert "no text to read" in refused("show", "--model", model)
+    assert "is no file" in refused("show", "--file", tmp_path / "none", "--model", model)
+
+
 def test_check_passes_or_leaves_with_1(model, monkeypatch):
     done = run("check", "--model", model, "--prompt", "the cat sat on the mat")
     assert done.exit_code == 0 and "the last row is the model" in done.stdout, done.stderr
-    from tl_lenses.invariants import Check, Report
+    from tl_lenses.invariants import Check, CheckReport
 
-    broken = Report("tiny", "raw", [Check("holds", 0.0, "<= 0", True), Check("does not", 1.0, "<= 0", False)])
-    monkeypatch.setattr(tll, "check", lambda *args: broken)
+    broken = CheckReport("tiny", "raw", [Check("holds", 0.0, "<= 0", True), Check("does not", 1.0, "<= 0", False)])
+    monkeypatch.setattr(tll, "check", lambda *args, **kwargs: broken)
     assert "1 of 2 invariants fail" in refused("check", "--model", model)
+
+
+def test_check_compares_with_a_hugging_face_model(model, tmp_path):
+    """The folder that was loaded agrees; the same with other weights does not; and what is none is refused."""
+    from transformers import AutoModelForCausalLM
+
+    compared = "the model is the plain Hugging Face model"
+    done = run("check", "--model", model, "--reference", model)
+    assert done.exit_code == 0 and compared in done.stdout and "not compared" not in done.stdout, done.stderr
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.add_(0.5 * torch.randn(other.get_output_embeddings().weight.shape))
+    other.save_pretrained(tmp_path / "other")
+    done = run("check", "--model", model, "--reference", tmp_path / "other")
+    assert done.exit_code == 1 and "1 of" in done.stderr
+    assert "there is no model directory" in refused("check", "--model", model, "--reference", tmp_path / "nowhere")
+    assert "vocabulary" in refused("check", "--model", model, "--reference", "lab-gpt2")
 
 
 def test_version():
@@ -182,6 +236,17 @@ def test_demo_runs_the_whole_job(tmp_path):
     assert tll.Lens(model, tll.Translators.load(tmp_path / "demo" / "tuned")).layers == list(range(9))
 
 
+def test_the_demo_of_a_real_model_runs_on_any_that_knows_capitals(tmp_path, monkeypatch):
+    from tl_lenses import demo
+
+    monkeypatch.setattr(demo, "REAL_TOKENS", 1024)
+    monkeypatch.setattr(demo, "REAL_STEPS", 2)
+    done = run("demo", "--model", "lab-gpt2", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert "from layer  0" in done.stdout and "capitals that the model knows" in done.stdout
+    assert (tmp_path / "out" / "tuned").is_dir() and (tmp_path / "out" / "heatmap.svg").is_file()
+
+
 def test_the_bundled_model_needs_no_data(tmp_path):
     done = run("fit", "--method", "regression", "--limit-tokens", 512, "--layers", "0", "--output", tmp_path / "lens")
     assert done.exit_code == 0, done.stderr
@@ -190,7 +255,7 @@ def test_the_bundled_model_needs_no_data(tmp_path):
 
 
 def test_help_gives_examples_and_is_light():
-    for command in ("demo", "fit", "eval", "show", "patchscope", "experiment", "check", "version"):
+    for command in ("demo", "fit", "eval", "show", "patchscope", "fit-scope", "experiment", "check", "version"):
         done = run(command, "--help")
         assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
     assert run().stdout == run("--help").stdout
@@ -210,15 +275,68 @@ def test_patchscope_prints_and_saves(model, tmp_path):
     content = json.loads((tmp_path / "a.json").read_text())
     assert [(cell["layer"], cell["target_layer"]) for cell in content["cells"]] == [(0, 0), (0, 1), (3, 0), (3, 1)]
     loaded = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    want = tll.patchscope(
-        loaded, tll.Source("the cat sat", "cat"), tll.Target("the king of x is", tll.at("x", occurrence="last")), [0, -1],
-        [0, 1], max_new_tokens=3,
-    )  # fmt: skip
+    target = tll.Target("the king of x is", tll.at("x", occurrence="last"))
+    want = tll.patchscope(loaded, tll.Source("the cat sat", "cat"), target, [0, -1], [0, 1], max_new_tokens=3)
     assert [cell["text"] for cell in content["cells"]] == want.text[0]
     assert "<svg" in (tmp_path / "a.svg").read_text() and "patchscope into" in (tmp_path / "a.html").read_text()
     scaled = run(*asked, "--norm", "mean")
     assert scaled.exit_code == 0 and scaled.stdout != run(*asked).stdout
     assert run("patchscope", "the cat", "--model", model, "--scope", "country_capital_city").exit_code == 0
+    asked = (*asked, "--layers", "1", "--max-new-tokens", 2, "--against", "a dog", "--against", "the old king")
+    named = load_model(model, None, "float32")  # its name stands in the title
+    texts = tll.patchscope(
+        named, [tll.Source("the cat sat", "cat"), "a dog", "the old king"], target, [1], max_new_tokens=2
+    )
+    done, lines = run(*asked), lambda text: [line.rstrip() for line in text.splitlines()]
+    expected = lines(str(tll.faithfulness(texts)))
+    assert done.exit_code == 0 and lines(done.stdout)[-len(expected) :] == expected, done.stderr
+    assert "texts of 11 sources" in run("patchscope", "the cat", "--model", model, "--layers", "1", "--faithful").stdout
+
+
+def test_fit_scope_saves_a_map_for_patchscope(model, data, tmp_path):
+    output = tmp_path / "map"
+    settings = ("--model", model, "--scope", "the king of x is", "--layers", "1", "--target-layers", "0,2")
+    done = run(
+        "fit-scope",
+        *settings,
+        "--data",
+        data,
+        "--output",
+        output,
+        "--steps",
+        3,
+        "--labels",
+        2,
+        "--seq-len",
+        16,
+        "--rank",
+        1,
+    )
+    assert done.exit_code == 0 and "unfitted" in done.stdout and f"--map {output}" in done.stdout, done.stderr
+    maps = tll.Translators.load(output)
+    assert maps.pairs == ((1, 0), (1, 2)) and maps.meta["settings"]["steps"] == 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["map"]
+    said = run(
+        "patchscope",
+        "the cat sat",
+        "--model",
+        model,
+        "--scope",
+        "the king of x is",
+        "--map",
+        output,
+        "--save",
+        tmp_path / "a.json",
+    )
+    assert said.exit_code == 0, said.stderr
+    loaded = tll.load_model(model)
+    target = tll.Target("the king of x is", tll.at("x"))
+    ours = tll.patchscope(loaded, "the cat sat", target, pairs=[(1, 0), (1, 2)], map=maps)
+    ours.save(tmp_path / "b.json")
+    assert (
+        json.loads((tmp_path / "a.json").read_text())["cells"] == json.loads((tmp_path / "b.json").read_text())["cells"]
+    )
+    assert "labels" in refused("fit-scope", *settings, "--data", data, "--output", tmp_path / "no", "--labels", "words")
 
 
 def test_patchscope_mistakes(model, tmp_path):
@@ -234,7 +352,7 @@ def test_patchscope_mistakes(model, tmp_path):
 
 def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
     done = run(
-        "experiment", "next-token", "--model", model, "--data", data, "--lens", fitted, "--limit", 8, "--output", tmp_path / "a"
+        "experiment", "next-token", "--model", model, "--data", data, "--lens", fitted, "--n", 8, "--output", tmp_path / "a"
     )  # fmt: skip
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     for word in ("token identity", "logit lens", "reg", "oracle", "held-out", "shuffled sources", "unpatched"):
@@ -247,7 +365,7 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
         model,
         "--data",
         data,
-        "--limit",
+        "--n",
         8,
         "--layers",
         "1,-1",
@@ -256,7 +374,7 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
     done = run(*same, "--output", tmp_path / "a")
     assert done.exit_code == 0 and "| layer | token identity |" in done.stdout, done.stderr
     done = run(
-        "experiment", "cross-model", "--model", model, "--to", model, "--data", data, "--limit", 4, "--layers", "1",
+        "experiment", "cross-model", "--model", model, "--to", model, "--data", data, "--n", 4, "--layers", "1",
         "--target-layers", "2,3", "--output", tmp_path / "x",
     )  # fmt: skip
     assert done.exit_code == 0 and "same place" in done.stdout, done.stderr
@@ -264,34 +382,84 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
 
 def test_experiments_on_the_bundled_model(tmp_path):
     few = ("--layers", "0", "--output", tmp_path / "a", "--max-new-tokens", 5)
-    done = run("experiment", "attributes", "--target-layers", "0", "--limit", 8, *few)
+    done = run("experiment", "attributes", "--target-layers", "0", "--n", 8, *few)
     assert done.exit_code == 0 and "by relation" in done.stdout, done.stderr
-    done = run("experiment", "entities", "--limit", 4, *few)
+    done = run("experiment", "entities", "--n", 4, *few)
     assert done.exit_code == 0 and "ROUGE-L" in done.stdout, done.stderr
-    done = run("experiment", "multihop", "--target-layers", "0", "--limit", 3, *few)
+    done = run("experiment", "multihop", "--target-layers", "0", "--n", 3, *few)
     assert done.exit_code == 0 and "two hops at once" in done.stdout, done.stderr
 
 
-def test_experiment_mistakes(model, tmp_path, monkeypatch):
-    """Found before a model is loaded."""
-    monkeypatch.setattr("tl_lenses.cli_experiments.load_model", lambda *args: pytest.fail("the model was loaded first"))
-    out = ("--output", tmp_path / "out")
-    assert "Invalid value" in refused("experiment", "nothing", code=2)
-    assert "--to is for cross-model, quality, fine-tune, not for entities" in refused(
-        "experiment", "entities", "--to", "lab-gpt2", *out
+def test_the_old_name_of_n_says_the_new_one(tmp_path):
+    done = run(
+        "experiment", "entities", "--limit", 4, "--layers", "0", "--max-new-tokens", 2, "--output", tmp_path / "a"
     )
-    assert "--no-guard is for attributes, multihop" in refused("experiment", "next-token", "--no-guard", *out)
-    assert "--limit 1 is too few" in refused("experiment", "entities", "--limit", 1, *out)
-    assert "no file or folder" in refused("experiment", "attributes", "--data", tmp_path / "none", *out)
-    assert "expected a .json or .csv" in refused("experiment", "entities", "--data", tmp_path / "none", *out)
-    assert "no folder" in refused("experiment", "next-token", "--lens", tmp_path / "none", *out)
-    assert "no file or directory" in refused("experiment", "next-token", "--data", tmp_path / "none.txt", *out)
-    (tmp_path / "file").write_text("x")
-    assert "is a file" in refused("experiment", "entities", "--output", tmp_path / "file")
-    assert not (tmp_path / "out").exists()
+    assert done.exit_code == 0 and done.stderr == "note: --limit is called --n now\n", done.stderr
+
+
+def test_experiments_are_listed_and_each_has_its_own_options():
+    listed = run("experiment").stdout
+    assert "ablations" in listed and "Do blocks go down the gradient of the loss?" in listed
+    options = run("experiment", "difficulty", "--help").stdout
+    assert "--checkpoint" in options and "--k" not in options and "--limit" not in options
+    assert "--checkpoint" not in run("experiment", "ablations", "--help").stdout
+
+
+def test_an_experiment_that_does_not_exist():
+    assert "No such command" in refused("experiment", "nothing", code=2)
+
+
+@pytest.mark.parametrize("name", ["transfer", "causal-basis", "ablations"])
+def test_an_experiment_of_one_lens_refuses_two(model, data, fitted, tmp_path, name):
+    lenses = ("--lens", f"a={fitted}", "--lens", f"b={fitted}")
+    message = refused("experiment", name, "--model", model, "--data", data, *lenses, "--output", tmp_path / "out")
+    assert message == f"{name} reads through one lens, got --lens a, --lens b"
+
+
+@pytest.mark.parametrize("options", [("entities", "--to", "lab-gpt2"), ("next-token", "--no-guard")])
+def test_an_option_of_another_experiment(tmp_path, options):
+    assert "No such option" in refused("experiment", *options, "--output", tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize(
+    "name,option,value,message",
+    [
+        ("entities", "--n", 1, "--n 1 is too few"),
+        ("attributes", "--data", "none", "no file or folder"),
+        ("entities", "--data", "none", "expected a .json or .csv"),
+        ("next-token", "--lens", "none", "no folder"),
+        ("next-token", "--data", "none.txt", "no file or directory"),
+        ("entities", "--output", "file", "is a file"),
+    ],
+)
+def test_mistakes_of_experiments_are_found_before_a_model_is_loaded(
+    tmp_path, monkeypatch, name, option, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    # there is no such model, which would be the error if it were loaded first
+    assert message in refused("experiment", name, "--model", "./none", "--output", "out", option, value)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 # --- Ctrl-C
+
+
+def _watched(monkeypatch, at):
+    """The steps that fits of the command line report from now on; at the `at`-th of them there is Ctrl-C."""
+    fit, steps = tll.fit_tuned, []
+
+    def watched(*args, log, **settings):
+        def see(entry):
+            log.append(entry)
+            steps.append(entry["step"])
+            if len(steps) == at:
+                raise KeyboardInterrupt
+
+        return fit(*args, log=see, **settings)
+
+    monkeypatch.setattr(tll, "fit_tuned", watched)
+    return steps
 
 
 def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
@@ -299,15 +467,7 @@ def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
     whole = run(*command, "--output", tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
 
-    clip, calls = tl_lenses.fit.tuned.clip_gradients, []
-
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return clip(*args)
-
-    monkeypatch.setattr(tl_lenses.fit.tuned, "clip_gradients", interrupting)
+    steps = _watched(monkeypatch, 2)
     done = run(*command, "--output", tmp_path / "lens")
     assert done.exit_code == 130 and done.stderr.count("\n") == 1
     state = tmp_path / "lens.checkpoint"
@@ -317,63 +477,218 @@ def test_a_fit_goes_on_after_ctrl_c(model, data, tmp_path, monkeypatch):
     other = tmp_path / "other.txt"
     other.write_text(TEXT * 50)
     message = refused(*[other if arg == data else arg for arg in command], "--output", tmp_path / "lens")
-    assert "was made with data" in message and "other.txt" in message
+    assert "was made with data=" in message and "other.txt" in message
     assert "was made with lr=" in refused(*command, "--lr", 0.5, "--output", tmp_path / "lens")
 
     done = run(*command, "--output", tmp_path / "lens")
     assert done.exit_code == 0, done.stderr
-    assert len(calls) == 3 + 3  # steps 1 and 2, the interrupted one, and 3 to 5
-    one, two = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
-    assert torch.equal(one.delta, two.delta) and torch.equal(one.biases, two.biases)
-    assert one.meta["tokens_seen"] == two.meta["tokens_seen"]
+    assert steps == [1, 2, 3, 4, 5]
+    whole, resumed = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
+    assert torch.equal(whole.delta, resumed.delta) and torch.equal(whole.biases, resumed.biases)
+    assert whole.meta["tokens_seen"] == resumed.meta["tokens_seen"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lens", "other.txt", "whole"]
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(model, data, tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
+    def interrupt(x, hook):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tl_lenses.fit.tuned, "_start", interrupt)
-    done = run("fit", "--model", model, "--data", data, "--output", tmp_path / "lens")
-    assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
-    monkeypatch.setattr(tll, "fit_regression", interrupt)
-    done = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", tmp_path / "lens")
-    assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
+    for method in ("tuned", "regression"):
+        hooked = functools.partial(getattr(tll, f"fit_{method}"), hooks=[("blocks.0.hook_resid_pre", interrupt)])
+        monkeypatch.setattr(tll, f"fit_{method}", hooked)
+        done = run("fit", "--method", method, "--model", model, "--data", data, "--output", tmp_path / "lens")
+        assert done.exit_code == 130 and done.stderr.count("\n") == 1 and "nothing was written" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_large_fit_is_planned_grouped_and_restarted(model, data, tmp_path, monkeypatch):
     command = ["fit", "--model", model, "--data", data, "--steps", 4, "--batch-size", 4, "--optimizer", "sgd"]
     many = [*command, "--layers-at-once", 2, "--offload", "--checkpoint-every", 1, "--shuffle-buffer", 7]
-    step, calls = tl_lenses.fit.tuned.optimizer_step, []
-
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == 6:  # in the second group
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(tl_lenses.fit.tuned, "optimizer_step", interrupting)
+    steps = _watched(monkeypatch, 5)  # in the second group
     done = run(*many, "--output", tmp_path / "lens")
     assert done.exit_code == 130 and done.stderr.count("\n") == 1
     assert "memory at the peak of a step" in done.stdout and "2 passes over the text" in done.stdout
     left = {file.name for file in tmp_path.iterdir()}
-    assert {"lens.checkpoint.1of2", "lens.checkpoint.2of2", "lens.checkpoint.json"} <= left
-    assert "was made with layers_at_once 2, now it is None" in refused(
+    assert {"lens.checkpoint.1of2", "lens.checkpoint.2of2"} <= left
+    assert "was made with the layers in 2 groups, now there are 1" in refused(
         *command, "--shuffle-buffer", 7, "--output", tmp_path / "lens"
     )
     done = run(*many, "--output", tmp_path / "lens")
     assert done.exit_code == 0, done.stderr
-    assert len(calls) == 6 + 3 and [file.name for file in tmp_path.iterdir()] == ["lens"]
+    assert steps == 2 * [1, 2, 3, 4] and [file.name for file in tmp_path.iterdir()] == ["lens"]
     whole = run(*command, "--shuffle-buffer", 7, "--output", tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
-    one, two = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
-    assert torch.allclose(one.delta, two.delta, atol=1e-6)
+    whole, resumed = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
+    assert torch.allclose(whole.delta, resumed.delta, atol=1e-6)
 
-    (tmp_path / "again.checkpoint").write_bytes(b"x")
+    files.save_state(tmp_path / "again.checkpoint", {"step": 1})
+    (tmp_path / "again.checkpoint").write_bytes((tmp_path / "again.checkpoint").read_bytes()[:-3])
     assert "is damaged" in refused(*command, "--output", tmp_path / "again")
     done = run(*command, "--restart", "--output", tmp_path / "again")
     assert done.exit_code == 0, done.stderr
+
+
+def test_a_dry_run_says_memory_tokens_and_minutes_and_writes_nothing(model, data, tmp_path):
+    command = (
+        "fit",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--batch-size",
+        4,
+        "--seq-len",
+        32,
+        "--output",
+        tmp_path / "lens",
+    )
+    for more, expected in (
+        (("--steps", 4), "on this machine: start "),
+        (("--steps", "auto", "--held-out", data), "250 steps of "),
+        (("--layers-at-once", 2), "2 passes over the text"),
+        (("--method", "regression"), "of which moments"),
+    ):
+        done = run(*command, *more, "--dry-run")
+        assert done.exit_code == 0 and expected in done.stdout and "nothing was written" in done.stdout, done.output
+        assert "about " in done.stdout and not list(tmp_path.iterdir())
+    output = run(*command, "--steps", 4, "--limit-tokens", 1000, "--dry-run").stdout
+    assert "4 steps, 512 tokens and 1,024 of the start" in output  # the text has no more
+    assert "leave out layers_at_once" in refused(*command, "--layers-at-once", 2, "--held-out", data, "--dry-run")
+
+
+def test_what_is_not_a_state_is_left_alone(model, data, tmp_path):
+    command = ("fit", "--model", model, "--data", data, "--steps", 1, "--output", tmp_path / "lens")
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    for more in ((), ("--restart",)):
+        assert "thesis.txt is not the state of a fit" in refused(*command, "--checkpoint", thesis, *more)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("mine")
+    message = refused(*command[:-1], tmp_path / "notes", "--overwrite")
+    assert "notes holds 'a.md', which is not of translators" in message
+    assert thesis.read_text() == "years of work" and (tmp_path / "notes" / "a.md").read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes", "thesis.txt"]
+
+
+def test_the_text_is_noted_in_the_state_and_in_no_file_beside_it(model, data, tmp_path, monkeypatch):
+    beside = tmp_path / "run.json"
+    beside.write_text('{"mine": 1}')
+    command = ("fit", "--method", "regression", "--model", model, "--data", data, "--checkpoint", tmp_path / "run")
+    monkeypatch.setattr(tll.Translators, "save", lambda *args, **kwargs: 1 / 0)
+    done = run(*command, "--checkpoint-every", 1, "--output", tmp_path / "lens")
+    assert done.exit_code and (tmp_path / "run").is_file()
+    monkeypatch.undo()
+    for other in (("--seed", 3), ("--seq-len", 32), ("--limit-tokens", 500), ("--batch-size", 2)):
+        name = other[0][2:].replace("-", "_")
+        assert f"was made with {name}=" in refused(*command, *other, "--output", tmp_path / "lens")
+    assert run(*command, "--output", tmp_path / "lens").exit_code == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lens", "run.json"]
+    assert beside.read_text() == '{"mine": 1}'
+
+
+def test_two_fits_into_one_output_or_one_state(model, data, tmp_path):
+    pytest.importorskip("fcntl")
+    command = ("fit", "--model", model, "--data", data, "--steps", 1)
+    code = (
+        f"from tl_lenses.files import locked\nwith locked({str(tmp_path / 'lens')!r}):\n print(1, flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(tll.__file__).parents[1]
+    )
+    assert other.stdout.readline()
+    for more in (("--output", tmp_path / "lens"), ("--output", tmp_path / "b", "--checkpoint", tmp_path / "lens")):
+        assert f"lens is being written by process {other.pid} on" in refused(*command, *more)
+    other.kill()
+    other.wait()
+    assert run(*command, "--output", tmp_path / "lens").exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["lens"]
+
+
+def test_a_fit_that_fails_says_where_its_state_is(model, data, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    command = ("fit", "--model", model, "--data", data, "--steps", 2, "--checkpoint-every", 1)
+    monkeypatch.setattr(tll.Translators, "save", full)
+    done = run(*command, "--output", tmp_path / "lens")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"note: the state of the fit is in {tmp_path / 'lens.checkpoint'}", "error: [Errno 28] No space left on device"
+    ]  # fmt: skip
+    monkeypatch.undo()
+    assert run(*command, "--output", tmp_path / "lens").exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["lens"]
+
+
+def test_a_lens_that_cannot_be_saved_is_saved_elsewhere(model, data, tmp_path, monkeypatch):
+    """Where somebody is there to ask."""
+    save, answers = tll.Translators.save, [str(tmp_path / "lens"), str(tmp_path / "other")]
+
+    def full(self, path, **kwargs):
+        if Path(path).name == "lens":
+            raise OSError(28, "No space left on device")
+        save(self, path, **kwargs)
+
+    monkeypatch.setattr(tll.Translators, "save", full)
+    monkeypatch.setattr("tl_lenses.cli.fit.sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr("tl_lenses.cli.fit.typer.prompt", lambda *args, **kwargs: answers.pop(0))
+    from tl_lenses.cli.fit import _save
+
+    maps = tll.Translators([(0, 1)], torch.eye(2)[None], torch.zeros(1, 2), n_layers=1)
+    assert _save(maps, tmp_path / "lens", True) == tmp_path / "other" and not answers
+    assert [file.name for file in tmp_path.iterdir()] == ["other"]
+    answers.append("")
+    with pytest.raises(OSError, match="No space left"):
+        _save(maps, tmp_path / "lens", False)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_are_ctrl_c_while_fitting_and_an_ignored_one_stays(name):
+    import os
+    import signal
+
+    from tl_lenses.cli.states import saved_when_terminated
+
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip("not on this system")
+    before = signal.getsignal(number)
+    if before == signal.SIG_IGN:
+        pytest.skip("these tests run under nohup")
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (
+            signal.default_int_handler,
+            signal.SIG_IGN,
+        ):  # a shell starts what runs in the background with the second
+            signal.signal(signal.SIGINT, handler)
+            with pytest.raises(KeyboardInterrupt), saved_when_terminated():
+                os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == before
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        with saved_when_terminated():
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
+def test_each_stage_is_said_in_a_terminal(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tl_lenses.cli.messages.in_terminal", lambda: True)
+    done = run("fit", "--model", model, "--data", data, "--steps", 1, "--no-progress", "--output", tmp_path / "lens")
+    assert done.exit_code == 0, done.output
+    stages = [line.split()[0] for line in done.stderr.splitlines() if line.endswith(" ...")]
+    assert stages == ["loading", "planning", "fitting", "saving"]
+
+
+def test_names_cannot_send_codes_to_the_terminal(capsys):
+    from tl_lenses.cli.messages import fail, say
+
+    say("lens \x1b[31m of\tmodel \ud800\n")
+    fail("no \x1b]0;x\x07")
+    assert capsys.readouterr() == ("lens <0x1B>[31m of\tmodel <U+D800>\n\n", "error: no <0x1B>]0;x<0x07>\n")
 
 
 def test_a_notice_is_one_line(model, data, tmp_path, monkeypatch):
@@ -423,26 +738,32 @@ def test_data_that_cannot_be_read(model, tmp_path):
     assert not (tmp_path / "lens").exists() and not list(tmp_path.glob("lens*"))
 
 
-def test_output_that_cannot_be_written(model, data, fitted, tmp_path, monkeypatch):
-    """Found before a model is loaded."""
-    monkeypatch.setattr("tl_lenses.cli.load_model", lambda *args: pytest.fail("the model was loaded first"))
-    file = tmp_path / "file"
-    file.write_text("x")
-    fit = ("fit", "--model", model, "--data", data)
-    assert "exists and is not empty" in (message := refused(*fit, "--output", fitted)) and "--overwrite" in message
-    assert "not a writable folder" in refused(*fit, "--output", file / "lens")
-    assert "is a file" in refused(*fit, "--output", file)
-    assert "not a writable folder" in refused(
-        *fit, "--output", tmp_path / "lens", "--checkpoint", file / "deep" / "state"
-    )
-    assert "not a writable folder" in refused(
-        "eval", "--model", model, "--data", data, "--output", file / "deep" / "s.csv"
-    )
-    assert "use one of .csv, .json" in refused("eval", "--model", model, "--data", data, "--output", tmp_path / "s.txt")
-    assert "use one of .html" in refused("show", "the cat", "--save", tmp_path / "heat")
-    assert "is a directory" in refused(
-        "show", "the cat", "--save", (tmp_path / "d.html").mkdir() or tmp_path / "d.html"
-    )
+@pytest.mark.parametrize(
+    "command,outputs,message",
+    [
+        ("fit", ("--output", "full"), "exists and is not empty"),
+        ("fit", ("--output", "full"), "--overwrite"),
+        ("fit", ("--output", "file/lens"), "not a writable folder"),
+        ("fit", ("--output", "file"), "is a file"),
+        ("fit", ("--output", "lens", "--checkpoint", "file/deep/state"), "not a writable folder"),
+        ("eval", ("--output", "file/deep/s.csv"), "not a writable folder"),
+        ("eval", ("--output", "s.txt"), "use one of .csv, .json"),
+        ("show", ("--save", "heat"), "use one of .html"),
+        ("show", ("--save", "d.html"), "is a directory"),
+    ],
+)
+def test_output_that_cannot_be_written_is_found_before_a_model_is_loaded(
+    data, tmp_path, monkeypatch, command, outputs, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    for folder in ("full", "d.html"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "notes").write_text("x")
+    # there is no such model, which would be the error if it were loaded first
+    given = ("the cat",) if command == "show" else ("--data", data)
+    assert message in refused(command, *given, "--model", "./none", *outputs)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["d.html", "file", "full"]
 
 
 def test_models_that_are_not_there(tmp_path):
@@ -451,24 +772,65 @@ def test_models_that_are_not_there(tmp_path):
     assert "cannot load the model 'no/such'" in refused("check", "--model", "no/such")
 
 
-def test_lenses_layers_and_statistics_that_are_not_there(model, data, fitted, tmp_path):
+def test_a_real_model_is_in_its_folder_or_the_error_says_what_makes_it(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TL_LENSES_MODELS", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    for command in (("check",), ("show", "the cat"), ("patchscope", "the cat"), ("fit", "--output", tmp_path / "lens")):
+        more = ("--data", "lab") if command[0] == "fit" else ()
+        output = refused(*command, "--model", "smollm2-135m", *more)
+        assert f"not in {str(tmp_path)!r}: python tools/real_models.py smollm2-135m makes it" in output, output
+    shutil.copytree(model, tmp_path / "smollm2-135m")
+    done = run("check", "--model", "smollm2-135m")
+    assert done.exit_code == 0, done.stderr
+    loaded = tll.load_model("smollm2-135m")
+    assert name_of(loaded) == "smollm2-135m" and loaded.cfg.n_layers == zoo.build("gpt2", zoo.FEW_KINDS[0]).cfg.n_layers
+    with pytest.raises(ValueError, match="expected config.json"):
+        tll.load_model(str(tmp_path))
+
+
+def test_lenses_that_are_not_there(model, tmp_path):
     show = ("show", "the cat", "--model", model)
     assert "no folder" in refused(*show, "--lens", tmp_path / "none")
-    assert "not a folder of translators" in refused(*show, "--lens", tmp_path)
-    assert "two lenses are called 'reg'" in refused(*show, "--lens", fitted, "--lens", fitted)
-    assert "two lenses are called 'logit'" in refused("eval", "--lens", f"logit={fitted}")
-    assert "these translators were fitted for" in refused("show", "the cat", "--lens", fitted)  # on the bundled model
-    assert "no layer 99" in refused(*show, "--layers", "99")
-    assert "no hook 'blocks.9.hook_resid_pre'" in refused(*show, "--layers", "blocks.9.hook_resid_pre")
-    assert "selects nothing" in refused(*show, "--layers", "7:9")
-    assert "no layer 99" in refused(
-        "fit", "--model", model, "--data", data, "--output", tmp_path / "lens", "--layers", "99"
+    assert "is not a lens: expected a folder of tl_lenses" in refused(*show, "--lens", tmp_path)
+
+
+def test_two_lenses_of_one_name(model, fitted):
+    assert "two lenses are called 'reg'" in refused(
+        "show", "the cat", "--model", model, "--lens", fitted, "--lens", fitted
     )
-    message = refused(*show, "--stat", "perplexity")
-    assert "no statistic 'perplexity'" in message and "cross_entropy" in message
-    assert "--anti-target" in refused(*show, "--stat", "logprob_diff")
-    assert "context" in refused("show", "the cat " * 100, "--model", model)
+    assert "two lenses are called 'logit'" in refused("eval", "--lens", f"logit={fitted}")
+
+
+def test_a_lens_of_another_model(fitted):
+    assert "these translators were fitted for" in refused("show", "the cat", "--lens", fitted)  # on the bundled model
+
+
+@pytest.mark.parametrize(
+    "layers,message",
+    [
+        ("99", "no layer 99"),
+        ("blocks.9.hook_resid_pre", "no hook 'blocks.9.hook_resid_pre'"),
+        ("7:9", "selects nothing"),
+    ],
+)
+def test_layers_that_are_not_there(model, layers, message):
+    assert message in refused("show", "the cat", "--model", model, "--layers", layers)
+
+
+def test_a_fit_of_a_layer_that_is_not_there_writes_nothing(model, data, tmp_path):
+    fit = ("fit", "--model", model, "--data", data, "--output", tmp_path / "lens")
+    assert "no layer 99" in refused(*fit, "--layers", "99")
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_are_not_there(model):
+    message = refused("show", "the cat", "--model", model, "--stat", "perplexity")
+    assert "no statistic 'perplexity'" in message and "cross_entropy" in message
+    assert "--anti-target" in refused("show", "the cat", "--model", model, "--stat", "logprob_diff")
+
+
+def test_a_prompt_that_is_longer_than_the_context(model):
+    assert "context" in refused("show", "the cat " * 100, "--model", model)
 
 
 def test_usage_errors_leave_with_2(tmp_path):
@@ -483,18 +845,46 @@ def test_usage_errors_leave_with_2(tmp_path):
     assert "--data" in refused("fit", "--output", tmp_path / "x", "--model", "gpt2", code=2)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--seq-len", 0), "--seq-len must be at least 2, got 0"),
+        (("--limit-tokens", 0), "--limit-tokens must be at least 1, got 0"),
+        (("--limit-tokens", 100), "--limit-tokens is 100: expected at least 128, which is one row of seq_len 128"),
+        (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
+        (("--data", ""), "--data is empty"),
+        (("--device", ""), "--device '' is no device"),
+        (("--device", "gpu"), "--device 'gpu' is no device"),
+    ],
+)
+def test_nothing_and_zero_are_not_the_default(tmp_path, more, message):
+    commands = [
+        ("eval",),
+        ("fit", "--output", tmp_path / "x"),
+        ("fit", "--method", "regression", "--output", tmp_path / "x"),
+    ]
+    for command in commands:
+        assert message in refused(*command, "--model", "lab-gpt2-small", "--data", "lab", *more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_a_fit_that_are_out_of_range(tmp_path):
+    for flag in ("--tokens-per-step", "--layers-at-once", "--checkpoint-every"):
+        assert flag in refused("fit", "--output", tmp_path / "x", flag, -1, code=2)
+
+
 def test_debug_shows_the_trace(tmp_path):
     done = run("--debug", "check", "--model", tmp_path)
     assert done.exit_code == 1 and "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_an_error_of_ours_names_its_type(monkeypatch):
-    def fails(*args):
+def test_an_error_of_ours_names_its_type(model, monkeypatch):
+    def fails(*args, **kwargs):
         raise AssertionError("impossible")
 
-    monkeypatch.setattr("tl_lenses.cli.load_model", fails)
-    assert refused("check") == "AssertionError: impossible (tl-lenses --debug ... shows where)"
+    monkeypatch.setattr(tll, "check", fails)
+    assert refused("check", "--model", model) == "AssertionError: impossible (tl-lenses --debug ... shows where)"
 
 
 # --- small parts

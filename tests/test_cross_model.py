@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 import tl_lenses as tll
 from tl_lenses import edits
-from tl_lenses.fingerprint import check_pair, check_tokenizers
 from tl_lenses.fit.regression import Evidence, collect, maps_of
+from tl_lenses.identity import check_pair, check_tokenizers
 
 PAIRS = [(0, 0), (1, 4), (1, 2), (-1, 4)]
 TOKENS = zoo.tokens(60, 12)
@@ -118,9 +118,9 @@ def test_one_pass_is_what_a_pass_per_pair_gives(maps):
 @pytest.mark.parametrize("n_pairs", [1, 4])
 def test_each_model_runs_once_per_batch(n_pairs, monkeypatch):
     runs = []
-    from tl_lenses.fit import common
+    from tl_lenses import decode
 
-    monkeypatch.setattr(common, "run", lambda model, *a, **k: runs.append(model) or tll.run(model, *a, **k))
+    monkeypatch.setattr(decode, "run", lambda model, *a, **k: runs.append(model) or tll.run(model, *a, **k))
     tll.fit_regression(small(), [TOKENS[:30], TOKENS[30:]], to=big(), pairs=PAIRS[:n_pairs])
     assert [m is small() for m in runs] == [True, False] * 2
 
@@ -150,9 +150,9 @@ def test_held_out_rows_enter_no_map():
     changed = TOKENS.clone()
     changed[HELD] = zoo.tokens(6, 12, seed=5)
     for ridge in (1e-3, [1e-4, 1e-2, 1.0]):
-        one, two = (tll.fit_regression(small(), t, to=big(), pairs=PAIRS, ridge=ridge) for t in (TOKENS, changed))
-        assert torch.equal(one.weights, two.weights) and one.meta["r_squared"] == two.meta["r_squared"]
-        assert one.meta["held_out"]["r_squared"] != two.meta["held_out"]["r_squared"]
+        before, after = (tll.fit_regression(small(), t, to=big(), pairs=PAIRS, ridge=ridge) for t in (TOKENS, changed))
+        assert torch.equal(before.weights, after.weights) and before.meta["r_squared"] == after.meta["r_squared"]
+        assert before.meta["held_out"]["r_squared"] != after.meta["held_out"]["r_squared"]
 
 
 def test_a_strength_is_chosen_on_rows_of_its_own():
@@ -208,7 +208,7 @@ def test_pairs_within_one_model():
     got = tll.fit_regression(model, TOKENS, pairs=[(0, 2), (1, 2), (3, 1)], held_out=0)
     assert got.pairs == ((0, 2), (1, 2), (3, 1)) and "held_out" not in got.meta
     for pair in ((0, 2), (1, 2)):
-        same = tll.fit_regression(model, TOKENS, layers=[pair[0]], to=2)[pair[0], 2]
+        same = tll.fit_regression(model, TOKENS, layers=[pair[0]], target_layer=2)[pair[0], 2]
         assert torch.allclose(got[pair].weight, same.weight, atol=1e-5)
     assert got.meta["settings"]["toward"] == "identity"
     assert torch.equal(got[1, 1].weight, torch.eye(32)) and not torch.equal(got[3].weight, torch.eye(32))
@@ -226,10 +226,10 @@ def test_a_round_trip_keeps_pairs_controls_and_models(maps, tmp_path):
     assert torch.equal(back[1, 4].weight, maps[1, 4].weight) and torch.equal(back[1, 4].bias, maps[1, 4].bias)
     assert back.meta["held_out"] == maps.meta["held_out"] and back.meta["to"] == maps.meta["to"]
     check_pair(back, small(), big(), PAIRS)
-    shown = str(back)
-    assert (
-        "1 -> 4: R^2 " in shown and "on 66 held-out tokens: the two models' next tokens agree, unpatched, at" in shown
-    )
+    shown = " ".join(str(back).split())
+    assert "R^2 on 66 held-out tokens; the two models' next tokens agree, unpatched, at" in shown
+    r_squared = back.to_frame()["r_squared"].tolist()
+    assert r_squared == maps.meta["held_out"]["r_squared"] and f"{r_squared[0]:.3g}" in shown
 
 
 def test_hooks_and_masks_reach_both_models(maps):
@@ -287,7 +287,7 @@ CASES = {
     "twice by two names": (dict(pairs=[(1, 2), ("blocks.0.hook_resid_post", -3)]), r"and \(1, 2\) are the same: leave"),
     "pairs and layers": (dict(pairs=[(1, 2)], layers=[1]), "either layers or pairs, not both"),
     "a site without depth": (dict(layers=["blocks.0.hook_attn_out"]), "is not a layer, so it has no relative depth"),
-    "a layer as well": (dict(pairs=[(1, 2)], to=2), "give either pairs or to=2"),
+    "a layer as well": (dict(pairs=[(1, 2)], target_layer=2), "give either pairs or target_layer=2"),
     "itself without pairs": (dict(to="self"), r"to= is the model itself: give pairs="),
     "a place to itself": (dict(to=None, pairs=[(1, 1)]), "to itself: that is the identity and not stored"),
     "hooks on no model": (
@@ -366,13 +366,13 @@ def shuffled(folder):
 
 
 def test_tokenizers_that_differ_are_refused(tmp_path):
-    mine, theirs = small(), copy.deepcopy(big())
-    assert check_tokenizers(mine, theirs)
+    ours, theirs = small(), copy.deepcopy(big())
+    assert check_tokenizers(ours, theirs)
     theirs.tokenizer = shuffled(tmp_path)
     with pytest.raises(ValueError) as error:
-        tll.fit_regression(mine, TOKENS, to=theirs)
+        tll.fit_regression(ours, TOKENS, to=theirs)
     message = str(error.value)
-    ids = mine.tokenizer.encode("The capital of France is Paris.", add_special_tokens=False)
+    ids = ours.tokenizer.encode("The capital of France is Paris.", add_special_tokens=False)
     assert (
         "have different tokenizers, so the same ids are different text: 'The capital of France is Paris.' is" in message
     )
@@ -381,16 +381,16 @@ def test_tokenizers_that_differ_are_refused(tmp_path):
 
 
 def test_added_special_tokens_are_no_difference_and_no_tokenizer_is_said():
-    mine, theirs = small(), copy.deepcopy(big())
+    ours, theirs = small(), copy.deepcopy(big())
     theirs.tokenizer = zoo.tokenizer()
     theirs.tokenizer.add_special_tokens({"additional_special_tokens": ["<|chat|>"]})
-    assert check_tokenizers(mine, theirs) and check_tokenizers(theirs, mine)
+    assert check_tokenizers(ours, theirs) and check_tokenizers(theirs, ours)
     theirs.tokenizer = None
-    got = tll.fit_regression(mine, TOKENS, to=theirs, pairs=[(1, 1)])
+    got = tll.fit_regression(ours, TOKENS, to=theirs, pairs=[(1, 1)])
     assert got.meta["to"]["tokenizer"] == "not compared"
     theirs.cfg.d_vocab = 321
     with pytest.raises(ValueError, match="vocabularies of 320 and 321 ids and not both a tokenizer to compare"):
-        check_tokenizers(mine, theirs)
+        check_tokenizers(ours, theirs)
 
 
 def test_check_pair_takes_the_models_fitted(maps):

@@ -12,13 +12,15 @@ import datasets
 import pandas
 import pytest
 import torch
+import zoo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
-import tl_lenses.data
-import tl_lenses.texts
-from tl_lenses.data import Batch, TokenBatches, as_batches, check_tokens, token_batches, tokenize
+import tl_lenses.text.batches
+import tl_lenses.text.sources
+from tl_lenses.text.batches import TokenBatches, as_batches, token_batches
+from tl_lenses.tokens import Batch, check_tokens, tokenize
 
 TEXTS = [
     f"Document {n}: the {animal} sat on the {place}, naïve café № {n * n}.\nIt was 日本 {'again ' * (n % 5)}🙂"
@@ -254,7 +256,7 @@ def test_the_last_batch_knows_the_bytes_of_text_that_filled_no_row(tokenizer):
 
 
 def test_bytes_per_token_of_an_endless_source_is_measured_on_its_beginning(tokenizer, monkeypatch):
-    monkeypatch.setattr(tl_lenses.stream, "MEASURED", 1000)
+    monkeypatch.setattr(tl_lenses.text.stream, "MEASURED", 1000)
     batches = token_batches(lambda: (TEXTS[n % 40] for n in count()), tokenizer, seq_len=8, batch_size=4)
     assert abs(batches.bytes_per_token - direct_ratio(TEXTS, tokenizer)) < 0.1
 
@@ -362,7 +364,7 @@ def test_a_dataset_name_is_streamed(tokenizer, monkeypatch, name, arguments):
 
 
 def documents(path):
-    return [text for text, _ in tl_lenses.texts._documents(path)]
+    return [text for text, _ in tl_lenses.text.sources._documents(path)]
 
 
 def test_text_without_separators_is_cut_at_blank_lines_into_passages(tmp_path):
@@ -473,10 +475,10 @@ def test_broken_json(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("message", "kwargs"),
     [
-        ("seq_len is 1; pass at least 2, one token to read", {"seq_len": 1}),
-        ("batch_size is 0; pass at least 1", {"batch_size": 0}),
-        ("shuffle_buffer is 0; pass at least 1", {"shuffle_buffer": 0}),
-        ("limit_tokens is 7; pass at least 8, one row of seq_len", {"limit_tokens": 7}),
+        ("seq_len must be at least 2, got 1", {"seq_len": 1}),
+        ("batch_size must be at least 1, got 0", {"batch_size": 0}),
+        ("shuffle_buffer must be at least 1, got 0", {"shuffle_buffer": 0}),
+        ("limit_tokens is 7: expected at least 8, which is one row of seq_len 8", {"limit_tokens": 7}),
     ],
 )
 def test_numbers_out_of_range(tokenizer, message, kwargs):
@@ -732,10 +734,41 @@ def test_what_is_no_tokens(error, message, tokens):
 
 
 def test_batch_size_of_as_batches():
-    with pytest.raises(ValueError, match="batch_size is 0; pass at least 1, or None"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         as_batches(IDS, batch_size=0)
 
 
 def test_examples_run():
-    failed, tried = doctest.testmod(sys.modules["tl_lenses.data"])
+    results = [doctest.testmod(sys.modules[f"tl_lenses.{name}"]) for name in ("tokens", "text.batches")]
+    failed, tried = (sum(counts) for counts in zip(*results, strict=True))
     assert tried >= 7 and not failed
+
+
+def test_a_bos_that_was_put_in_place_is_none_of_the_tokenizers_own(tmp_path):
+    """TransformerLens sets BOS and PAD to EOS where there is none (Qwen2), in place: text would start with `<|endoftext|>`."""
+    from tl_lenses.tokens import special_id
+
+    fast = lambda **tokens: PreTrainedTokenizerFast(
+        tokenizer_object=zoo.tokenizer().backend_tokenizer, eos_token="</s>", **tokens
+    )
+    plain = fast()
+    ids = plain("the cat")["input_ids"]
+    plain.bos_token = plain.pad_token = plain.eos_token
+    assert plain.bos_token_id == zoo.EOS and special_id(plain, "bos") is special_id(plain, "pad") is None
+    assert special_id(plain, "eos") == zoo.EOS
+    assert tokenize(plain, "the cat").tokens.tolist() == [ids]
+    batches = list(token_batches(["the cat sat on the mat"] * 4, plain, seq_len=4, batch_size=2))
+    assert all((row[0] != zoo.EOS) for batch in batches[:1] for row in batch.tokens[:1])
+    # The same of EOS, which would be put between documents.
+    bare = PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, unk_token="<unk>")
+    rows = lambda: [
+        batch.tokens.tolist() for batch in token_batches(["the cat sat on the mat"] * 4, bare, seq_len=4, batch_size=2)
+    ]
+    before = rows()
+    bare.eos_token = "<|endoftext|>"
+    assert bare.eos_token_id is not None and rows() == before
+    tokenizer = fast(bos_token="</s>")  # GPT-2's BOS is its EOS, and its own
+    assert tokenize(tokenizer, "the cat").tokens.tolist() == [[zoo.EOS, *ids]]
+    given = fast()
+    given.bos_token = "<s>"  # by somebody else
+    assert tokenize(given, "the cat").tokens.tolist() == [[zoo.BOS, *ids]]

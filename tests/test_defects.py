@@ -9,7 +9,6 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.patchscopes import planner
 
 KINDS = zoo.FEW_KINDS
 PROMPT, TARGET = "the cat sat on the mat", "a bird sang in the tree"
@@ -101,19 +100,20 @@ def test_i_bos_is_left_out_of_fits(model):
     assert with_bos - without == len(tokens)
 
 
-def test_j_nothing_stays_on_the_model_and_nothing_is_written_in_place(model, monkeypatch):
+def test_j_nothing_stays_on_the_model_and_nothing_is_written_in_place(model):
     count = lambda: sum(len(point.fwd_hooks) for point in set(model.hook_dict.values()))
     before, plain = count(), residuals(model, TARGET)
     kept = {layer: x.clone() for layer, x in plain.items()}
     tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), max_new_tokens=3)
     assert count() == before and all(torch.equal(plain[layer], x) for layer, x in kept.items())
 
-    def broken(*args):
+    def broken(*args, hook=None):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(planner, "_choose", broken)
     with pytest.raises(ZeroDivisionError):
-        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=3)
+        tll.patchscope(
+            model, tll.Source(PROMPT), tll.Target(TARGET), target_hooks=[("blocks.1.hook_resid_pre", broken)]
+        )
     assert count() == before
     with pytest.raises(ZeroDivisionError):
         tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), map=broken)
@@ -167,17 +167,17 @@ def test_a_substring_is_its_last_token_and_twice_is_an_error(model):
         tll.patchscope(model, tll.Source("the old bridge and the tree", pos="the"), tll.Target(TARGET))
 
 
-def test_source_passes_are_shared_between_layers_and_positions(model, monkeypatch):
+def test_source_passes_are_shared_between_layers_and_positions(model):
     """Peers run the source again for every cell."""
+    source, target = (model.to_tokens(text, prepend_bos=True).shape[1] for text in (PROMPT, TARGET))
+    assert source != target  # so that a pass is told by its width
     passes = []
-    hook = ("blocks.0.hook_resid_pre", lambda x, hook=None: passes.append(tuple(x.shape[:2])))
-    from tl_lenses.patchscopes import sources as module
-
-    plain = module.installed
-    monkeypatch.setattr(module, "installed", lambda m, hooks: plain(m, [*hooks, hook]))
+    handle = model.blocks[0].mlp.register_forward_pre_hook(lambda module, x: passes.append(tuple(x[0].shape[:2])))
     sources = [tll.Source(PROMPT, pos=i) for i in range(3)]
     tll.patchscope(model, sources, tll.Target(TARGET), target_layers=range(4), share=False)
-    assert len(passes) == 1 and passes[0][0] == 1
+    handle.remove()
+    assert [rows for rows, width in passes if width == source] == [1]
+    assert len([rows for rows, width in passes if width == target]) == 3 * (model.cfg.n_layers + 1) * 4
 
 
 # --- the framework's other parts
@@ -234,7 +234,7 @@ def test_norms_and_scales(model):
 
 def test_several_layers_at_once(model):
     resid = residuals(model, PROMPT)
-    one = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, (1, 2)), ((1, 2), (1, 2))])
+    spread = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, (1, 2)), ((1, 2), (1, 2))])
     for cell, sources in enumerate(((1, 1), (1, 2))):
         hooks = [
             tll.patch(tll.site(model, b), tll.edits.replace(resid[a][0, -1]), pos=-1)
@@ -242,8 +242,8 @@ def test_several_layers_at_once(model):
         ]
         with torch.no_grad():
             want = tll.run(model, TARGET, hooks)[0, -1]
-        torch.testing.assert_close(one.logits[0, cell], want, atol=1e-4, rtol=0)
-    assert (one.logits[0, 0] - one.logits[0, 1]).abs().max() > 1e-3
+        torch.testing.assert_close(spread.logits[0, cell], want, atol=1e-4, rtol=0)
+    assert (spread.logits[0, 0] - spread.logits[0, 1]).abs().max() > 1e-3
 
 
 def test_other_sites(model):
@@ -273,7 +273,8 @@ def test_the_sources_own_prompt_is_the_target_by_default(model):
 def test_ranks_and_probabilities(model):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0, 3])
     top = result.top_k(1).ids[0, 0, 0].item()
-    assert result.rank(top)[0, 0] == 1 and result.probability(top)[0, 0] == result.top_probs[0, 0, 0]
+    assert result.rank(top)[0, 0] == 1
+    assert torch.allclose(result.probability(top)[0, 0], result.top_probs[0, 0, 0], rtol=1e-6, atol=0)
     assert sorted(result.rank(i)[0, 1].item() for i in range(320))[-1] <= 320
     word = model.tokenizer.decode([top])
     if len(model.tokenizer.encode(word, add_special_tokens=False)) == 1:
@@ -314,3 +315,38 @@ def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch
     for kwargs, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             tll.patchscope(model, **kwargs)
+
+
+def test_texts_paths_and_templates_that_nobody_can_read_are_refused(tmp_path, monkeypatch):
+    """Half of a surrogate pair, a template that raises, folders in place of files: said so, and not by somebody else's code."""
+    from tl_lenses import files
+
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    half = "a\ud800b"
+    for call in (
+        lambda: tll.run(model, half),
+        lambda: tll.patchscope(model, tll.Source(half), layers=[1]),
+        lambda: tll.patchscope(model, "the cat", layers=[1], max_new_tokens=1, stop=[half]),
+        lambda: tll.patchscope(model, "the cat", layers=[1]).rank(half),
+        lambda: tll.trajectory(model, tll.Lens(model), "the cat", targets=half),
+        lambda: list(tll.token_batches([half] * 9, model.tokenizer, seq_len=4, batch_size=2)),
+    ):
+        with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
+            call()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('no system message') }}")
+        with pytest.raises(ValueError, match="chat template does not take these messages: no system message"):
+            tll.run(model, [{"role": "user", "content": "x"}])
+    monkeypatch.chdir(tmp_path)
+    trajectory = tll.trajectory(model, tll.Lens(model), "the cat")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is a file: expected a folder"):
+        trajectory.save("file/heat.html")
+    for name, message in (("", "empty text"), (".", "is a folder")):
+        with pytest.raises(ValueError, match=message):
+            tll.fit_tuned(model, zoo.tokens(2, 8), 1, init="identity", checkpoint=name)
+    with pytest.raises(ValueError, match="empty text"):
+        trajectory.save("")
+    assert (tmp_path / "file").read_text() == "mine" and files.as_path("file").name == "file"
+    with pytest.raises(ValueError, match=r"direction must be \[..., \d+\] at layer 1"):
+        tll.Lens(model).read(torch.zeros(2, 3), 1)

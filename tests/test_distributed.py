@@ -15,11 +15,13 @@ import torch.distributed as dist
 import zoo
 
 import tl_lenses as tll
-import tl_lenses.fit.tuned
-from tl_lenses.checkpoint import load_state, save_state
-from tl_lenses.data import Batch
+import tl_lenses.fit.learner
+import tl_lenses.fit.sampled
+import tl_lenses.fit.training
 from tl_lenses.edits import scale
-from tl_lenses.fit.distributed import Processes, own_rows
+from tl_lenses.files import load_state, save_state
+from tl_lenses.fit.team import Processes, Team
+from tl_lenses.tokens import Batch
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_gloo_available(), reason="needs fork and gloo")
 
@@ -34,39 +36,57 @@ def launch(world, work, folder):
             continue
         try:
             dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-            found = {"ok": work(rank, model)}
+            outcome = {"ok": work(rank, model)}
         except BaseException as error:
-            found = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        save_state(folder / f"rank{rank}", found)
+            outcome = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        save_state(folder / f"rank{rank}", outcome)
         os._exit(0)
     ends = [os.waitpid(child, 0)[1] for child in children]
     (folder / "meet").unlink(missing_ok=True)
-    found = []
+    outcomes = []
     for rank, end in enumerate(ends):
-        found.append({"killed": os.WTERMSIG(end)} if os.WIFSIGNALED(end) else load_state(folder / f"rank{rank}"))
+        outcomes.append({"killed": os.WTERMSIG(end)} if os.WIFSIGNALED(end) else load_state(folder / f"rank{rank}"))
         (folder / f"rank{rank}").unlink(missing_ok=True)
-    return found
+    return outcomes
 
 
 def _maps(translators):
     return {"delta": translators.delta.data, "biases": translators.biases.data, "meta": translators.meta}
 
 
-def _ok(found):
-    assert all("ok" in one for one in found), [one.get("trace", one) for one in found]
-    return [one["ok"] for one in found]
+def _ok(outcomes):
+    assert all("ok" in outcome for outcome in outcomes), [outcome.get("trace", outcome) for outcome in outcomes]
+    return [outcome["ok"] for outcome in outcomes]
+
+
+def _of(rank, world):
+    return Team() if world == 1 else Processes(rank, world)
 
 
 def test_each_row_is_one_process_own():
     tokens = torch.arange(14).reshape(7, 2)
     for world in (1, 2, 4, 9):
         for first in (0, 3):
-            parts = [own_rows(Batch(tokens), first, Processes(rank, world)) for rank in range(world)]
-            mine = [i.tolist() for _, i in parts]
-            assert sorted(sum(mine, [])) == list(range(7))
-            assert all((i + first) % world == rank for rank, rows in enumerate(mine) for i in rows)
+            parts = [_of(rank, world).rows_of(Batch(tokens), first) for rank in range(world)]
+            own_rows = [i.tolist() for _, i in parts]
+            assert sorted(sum(own_rows, [])) == list(range(7))
+            assert all((i + first) % world == rank for rank, rows in enumerate(own_rows) for i in rows)
             for batch, i in parts:
                 assert (batch is None) == (len(i) == 0) and (batch is None or torch.equal(batch.tokens, tokens[i]))
+
+
+def test_the_map_of_a_scope_is_that_of_one_process(tmp_path):
+    def fit(model):
+        target = tll.Target("the cat sat on x", tll.at("x"))
+        return tll.fit_scope(
+            model, zoo.tokens(16, 12), target, steps=3, vectors_per_step=5, pairs=[(1, 1), (2, 0)], held_out=2
+        )
+
+    one = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]))
+    for maps in _ok(launch(3, lambda rank, model: _maps(fit(model)), tmp_path)):
+        assert torch.allclose(maps["delta"], one.delta, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(maps["biases"], one.biases, rtol=1e-3, atol=1e-4)
+        assert maps["meta"]["tokens_seen"] == one.meta["tokens_seen"] == 15
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -74,28 +94,51 @@ def test_regression_is_that_of_one_process(world, tmp_path):
     tokens = zoo.tokens(41, 12)
     batches = [tokens[:3], tokens[3:4], *tokens[4:].split(5)]  # some processes have no row of a batch
     settings = dict(ridge=[1e-4, 1e-1, 10.0], held_out=0.1, limit_tokens=400)
-    one = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), batches, **settings)
-    found = _ok(launch(world, lambda rank, model: _maps(tll.fit_regression(model, batches, **settings)), tmp_path))
-    for maps in found:
-        assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
-        assert torch.allclose(maps["biases"], one.biases, atol=1e-5, rtol=0)
-        assert torch.equal(maps["delta"], found[0]["delta"])
+    alone = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), batches, **settings)
+    team = _ok(launch(world, lambda rank, model: _maps(tll.fit_regression(model, batches, **settings)), tmp_path))
+    for maps in team:
+        assert torch.allclose(maps["delta"], alone.delta, atol=1e-5, rtol=0)
+        assert torch.allclose(maps["biases"], alone.biases, atol=1e-5, rtol=0)
+        assert torch.equal(maps["delta"], team[0]["delta"])
         for key in ("tokens_seen", "settings"):
-            assert maps["meta"][key] == one.meta[key]
-        assert maps["meta"]["held_out"]["tokens"] == one.meta["held_out"]["tokens"]
+            assert maps["meta"][key] == alone.meta[key]
+        assert maps["meta"]["held_out"]["tokens"] == alone.meta["held_out"]["tokens"]
+
+
+def test_a_jacobian_lens_is_that_of_one_process(tmp_path):
+    tokens = zoo.tokens(7, 9)
+    fit = lambda model: tll.fit_jacobian(model, [tokens[:1], tokens[1:]], skip_first=2, limit_prompts=6)
+    one = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]))
+    found = _ok(launch(2, lambda rank, model: _maps(fit(model)), tmp_path))
+    assert all(torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0) for maps in found)
+    assert all(maps["meta"]["n_prompts"] == 6 for maps in found)
 
 
 def test_fewer_rows_than_processes(tmp_path):
     tokens = zoo.tokens(3, 40)
-    one = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens)
-    found = _ok(launch(4, lambda rank, model: _maps(tll.fit_regression(model, tokens)), tmp_path))
-    assert all(torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0) for maps in found)
+    alone = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens)
+    team = _ok(launch(4, lambda rank, model: _maps(tll.fit_regression(model, tokens)), tmp_path))
+    assert all(torch.allclose(maps["delta"], alone.delta, atol=1e-5, rtol=0) for maps in team)
+
+
+def test_processes_that_each_draw_a_sample_of_the_vocabulary_end_where_one_process_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(tl_lenses.fit.sampled, "TOP", 4)
+    monkeypatch.setattr(tl_lenses.fit.sampled, "DRAWS", 100)
+    tokens, model = zoo.tokens(144, 16), zoo.build("gpt2", zoo.FEW_KINDS[0])
+    settings = dict(steps=20, tokens_per_step=160, init_tokens=600, vocabulary="sampled")
+    alone = tll.fit_tuned(model, tokens, **settings).meta
+    many = _ok(launch(2, lambda rank, model: _maps(tll.fit_tuned(model, tokens, **settings)), tmp_path))
+    assert torch.equal(many[0]["delta"], many[1]["delta"]) and many[0]["meta"]["sampled"] and alone["sampled"]
+    for start, end, of_one in zip(
+        *(many[0]["meta"]["guard"][key] for key in ("start", "end")), alone["guard"]["end"], strict=True
+    ):
+        assert end < start and abs(end - of_one) < 0.1 * (start - of_one) + 1e-3
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_training_is_that_of_one_process(world, optimizer, tmp_path):
-    tokens = zoo.tokens(64, 16)
+    tokens = zoo.tokens(144, 16)  # enough for a guard
     # bf16 products round a chunk's gradients by its size: 1e-5 is a matter of float32, the held-out KL is not
     precision = "float32" if optimizer == "sgd" else "auto"
     settings = dict(steps=20, optimizer=optimizer, tokens_per_step=160, init_tokens=600, precision=precision)
@@ -109,20 +152,27 @@ def test_training_is_that_of_one_process(world, optimizer, tmp_path):
         maps = _maps(tll.fit_tuned(model, tokens, **settings))
         return {**maps, "reduces": len(calls) - 2 * of_start}
 
-    one = tll.fit_tuned(model, tokens, **settings)
-    found = _ok(launch(world, work, tmp_path))
-    assert all(maps["reduces"] == settings["steps"] for maps in found), calls  # one per step and not one per layer
-    assert all(torch.equal(maps["delta"], found[0]["delta"]) for maps in found)
-    assert found[0]["meta"]["tokens_seen"] == one.meta["tokens_seen"]
-    assert one.delta.abs().max() > 0.01
+    alone = tll.fit_tuned(model, tokens, **settings)
+    team = _ok(launch(world, work, tmp_path))
+    # One per step and not one per layer, the guard's two looks, and Muon's one for the first step's length.
+    assert all(maps["reduces"] == settings["steps"] + 2 + (1 if optimizer == "muon" else 0) for maps in team), calls
+    guards = [maps["meta"]["guard"] for maps in team]
+    assert guards == guards[:1] * world and guards[0]["tokens"] == alone.meta["guard"]["tokens"] == 256
+    for key in ("start", "end"):
+        assert guards[0][key] == pytest.approx(
+            alone.meta["guard"][key], rel=1e-4 if optimizer == "sgd" else 0.05, abs=1e-4
+        )
+    assert all(torch.equal(maps["delta"], team[0]["delta"]) for maps in team)
+    assert team[0]["meta"]["tokens_seen"] == alone.meta["tokens_seen"]
+    assert alone.delta.abs().max() > 0.01
     if optimizer == "sgd":
-        gaps = [(found[0][name] - getattr(one, name)).abs().max().item() for name in ("delta", "biases")]
+        gaps = [(team[0][name] - getattr(alone, name)).abs().max().item() for name in ("delta", "biases")]
         assert max(gaps) < 1e-5, gaps
         return
-    many = tll.fit_tuned(model, tokens, steps=0, init=one)
-    many.delta.data, many.biases.data = found[0]["delta"], found[0]["biases"]
+    many = tll.fit_tuned(model, tokens, steps=0, init=alone)
+    many.delta.data, many.biases.data = team[0]["delta"], team[0]["biases"]
     held_out = zoo.tokens(20, 16, seed=9)
-    a, b = (tll.evaluate(model, tll.Lens(model, maps), held_out) for maps in (one, many))
+    a, b = (tll.evaluate(model, tll.Lens(model, maps), held_out) for maps in (alone, many))
     for layer in range(3):
         assert b.value("lens", layer) == pytest.approx(a.value("lens", layer), rel=0.005)
 
@@ -133,15 +183,15 @@ def test_what_one_process_finds_all_of_them_say(tmp_path):
     def lr(rank, model):
         return tll.fit_tuned(model, tokens, steps=2, init="identity", lr=0.1 if rank else 0.2)
 
-    for one in launch(2, lr, tmp_path):
-        assert "ValueError: process" in one["error"] and "was started with lr=0." in one["error"]
+    for rank in launch(2, lr, tmp_path):
+        assert "ValueError: process" in rank["error"] and "was started with lr=0." in rank["error"]
 
     def bad(rank, model):  # the last row belongs to process 1
         wrong = tokens.clone()
         wrong[-1, 3] = zoo.D_VOCAB
         return tll.fit_tuned(model, wrong, steps=2, init="identity")
 
-    errors = [one["error"] for one in launch(2, bad, tmp_path)]
+    errors = [rank["error"] for rank in launch(2, bad, tmp_path)]
     assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process" in e for e in errors)
 
 
@@ -159,10 +209,10 @@ def test_a_killed_process_ends_the_job_and_the_checkpoint_goes_on(tmp_path):
         return _maps(tll.fit_tuned(model, tokens, checkpoint=file, checkpoint_every=3, log=die, **settings))
 
     start = time.perf_counter()
-    found = launch(2, work, tmp_path)
-    assert found[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
-    assert "lost the others: one of them has ended" in found[0]["error"], found[0]
-    assert "in step 8 of 12" in found[0]["error"] and f"{file} holds the last steps" in found[0]["error"]
+    team = launch(2, work, tmp_path)
+    assert team[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
+    assert "lost the others: one of them has ended" in team[0]["error"], team[0]
+    assert "in step 8 of 12" in team[0]["error"] and f"{file} holds the last steps" in team[0]["error"]
     assert load_state(file)["step"] == 7
     steps = []
     again = tll.fit_tuned(
@@ -194,8 +244,8 @@ def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
 
         return fit
 
-    found = launch(2, work(5), tmp_path)
-    assert all("KeyboardInterrupt" in one["error"] for one in found) and not (tmp_path / "nowhere").exists()
+    team = launch(2, work(5), tmp_path)
+    assert all("KeyboardInterrupt" in rank["error"] for rank in team) and not (tmp_path / "nowhere").exists()
     whole = _ok(launch(2, lambda rank, model: _maps(tll.fit_tuned(model, tokens, **settings)), tmp_path))
     resumed = _ok(launch(2, work(99), tmp_path))
     assert all(torch.equal(a["delta"], b["delta"]) for a, b in zip(whole, resumed, strict=True))
@@ -210,7 +260,7 @@ def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
     batches = [tokens[:3], tokens[3:4], *tokens[4:].split(5)]  # some processes have no row of a batch
     settings = dict(steps=4, optimizer="sgd", tokens_per_step=100, init_tokens=200, precision="float32")
     settings |= dict(held_out=[zoo.tokens(3, 16, seed=5)], held_out_every=2)
-    one = tll.fit_tuned(zoo.build(arch, kind), batches, **settings)
+    alone = tll.fit_tuned(zoo.build(arch, kind), batches, **settings)
 
     def work(rank, _):
         model = zoo.build(arch, kind)
@@ -219,17 +269,17 @@ def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
         shard(model)
         assert is_sharded(model) and whole[0] == whole[1] > sizes(model)[1]
         assert whole[0] <= sizes(model)[0] < 1.1 * whole[0]  # GPT-2's joint projection and its views are apart then
-        found = _maps(tll.fit_tuned(model, batches, **settings))
+        maps = _maps(tll.fit_tuned(model, batches, **settings))
         with pytest.raises(ValueError, match="sharded already"):
             shard(model)
-        return {**found, "share": size() / before}
+        return {**maps, "share": size() / before}
 
     for maps in _ok(launch(2, work, tmp_path)):
         assert maps["share"] < 0.55  # of the blocks, and again so behind the fit
-        assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
-        assert torch.allclose(maps["biases"], one.biases, atol=1e-5, rtol=0)
-        assert maps["meta"]["held_out"]["loss"] == pytest.approx(one.meta["held_out"]["loss"], rel=1e-4)
-        assert maps["meta"]["basis"] == one.meta["basis"]
+        assert torch.allclose(maps["delta"], alone.delta, atol=1e-5, rtol=0)
+        assert torch.allclose(maps["biases"], alone.biases, atol=1e-5, rtol=0)
+        assert maps["meta"]["held_out"]["loss"] == pytest.approx(alone.meta["held_out"]["loss"], rel=1e-4)
+        assert maps["meta"]["basis"] == alone.meta["basis"]
 
 
 def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_one_ends_the_job(tmp_path):
@@ -243,7 +293,7 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
         wrong[-1, 3] = zoo.D_VOCAB
         return tll.fit_tuned(model, [*wrong.split(2), *tokens.split(2)], steps=2, tokens_per_step=300, init="identity")
 
-    errors = [one["error"] for one in launch(2, bad, tmp_path)]
+    errors = [rank["error"] for rank in launch(2, bad, tmp_path)]
     assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process 1" in e for e in errors)
 
     def regression(rank, model):
@@ -252,12 +302,12 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
         wrong[-1, 3] = zoo.D_VOCAB
         return _maps(tll.fit_regression(model, [*wrong.split(2), *tokens.split(2)]))
 
-    errors = [one["error"] for one in launch(2, regression, tmp_path)]
+    errors = [rank["error"] for rank in launch(2, regression, tmp_path)]
     assert all(f"token id {zoo.D_VOCAB}" in error for error in errors)
 
     def broken(rank, model):  # a gradient that is not finite, of a row of process 1
         shard(model)
-        compute = tl_lenses.fit.tuned.loss_and_gradient
+        compute = tl_lenses.fit.learner.loss_and_gradient
         guilty = tokens[5]
 
         def wrong(pairs, delta, biases, head, grad_w, *args, **kwargs):
@@ -266,16 +316,16 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
                 grad_w[1] += torch.nan
             return losses
 
-        calls, run = [], tl_lenses.fit.tuned.scored_pairs
+        calls, run = [], tl_lenses.fit.training.scored_pairs
 
         def watched(model, batch, *args, **kwargs):
             calls.append(any(torch.equal(row, guilty) for row in batch.tokens))
             return run(model, batch, *args, **kwargs)
 
-        tl_lenses.fit.tuned.loss_and_gradient, tl_lenses.fit.tuned.scored_pairs = wrong, watched
+        tl_lenses.fit.learner.loss_and_gradient, tl_lenses.fit.training.scored_pairs = wrong, watched
         return tll.fit_tuned(model, tokens, steps=2, tokens_per_step=300, init="identity")
 
-    errors = [one["error"] for one in launch(2, broken, tmp_path)]
+    errors = [rank["error"] for rank in launch(2, broken, tmp_path)]
     assert all(
         "the gradient is not finite at step 0 for 'blocks.1.hook_resid_pre'" in e and "on the text" in e for e in errors
     )
@@ -294,9 +344,9 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
         )
 
     start = time.perf_counter()
-    found = launch(2, killed, tmp_path)
-    assert found[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
-    assert "lost the others" in found[0]["error"] and "holds the last steps" in found[0]["error"], found[0]
+    team = launch(2, killed, tmp_path)
+    assert team[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
+    assert "lost the others" in team[0]["error"] and "holds the last steps" in team[0]["error"], team[0]
 
 
 class _Torn:
@@ -333,7 +383,7 @@ def test_a_text_that_one_process_cannot_read_ends_all(sharded, tmp_path):
 
     for work in (tuned, held_out, regression):
         start = time.perf_counter()
-        errors = [one["error"] for one in launch(2, work, tmp_path)]
+        errors = [rank["error"] for rank in launch(2, work, tmp_path)]
         assert errors[1] == "OSError: the disk is gone" and "the disk is gone (in process 1 of 2)" in errors[0], (
             work,
             errors,
@@ -357,14 +407,14 @@ def test_hooks_on_a_sharded_model(tmp_path):
             model.reset_hooks()
 
     for hooks in ([], [pattern]):
-        one = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]), hooks)
+        alone = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]), hooks)
 
         def work(rank, model, hooks=hooks):
             shard(model)
             return _maps(fit(model, hooks))
 
         for maps in _ok(launch(2, work, tmp_path)):
-            assert torch.allclose(maps["delta"], one.delta, atol=1e-5, rtol=0)
+            assert torch.allclose(maps["delta"], alone.delta, atol=1e-5, rtol=0)
 
     def broken(rank, model):
         shard(model)
@@ -376,9 +426,9 @@ def test_hooks_on_a_sharded_model(tmp_path):
         return _maps(tll.fit_tuned(model, tokens, hooks=[("blocks.1.hook_resid_pre", fail)], **settings))
 
     start = time.perf_counter()
-    found = launch(2, broken, tmp_path)
-    assert "failed in the middle of a pass" in found[1]["error"] and "a hook of ours" in found[1]["error"], found
-    assert found[0]["error"].startswith("Lost") and time.perf_counter() - start < 30, found
+    team = launch(2, broken, tmp_path)
+    assert "failed in the middle of a pass" in team[1]["error"] and "a hook of ours" in team[1]["error"], team
+    assert team[0]["error"].startswith("Lost") and time.perf_counter() - start < 30, team
 
 
 def test_one_process_alone_has_nobody_to_share_with(unchecked):
@@ -396,9 +446,9 @@ def _launch(port, *arguments):
 
 
 def _free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -412,9 +462,10 @@ def test_accelerate_launches_the_command(tmp_path):
     text = "\n<|endoftext|>\n".join(f"{i} the cat sat on the mat. the dog ran to the king." for i in range(80))
     (tmp_path / "text.txt").write_text(text)
     fit = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--steps", 6, "--optimizer", "sgd"]
-    fit += ["--batch-size", 3, "--device", "cpu"]
-    one = CliRunner().invoke(app, ["fit", *map(str, fit), "--output", str(tmp_path / "one")])
-    assert one.exit_code == 0, one.stderr
+    # Products in bf16 round the other way where the last bit of a residual differs: then the maps differ by 1e-4.
+    fit += ["--batch-size", 3, "--device", "cpu", "--precision", "float32"]
+    alone = CliRunner().invoke(app, ["fit", *map(str, fit), "--output", str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.stderr
     job = _launch(_free_port(), *fit, "--output", tmp_path / "two")
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0, err

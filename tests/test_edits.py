@@ -61,18 +61,37 @@ def test_every_public_edit_is_in_the_contract():
     assert public == {name.split("-")[0] for name in ALL}
 
 
-def test_laws():
-    assert torch.equal(edits.replace(V)(X), V.expand_as(X))
-    assert torch.equal(edits.scale(1.0)(X), X)
-    assert torch.equal(edits.add(V, 0.0)(X), X)
-    assert torch.equal(edits.interpolate(V, 0.0)(X), X)
+@pytest.mark.parametrize("edit", [edits.scale(1.0), edits.add(V, 0.0), edits.interpolate(V, 0.0), edits.noise(0.0)])
+def test_an_edit_by_nothing_changes_nothing(edit):
+    assert torch.equal(edit(X), X)
+
+
+@pytest.mark.parametrize(
+    "edit,expected",
+    [(edits.replace(V), V.expand_as(X)), (edits.zero(), torch.zeros_like(X)), (edits.affine(MAP), MAP(X))],
+    ids=["replace", "zero", "affine"],
+)
+def test_the_new_value_is_the_formula(edit, expected):
+    assert torch.equal(edit(X), expected)
+
+
+def test_interpolation_ends_at_the_value():
     assert torch.allclose(edits.interpolate(V, 1.0)(X), V.expand_as(X))
-    assert torch.equal(edits.zero()(X), torch.zeros_like(X))
+
+
+def test_the_mean_is_over_the_batch():
     assert torch.allclose(edits.mean()(X)[2], X.mean(0))
+
+
+def test_the_mean_over_all_is_over_positions_as_well():
     assert torch.allclose(edits.mean(over="all")(X)[1, 2], X.mean((0, 1)))
-    assert torch.equal(edits.affine(MAP)(X), MAP(X))
+
+
+def test_the_pseudo_inverse_undoes_the_map():
     assert torch.allclose(edits.affine(MAP, pinv=True)(edits.affine(MAP)(X)), X, atol=1e-3)
-    assert torch.equal(edits.noise(0.0)(X), X)
+
+
+def test_noise_is_that_of_its_seed():
     assert not torch.equal(edits.noise(1.0, seed=1)(X), edits.noise(1.0, seed=2)(X))
 
 

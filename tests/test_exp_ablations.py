@@ -7,15 +7,20 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.experiments.states import texts_of
+from tl_lenses.experiments.subject import Subject
 
-A = import_module("tl_lenses.experiments.ablations")
+A = import_module("tl_lenses.experiments.tuned_lens.ablations")
 TOKENS = torch.randint(4, zoo.D_VOCAB, (4, 10), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module")
 def model():
     return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+def of(result, value, part, how):
+    """The numbers of one ablation by block."""
+    return result.grid.at(ablation=(part, how))[value]
 
 
 def blocks_in_order(model, order, tokens):
@@ -41,8 +46,8 @@ def test_deletion_duplication_and_swap_are_those_of_the_blocks(what, order):
     want = model.unembed(blocks_in_order(model, order, tokens).float())
     plain = {}
     clean = tll.run(model, tokens, tll.hooks.residual_reads(model, range(4), plain))
-    found = dict(A._orders(model, tll.data.Batch(tokens), 1, [what], plain))
-    got = tll.run(model, tokens, found["order", what])
+    hooks = dict(A._orders(model, tll.Batch(tokens), 1, [what], plain))
+    got = tll.run(model, tokens, hooks["order", what])
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
     assert not torch.allclose(got, clean, atol=1e-2)
 
@@ -62,8 +67,8 @@ def test_a_swap_on_other_models_is_the_blocks_run_by_hand(arch, kind):
 
     x = block(0, block(1, plain[0]))
     want = tll.run(model, TOKENS, [tll.patch(tll.site(model, 2), tll.edits.replace(x))])
-    found = dict(A._orders(model, tll.data.Batch(TOKENS), 0, ["swap"], plain))
-    assert torch.allclose(tll.run(model, TOKENS, found["order", "swap"]), want, atol=1e-4)
+    hooks = dict(A._orders(model, tll.Batch(TOKENS), 0, ["swap"], plain))
+    assert torch.allclose(tll.run(model, TOKENS, hooks["order", "swap"]), want, atol=1e-4)
 
 
 def test_a_swap_that_forgets_to_pass_over_the_second_block_is_caught(monkeypatch):
@@ -72,27 +77,27 @@ def test_a_swap_that_forgets_to_pass_over_the_second_block_is_caught(monkeypatch
     plain = {}
     tll.run(model, tokens, tll.hooks.residual_reads(model, range(4), plain))
     monkeypatch.setattr(A, "swapped", lambda m, b, x: [tll.patch(tll.site(m, b), tll.edits.replace(x))])
-    found = dict(A._orders(model, tll.data.Batch(tokens), 1, ["swap"], plain))
-    assert not torch.allclose(tll.run(model, tokens, found["order", "swap"]), want, atol=1e-2)
+    hooks = dict(A._orders(model, tll.Batch(tokens), 1, ["swap"], plain))
+    assert not torch.allclose(tll.run(model, tokens, hooks["order", "swap"]), want, atol=1e-2)
 
 
 def test_the_effects_are_those_of_the_hooks(model):
     result = A.ablations(model, TOKENS, skip_first=False, heads=False)
-    assert torch.allclose(result.loss["block", "zero"], result.loss["order", "delete"], atol=1e-5)
-    assert result.loss["order", "swap"][-1].isnan() and result.loss["order", "swap"][:-1].isfinite().all()
+    assert torch.allclose(of(result, "loss", "block", "zero"), of(result, "loss", "order", "delete"), atol=1e-5)
+    assert of(result, "loss", "order", "swap")[-1].isnan() and of(result, "loss", "order", "swap")[:-1].isfinite().all()
     logits = tll.run(model, TOKENS, A.block_edit(model, 1, tll.edits.zero)).log_softmax(-1)
     goal = TOKENS[:, 1:, None]
     rise = -logits[:, :-1].gather(-1, goal).mean() - result.clean
-    assert float(result.loss["order", "delete"][1]) == pytest.approx(float(rise), abs=1e-4)
+    assert float(of(result, "loss", "order", "delete")[1]) == pytest.approx(float(rise), abs=1e-4)
     clean = tll.run(model, TOKENS).log_softmax(-1)
     kl = (clean.exp() * (clean - logits)).sum(-1).mean()
-    assert float(result.kl["order", "delete"][1]) == pytest.approx(float(kl), rel=1e-3)
-    assert all((x[x.isfinite()] >= -1e-6).all() for x in result.kl.values())
+    assert float(of(result, "kl", "order", "delete")[1]) == pytest.approx(float(kl), rel=1e-3)
+    assert (result.kl[result.kl.isfinite()] >= -1e-6).all()
 
 
 def test_with_the_first_position_left_out_zero_is_no_deletion(model):
     result = A.ablations(model, TOKENS, heads=False, layers=[0])
-    assert not torch.allclose(result.loss["block", "zero"], result.loss["order", "delete"], atol=1e-4)
+    assert not torch.allclose(of(result, "loss", "block", "zero"), of(result, "loss", "order", "delete"), atol=1e-4)
 
 
 def test_the_mean_ablation_of_a_constant_block_costs_nothing(model, monkeypatch):
@@ -100,8 +105,8 @@ def test_the_mean_ablation_of_a_constant_block_costs_nothing(model, monkeypatch)
     tll.run(model, TOKENS, tll.hooks.residual_reads(model, [1, 2], seen))
     constant = (seen[2] - seen[1])[0, 3]
     pairs = A.block_edit(model, 1, tll.edits.replace(constant))
-    texts = texts_of(model, TOKENS)
-    states = A.states_of(model, texts, [1, 2], pairs)
+    texts = Subject(model).texts(TOKENS)
+    states = Subject(model).states(texts, [1, 2], hooks=pairs)
     assert torch.allclose(states[2] - states[1], constant.expand_as(states[1]), atol=1e-5)
     means = (states[2] - states[1]).mean(0)
     assert torch.allclose(means, constant, atol=1e-5)
@@ -113,11 +118,11 @@ def test_heads_add_up_to_their_block_and_subspaces_to_the_whole(model):
     result = A.ablations(model, TOKENS, layers=[1], subspaces=spaces, orders=())
     assert result.heads == [f"head {i}" for i in range(zoo.N_HEADS)]
     assert len(result.loss) == 3 * (1 + 2 + zoo.N_HEADS)
-    used = texts_of(model, TOKENS).used[0]
+    used = Subject(model).texts(TOKENS).used[0]
     for name, edit in (("all", tll.edits.zero), ("one", tll.edits.project(torch.eye(width)[3]))):
         logits = tll.run(model, TOKENS, [tll.patch(1, tll.edits.where(used, edit))]).log_softmax(-1)
         rise = -logits[:, 1:-1].gather(-1, TOKENS[:, 2:, None]).mean() - result.clean
-        assert float(result.loss[name, "zero"][0]) == pytest.approx(float(rise), abs=1e-4)
+        assert float(of(result, "loss", name, "zero")[0]) == pytest.approx(float(rise), abs=1e-4)
     # A head's z to zero is its part of the attention output gone.
     z, out = {}, {}
     reads = [tll.read("blocks.1.attn.hook_z", z), tll.read("blocks.1.hook_attn_out", out)]

@@ -8,9 +8,14 @@ import zoo
 
 import tl_lenses as tll
 
-A = import_module("tl_lenses.experiments.alignment")
+A = import_module("tl_lenses.experiments.tuned_lens.alignment")
 TOKENS = torch.randint(4, zoo.D_VOCAB, (24, 1), generator=torch.Generator().manual_seed(1))
 LONG = torch.randint(4, zoo.D_VOCAB, (4, 10), generator=torch.Generator().manual_seed(2))
+
+
+def of(result, value, lens):
+    """The numbers of one lens by layer."""
+    return result.grid.at(lens=lens)[value]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,11 @@ def model():
 def test_an_affine_model_responds_as_its_exact_lens(affine):
     model, lens = affine
     result = A.alignment(model, {"logit": tll.Lens(model), "exact": lens}, TOKENS, k=2, skip_first=False)
-    assert result.positions == 24 and result.layers == [0, 1, 2]
-    assert (result.similarity("exact") > 0.999).all()
-    assert torch.allclose(result.scores["exact"][:, 2], result.scores["exact"][:, 3], rtol=1e-3)  # as long, too
-    assert (result.similarity("logit") < 0.99).all()
-    assert (result.scores["exact"][:, 1] < 0.9).all()  # the response of another position
+    assert result.settings["n"] == 24 and result.layers == [0, 1, 2]
+    assert (of(result, "similarity", "exact") > 0.999).all()
+    assert torch.allclose(of(result, "stimulus", "exact"), of(result, "response", "exact"), rtol=1e-3)  # as long, too
+    assert (of(result, "similarity", "logit") < 0.99).all()
+    assert (of(result, "shuffled", "exact") < 0.9).all()  # the response of another position
 
 
 def test_a_lens_that_reads_the_wrong_state_is_caught(affine, monkeypatch):
@@ -45,18 +50,18 @@ def test_a_lens_that_reads_the_wrong_state_is_caught(affine, monkeypatch):
     wrong = lambda name, into, key: real(tll.site(model, int(name.split(".")[1]) + 1), into, key)
     monkeypatch.setattr(A, "read", wrong)
     result = A.alignment(model, {"exact": lens}, TOKENS, k=2, skip_first=False, layers=[0, 1])
-    assert not (result.similarity("exact") > 0.999).all()
+    assert not (of(result, "similarity", "exact") > 0.999).all()
 
 
 def test_an_unweighted_or_uncentred_product_is_another_number(affine, monkeypatch):
     model, lens = affine
     settings = {"k": 2, "skip_first": False, "layers": [1]}
     both = A.alignment(model, {"logit": tll.Lens(model)}, TOKENS, **settings)
-    own = A.alignment(model, {"logit": tll.Lens(model)}, TOKENS, weights="model", **settings)
-    assert not torch.equal(both.scores["logit"], own.scores["logit"])
+    by_model = A.alignment(model, {"logit": tll.Lens(model)}, TOKENS, weights="model", **settings)
+    assert not torch.equal(both.similarity, by_model.similarity)
     monkeypatch.setattr(A.aitchison, "clr", lambda logp, w=None: logp)
     broken = A.alignment(model, {"logit": tll.Lens(model)}, TOKENS, **settings)
-    assert (broken.scores["logit"] - both.scores["logit"]).abs().max() > 1e-3
+    assert (broken.similarity - both.similarity).abs().max() > 1e-3
 
 
 def test_at_the_final_state_every_lens_is_the_model_and_given_subspaces_are_used(model):
@@ -64,14 +69,14 @@ def test_at_the_final_state_every_lens_is_the_model_and_given_subspaces_are_used
     rows = torch.linalg.qr(torch.randn(width, 3, generator=torch.Generator().manual_seed(3))).Q.T
     spaces = {"logit": {1: rows, depth: rows}}
     result = A.alignment(model, {"logit": tll.Lens(model)}, LONG, layers=[1, depth], subspaces=spaces)
-    assert result.similarity("logit")[1] > 0.999 and result.similarity("logit")[0] < 0.99
+    assert of(result, "similarity", "logit")[1] > 0.999 and of(result, "similarity", "logit")[0] < 0.99
     other = A.alignment(model, {"logit": tll.Lens(model)}, LONG, layers=[1, depth], subspaces=spaces, seed=5)
-    assert not torch.equal(result.scores["logit"], other.scores["logit"])
+    assert not torch.equal(result.similarity, other.similarity)
 
 
 def test_the_report_prints_and_saves(model, tmp_path):
     result = A.alignment(model, {"a": tll.Lens(model), "b": tll.Lens(model)}, LONG, k=2, layers=[1, 2], n=20)
-    assert torch.equal(result.scores["a"], result.scores["b"])
+    assert torch.equal(of(result, "response", "a"), of(result, "response", "b"))
     assert "a, shuffled" in result.markdown() and len(result.to_frame()) == 4
     assert (result.save(tmp_path / "out") / "similarity.svg").exists()
 
@@ -85,10 +90,10 @@ def test_bad_input_is_refused_before_any_pass(model, monkeypatch):
     for lenses, settings, message in (
         ({"x": lens}, {"k": width + 1}, f"k is {width + 1}"),
         ({"x": lens}, {"weights": "none"}, "weights must be"),
-        ({}, {}, "no lens to compare"),
-        ({"x": other}, {}, "lens 'x' reads"),
+        ({}, {}, "needs at least one lens"),
+        ({"x": other}, {}, "lens 'x' was made for another model object"),
         ({"x": lens}, given(basis * 2), "said to be orthonormal and are not"),
-        ({"x": lens}, given(torch.eye(5)), "has width 5"),
+        ({"x": lens}, given(torch.eye(5)), r"has shape \[5, 5\], expected \[k, 32\]"),
         ({"x": lens}, given(basis, (1, 2)), r"for layer 2 which layers=\[1\] leaves out"),
         ({"x": lens}, given(basis, ()), "not for layer 1"),
         ({"y": lens}, given(basis), "not for lens 'y'"),

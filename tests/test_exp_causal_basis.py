@@ -10,7 +10,7 @@ import tl_lenses as tll
 from tl_lenses.experiments import basis as B
 from tl_lenses.experiments import energy as EN
 
-C = import_module("tl_lenses.experiments.causal_basis")  # the package has a function of this name
+C = import_module("tl_lenses.experiments.tuned_lens.causal_basis")  # the package has a function of this name
 D = zoo.D_MODEL
 RANDOM = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(4, zoo.D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -45,17 +45,17 @@ def planted(model, n=400):
 @pytest.mark.parametrize("solver", B.SOLVERS)
 def test_a_planted_direction_is_found_first(model, solver):
     decode, states, along, aside = planted(model)
-    found = B.extract(decode, states, 3, solver=solver)
-    assert abs(float(found.vectors[0] @ along)) > 0.95
-    assert float(found.energies[1]) < 0.1 * float(found.energies[0])
-    assert abs(float(found.vectors[0] @ aside)) < 0.2  # large, and the same everywhere: the mean says it all
+    basis = B.extract(decode, states, 3, solver=solver)
+    assert abs(float(basis.vectors[0] @ along)) > 0.95
+    assert float(basis.energies[1]) < 0.1 * float(basis.energies[0])
+    assert abs(float(basis.vectors[0] @ aside)) < 0.2  # large, and the same everywhere: the mean says it all
 
 
 def test_an_ablation_to_zero_is_caught(model, monkeypatch):
     decode, states, along, aside = planted(model)
     monkeypatch.setattr(EN, "ablate", lambda h, v, mean, x=None: (x or (h, v))[0] - (h @ v)[:, None] * (x or (h, v))[1])
-    found = B.extract(decode, states, 3)
-    assert abs(float(found.vectors[0] @ along)) < 0.95 and abs(float(found.vectors[0] @ aside)) > 0.2
+    basis = B.extract(decode, states, 3)
+    assert abs(float(basis.vectors[0] @ along)) < 0.95 and abs(float(basis.vectors[0] @ aside)) > 0.2
 
 
 def test_what_is_found_is_a_maximum_above_its_start(model):
@@ -63,10 +63,10 @@ def test_what_is_found_is_a_maximum_above_its_start(model):
     lens = tll.Lens(model)
     energy, start = EN.energy_of(lens[2], states), B._starts(lens[2], 1)[:, 0]
     for solver in B.SOLVERS:
-        found = B.extract(lens[2], states, 1, solver=solver)
-        top = float(found.energies[0])
+        basis = B.extract(lens[2], states, 1, solver=solver)
+        top = float(basis.energies[0])
         assert top > 1.5 * float(energy(start).detach())
-        nearby = [found.vectors[0] + 0.05 * v / v.norm() for v in torch.randn(50, D, generator=RANDOM)]
+        nearby = [basis.vectors[0] + 0.05 * v / v.norm() for v in torch.randn(50, D, generator=RANDOM)]
         assert top >= max(float(energy(v / v.norm()).detach()) for v in nearby) * (1 - 5e-3)
 
 
@@ -106,22 +106,22 @@ def test_the_fast_solver_finds_what_the_published_one_finds_for_less(model):
     assert torch.allclose(ours.energies[:2], theirs.energies[:2], rtol=2e-2)
     assert float(ours.energies.sum() / theirs.energies.sum()) > 0.95  # on the lab model: benchmarks/causal_basis.py
     assert ours.evaluations < theirs.evaluations
-    for found in (ours, theirs):
-        assert torch.allclose(found.vectors @ found.vectors.T, torch.eye(8), atol=1e-4)
-        assert (found.energies.diff() <= 0).all()
+    for basis in (ours, theirs):
+        assert torch.allclose(basis.vectors @ basis.vectors.T, torch.eye(8), atol=1e-4)
+        assert (basis.energies.diff() <= 0).all()
 
 
 def test_a_whole_basis_is_orthonormal(model):
-    found = B.extract(tll.Lens(model)[1], torch.randn(40, D, generator=torch.Generator().manual_seed(2)), D)
-    assert torch.allclose(found.vectors @ found.vectors.T, torch.eye(D), atol=1e-4)
+    basis = B.extract(tll.Lens(model)[1], torch.randn(40, D, generator=torch.Generator().manual_seed(2)), D)
+    assert torch.allclose(basis.vectors @ basis.vectors.T, torch.eye(D), atol=1e-4)
 
 
 def test_at_the_final_state_the_lens_is_the_model(model):
     depth = model.cfg.n_layers
     result = C.causal_basis(model, tll.Lens(model), TOKENS, k=4, layers=[1, depth], n=30)
-    assert result.positions == 33  # whole rows of 11
-    assert torch.allclose(result.effects[depth], result.bases[depth].energies, rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(result.effects[1], result.bases[1].energies, rtol=1e-3)
+    assert result.settings["n"] == 33  # whole rows of 11
+    assert torch.allclose(result.grid.at(layer=depth)["effect"], result.bases[depth].energies, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(result.grid.at(layer=1)["effect"], result.bases[1].energies, rtol=1e-3)
     assert result.spearman(depth) == pytest.approx(1.0)
 
 
@@ -129,17 +129,17 @@ def test_an_ablation_in_the_wrong_place_is_caught(model, monkeypatch):
     depth = model.cfg.n_layers
     monkeypatch.setattr(C, "site", lambda model, layer: tll.site(model, layer - 1))  # an output taken for an input
     result = C.causal_basis(model, tll.Lens(model), TOKENS, k=4, layers=[depth], n=30)
-    assert not torch.allclose(result.effects[depth], result.bases[depth].energies, rtol=1e-2)
+    assert not torch.allclose(result.grid.at(layer=depth)["effect"], result.bases[depth].energies, rtol=1e-2)
 
 
 def test_padding_changes_nothing(model):
     plain = C.causal_basis(model, tll.Lens(model), TOKENS, k=2, layers=[1], n=100)
     padded = torch.cat([torch.full((4, 3), zoo.PAD), TOKENS], 1)
     mask = torch.cat([torch.zeros(4, 3), torch.ones(4, 12)], 1).long()
-    other = C.causal_basis(model, tll.Lens(model), tll.data.Batch(padded, mask), k=2, layers=[1], n=100)
-    assert other.positions == plain.positions
+    other = C.causal_basis(model, tll.Lens(model), tll.Batch(padded, mask), k=2, layers=[1], n=100)
+    assert other.settings["n"] == plain.settings["n"]
     assert torch.allclose(plain.bases[1].energies, other.bases[1].energies, rtol=1e-2)
-    assert torch.allclose(plain.effects[1], other.effects[1], rtol=2e-2)
+    assert torch.allclose(plain.grid.at(layer=1)["effect"], other.grid.at(layer=1)["effect"], rtol=2e-2)
 
 
 def test_the_report_prints_and_saves(model, tmp_path):
@@ -158,11 +158,11 @@ def test_bad_input_is_refused_before_any_pass(model, monkeypatch):
         ({"k": 0}, "k is 0"),
         ({"solver": "adam"}, "solver must be"),
         ({"layers": [9]}, "no layer 9"),
-        ({"layers": []}, "empty list of layers"),
+        ({"layers": []}, "expected different layers, at least one"),
     ):
         with pytest.raises(ValueError, match=message):
             C.causal_basis(model, lens, TOKENS, **settings)
-    with pytest.raises(ValueError, match="not the model it came with"):
+    with pytest.raises(ValueError, match="was made for another model object"):
         C.causal_basis(model, other, TOKENS)
     with pytest.raises(ValueError, match="gives 0 positions"):
         C.causal_basis(model, lens, TOKENS[:, :1])
@@ -184,5 +184,5 @@ def test_the_partition_function_survives_logits_far_above_the_former_leader():
     got = EN._Partition.apply(*inputs, x, b, x.argmax(-1))
     want = (inputs[0][:, None] * x + inputs[1][:, None] * inputs[2] + b).logsumexp(-1).mean()
     assert torch.allclose(got, want, rtol=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+    for by_hand, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        assert torch.allclose(by_hand, theirs, rtol=1e-3, atol=1e-4)

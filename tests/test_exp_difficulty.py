@@ -7,11 +7,10 @@ import torch
 import zoo
 
 import tl_lenses as tll
+import tl_lenses.experiments.tuned_lens.difficulty as module
 from tl_lenses.experiments import difficulty
 from tl_lenses.experiments.choices import Question, scored
-from tl_lenses.experiments.difficulty import ENTROPY, TOKENS, Difficulty, Settled, settled
-
-module = __import__("tl_lenses.experiments.difficulty", fromlist=["difficulty"])
+from tl_lenses.experiments.tuned_lens.difficulty import ENTROPY, TOKENS, Difficulty, Settled, settled
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +42,11 @@ def test_the_depth_of_a_linear_model_is_known(monkeypatch):
     run = lambda: difficulty(
         linear, lenses, ids, [(0, linear), (1, linear), (2, linear)], skip_first=False, n=80, show_progress=False
     )
-    found = run().sets[TOKENS]
+    items = run().sets[TOKENS]
     constant = lenses["from 2"][0](torch.zeros(1, 16)).argmax(-1)
     other = tll.run(linear, ids)[:, -1].argmax(-1) != constant
-    assert other.sum() > 70 and (found.depth["from 0"] == 0).all() and (found.learned == 0).all()
-    assert (found.depth["from 2"][other] == 2).all()
+    assert other.sum() > 70 and (items.depth["from 0"] == 0).all() and (items.learned == 0).all()
+    assert (items.depth["from 2"][other] == 2).all()
     # broken: the end of the first run rather than the start of the last
     monkeypatch.setattr(module, "settled", lambda top: (top == top[0]).long().cumprod(0).sum(0) - 1)
     assert not (run().sets[TOKENS].depth["from 2"][other] == 2).all()
@@ -60,31 +59,31 @@ def test_iteration_learned_against_the_checkpoints_themselves(model):
         Question("a bird sang", (" in", " to"), 1, "two", i) for i in range(3)
     ]
     load = lambda: loaded.append(1) or first
-    found = difficulty(
+    report = difficulty(
         model, {"logit": tll.Lens(model)}, tokens, [(0, load), (8, model), (16, first), (32, model)], questions=asked, n=30
     )  # fmt: skip
-    assert loaded == [1] and list(found.sets) == [TOKENS, "one", "two"]
-    learned = found.sets[TOKENS].learned
+    assert loaded == [1] and list(report.sets) == [TOKENS, "one", "two"]
+    learned = report.sets[TOKENS].learned
     agree = tll.run(model, tokens)[:, 1:].argmax(-1) == tll.run(first, tokens)[:, 1:].argmax(-1)
     assert len(learned) == 30 and set(learned.tolist()) <= {0, 32}
     assert abs(float((learned == 0).float().mean()) - float(agree.float().mean())) < 0.2
-    for task, those in (("one", asked[:3]), ("two", asked[3:])):
-        own, its = (
-            scored(m, {"x": tll.Lens(m)}, those).logprobs["x"].argmax(-1) for m in (model, first)
+    for task, questions in (("one", asked[:3]), ("two", asked[3:])):
+        by_hand, its = (
+            scored(m, {"x": tll.Lens(m)}, questions).logprobs["x"].argmax(-1) for m in (model, first)
         )  # [question, layer]
-        assert found.sets[task].learned.tolist() == [
-            0 if a == b else 32 for a, b in zip(own[:, -1], its[:, -1], strict=True)
+        assert report.sets[task].learned.tolist() == [
+            0 if a == b else 32 for a, b in zip(by_hand[:, -1], its[:, -1], strict=True)
         ]
-        assert found.sets[task].depth["logit"].tolist() == settled(own.T).tolist()
+        assert report.sets[task].depth["logit"].tolist() == settled(by_hand.T).tolist()
 
 
 def test_depths_are_those_of_the_trajectory(model):
     tokens = zoo.tokens(3, 10)
-    found = difficulty(model, {"logit": tll.Lens(model)}, tokens, [(i, model) for i in range(3)], n=1000)
+    report = difficulty(model, {"logit": tll.Lens(model)}, tokens, [(i, model) for i in range(3)], n=1000)
     top = tll.trajectory(model, tll.Lens(model), tokens).top_ids[..., 0][:, :, 1:].flatten(1)
-    assert found.sets[TOKENS].depth["logit"].tolist() == settled(top).tolist()
+    assert report.sets[TOKENS].depth["logit"].tolist() == settled(top).tolist()
     entropy = tll.trajectory(model, tll.Lens(model), tokens).entropy[-1, :, 1:].flatten()
-    assert torch.allclose(found.sets[TOKENS].entropy.float(), entropy, atol=1e-4)
+    assert torch.allclose(report.sets[TOKENS].entropy.float(), entropy, atol=1e-4)
 
 
 def test_correlations_of_planted_depths(tmp_path):
@@ -92,24 +91,27 @@ def test_correlations_of_planted_depths(tmp_path):
     learned = torch.tensor([0, 8, 64])[torch.randint(3, (200,), generator=generator)]
     noise = torch.randint(9, (200,), generator=generator)
     same = torch.searchsorted(torch.tensor([0, 8, 64]), learned)
-    one = Settled({"a": noise, "b": same}, learned, noise.double())
-    found = Difficulty("m", [0, 8, 64], {TOKENS: one})
-    assert found.correlation(TOKENS, "b") == pytest.approx((1.0, 1.0, 1.0))
-    assert abs(found.correlation(TOKENS, "a")[0]) < 0.2 and found.correlation(TOKENS, ENTROPY) == found.correlation(
+    items = Settled({"a": noise, "b": same}, learned, noise.double())
+    report = Difficulty.of("m", [0, 8, 64], {TOKENS: items}, {})
+    assert report.correlation(TOKENS, "b") == pytest.approx((1.0, 1.0, 1.0))
+    assert abs(report.correlation(TOKENS, "a")[0]) < 0.2 and report.correlation(TOKENS, ENTROPY) == report.correlation(
         TOKENS, "a"
     )
-    mean, low, high = found.difference(TOKENS, "b", "a")
+    mean, low, high = report.difference(TOKENS, "b", "a")
     assert low < mean < high and low > 0.5
-    text = found.markdown()
+    text = report.markdown()
     assert "b - a" in text and "1.00 (1.00, 1.00)" in text and "mean depth by step learned" in text
-    folder = found.save(tmp_path / "a")
-    assert (folder / "depth.svg").exists() and len(found.to_frame()) == 200
+    folder = report.save(tmp_path / "a")
+    assert (folder / "depth.svg").exists() and len(report.to_frame()) == 200
 
 
 def test_bad_input_is_refused_before_a_pass(model, monkeypatch):
-    monkeypatch.setattr(module, "run", lambda *args, **kwargs: pytest.fail("the model ran"))
     lenses, tokens, good = {"logit": tll.Lens(model)}, zoo.tokens(4, 10), [(i, model) for i in range(3)]
-    small = SimpleNamespace(hook_dict={}, cfg=SimpleNamespace(d_vocab=7))
+    small, far = (
+        SimpleNamespace(hook_dict={}, cfg=SimpleNamespace(d_vocab=7)),
+        tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1])),
+    )
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
     for kwargs, message in (
         (
             {"checkpoints": [(0, small), *good[1:]]},
@@ -118,7 +120,10 @@ def test_bad_input_is_refused_before_a_pass(model, monkeypatch):
         ({"checkpoints": good[:2]}, "2 checkpoints are too few"),
         ({"checkpoints": [good[1], good[0], good[2]]}, "must increase"),
         ({"checkpoints": [*good[:2], (5, lambda: model)]}, "must be the finished model itself"),
-        ({"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}}, "'far' reads through another model"),
+        (
+            {"lenses": {"far": far}},
+            "lens 'far' was made for another model object",
+        ),
         ({"layers": [4]}, r"no layer 4: this model has layers 0\.\.3"),
         ({"tokens": zoo.tokens(1, 4)}, "gives 3 positions, too few"),
     ):
@@ -135,14 +140,14 @@ def test_a_loaded_checkpoint_of_another_vocabulary_is_refused(model):
 
 
 def test_the_command_needs_checkpoints(model, monkeypatch):
-    from tl_lenses import cli_inputs
-    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+    from tl_lenses.cli import experiment
+    from tl_lenses.cli.lens_experiments import difficulty as command
 
     maps = tll.fit_regression(model, zoo.tokens(20, 12))
-    wanted = Wanted(lenses={"maps": maps}, limit=40, lab=False)
+    run = experiment.Run(model, n=40, is_lab=False, lenses={"maps": maps})
     with pytest.raises(ValueError, match="name them with --checkpoint STEP=MODEL"):
-        RUNNERS["difficulty"][0](model, wanted)
-    monkeypatch.setattr(cli_inputs, "load_model", lambda name, device, dtype: zoo.build(name, zoo.FEW_KINDS[0]))
-    given = Wanted(lenses={"maps": maps}, limit=40, lab=False, checkpoints=("1=neox", "2=gpt2"))
-    found = RUNNERS["difficulty"][0](model, given)
-    assert found.steps == [1, 2, 3] and len(found.sets) > 1 and found.lenses == ["logit", "maps"]
+        command(run)
+    monkeypatch.setattr(experiment, "load_model", lambda name, device, dtype: zoo.build(name, zoo.FEW_KINDS[0]))
+    report = command(run, checkpoint=["1=neox", "2=gpt2"])
+    assert report.steps == [1, 2, 3] and len(report.sets) > 1 and report.lenses == ["logit", "maps"]
+    assert report.settings["questions"] == "bundled facts"

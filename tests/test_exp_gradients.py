@@ -9,7 +9,7 @@ import zoo
 import tl_lenses as tll
 from tl_lenses.experiments import gradients
 
-module = import_module("tl_lenses.experiments.gradients")
+module = import_module("tl_lenses.experiments.tuned_lens.gradients")
 ARCHS = ("gpt2", "neox")  # those whose norms compute in float64 when asked
 
 
@@ -30,11 +30,11 @@ def check_planted(sign, skip_first=True):
     identity = [tll.read(1, seen, detach=False), tll.patch(2, lambda x: seen[1])]
     slope = module._gradients(model, tll.Batch(tokens, None), _following(tokens), [1], identity)[1][1]
     step = [tll.read(1, seen, detach=False), tll.patch(2, lambda x: seen[1] + sign * 1e-6 * slope)]
-    found = gradients(model, tokens, hooks=step, skip_first=skip_first)
-    assert torch.allclose(found.cosine[:, 1], torch.full((3,), float(sign), dtype=torch.float64), atol=1e-3)
-    assert bool((found.negative()[1] == (sign < 0)).all())
-    assert float(found.below_random()[1]) == (1.0 if sign < 0 else 0.0)
-    assert (found.negative_positions[:, 1] == (1.0 if sign < 0 else 0.0)).all()
+    report = gradients(model, tokens, hooks=step, skip_first=skip_first)
+    assert torch.allclose(report.cosine[:, 1], torch.full((3,), float(sign), dtype=torch.float64), atol=1e-3)
+    assert bool((report.negative()[1] == (sign < 0)).all())
+    assert float(report.below_random()[1]) == (1.0 if sign < 0 else 0.0)
+    assert (report.negative_positions[:, 1] == (1.0 if sign < 0 else 0.0)).all()
 
 
 def _following(tokens):
@@ -56,7 +56,7 @@ def test_the_check_fails_on_a_broken_copy(monkeypatch):
 @pytest.mark.parametrize("arch", [a for a in ARCHS if zoo.available(a, zoo.FEW_KINDS[0])])
 def test_cosines_by_finite_differences(arch):
     model, tokens = double(arch), zoo.tokens(2, 7)
-    found = gradients(model, tokens, skip_first=False)
+    report = gradients(model, tokens, skip_first=False)
     depth, seen, eps = model.cfg.n_layers, {}, 1e-5
     tll.run(model, tokens, [tll.read(tll.site(model, i), seen, key=i) for i in range(depth + 1)])
     generator = torch.Generator().manual_seed(0)
@@ -76,19 +76,19 @@ def test_cosines_by_finite_differences(arch):
         v = torch.randn(slope.shape, generator=generator, dtype=torch.float64)
         assert torch.allclose(along(v), (slope * v).flatten(1).sum(1), rtol=1e-4, atol=1e-6)
         want = along(output) / (output.flatten(1).norm(dim=1) * slope.flatten(1).norm(dim=1))
-        assert torch.allclose(found.cosine[:, layer], want, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(report.cosine[:, layer], want, rtol=1e-3, atol=1e-6)
 
 
 def test_random_directions_have_the_spread_of_their_dimension():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    found = gradients(model, zoo.tokens(8, 12), draws=50)
-    low, high = found.bounds()
+    report = gradients(model, zoo.tokens(8, 12), draws=50)
+    low, high = report.bounds()
     want = (
         1.645 / (10 * 32) ** 0.5
     )  # of a normal with variance 1 / dimensions: 0.092; the gradient is not spread evenly
     assert float(low.mean()) == pytest.approx(-want, rel=0.25) and float(high.mean()) == pytest.approx(want, rel=0.25)
-    assert torch.equal(found.random, gradients(model, zoo.tokens(8, 12), draws=50).random)
-    assert not torch.equal(found.random, gradients(model, zoo.tokens(8, 12), draws=50, seed=1).random)
+    assert torch.equal(report.random, gradients(model, zoo.tokens(8, 12), draws=50).random)
+    assert not torch.equal(report.random, gradients(model, zoo.tokens(8, 12), draws=50, seed=1).random)
 
 
 def test_pads_do_not_count_and_parameters_get_no_gradients():
@@ -109,7 +109,7 @@ def test_bad_input_is_refused_before_a_pass(monkeypatch):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     with monkeypatch.context() as m:
         m.setattr(module, "run", None)
-        with pytest.raises(ValueError, match=r"expected different layers of 0\.\.2, those that a block follows"):
+        with pytest.raises(ValueError, match=r"there is no block 3: layer 3 is the final residual"):
             gradients(model, zoo.tokens(), layers=[0, -1])
         with pytest.raises(ValueError, match="expected different layers"):
             gradients(model, zoo.tokens(), layers=[])
@@ -122,7 +122,7 @@ def test_bad_input_is_refused_before_a_pass(monkeypatch):
 
 
 def test_the_report_is_saved(tmp_path):
-    found = gradients(zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(4, 8), layers=[0, 2], draws=2)
-    folder = found.save(tmp_path / "out")
-    assert {"result.csv", "cosine.svg"} <= {p.name for p in folder.iterdir()} and len(found.to_frame()) == 8
-    assert found.layers == [0, 2] and "% " in str(found)
+    report = gradients(zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(4, 8), layers=[0, 2], draws=2)
+    folder = report.save(tmp_path / "out")
+    assert {"result.csv", "cosine.svg"} <= {p.name for p in folder.iterdir()} and len(report.to_frame()) == 8
+    assert report.layers == [0, 2] and "% " in str(report)

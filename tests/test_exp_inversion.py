@@ -5,11 +5,11 @@ import torch
 import zoo
 
 import tl_lenses as tll
+import tl_lenses.experiments.tuned_lens.inversion as module
 from tl_lenses.experiments import Gaussian, inversion, invert
-from tl_lenses.experiments.inversion import FREE, PRIOR, START, TRUE, least_squares, minimise
+from tl_lenses.experiments.tuned_lens.inversion import FREE, PRIOR, START, TRUE, least_squares
 from tl_lenses.moments import moments
-
-module = __import__("tl_lenses.experiments.inversion", fromlist=["inversion"])
+from tl_lenses.numerics import minimise
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_a_distribution_of_a_state_gives_the_state_back(arch, kind, monkeypatch)
     model = zoo.build(arch, kind)
     lens, h = tll.Lens(model), states()
     logp = lens[1](h).detach().log_softmax(-1)
-    found = invert(lens[1], logp, start=states(seed=1), steps=300)
-    assert found.kl.max() < 1e-3, found  # measured below 1e-4
-    normed = lens.readout.norm(found.state), lens.readout.norm(h)
+    inverted = invert(lens[1], logp, start=states(seed=1), steps=300)
+    assert inverted.kl.max() < 1e-3, inverted  # measured below 1e-4
+    normed = lens.readout.norm(inverted.state), lens.readout.norm(h)
     assert torch.cosine_similarity(*normed, dim=-1).min() > 0.9  # .95 measured: a peaked distribution is flat in places
     monkeypatch.setattr(module, "minimise", lambda f, x, **kwargs: (x, x.norm(dim=-1), 0))
     assert invert(lens[1], logp, start=states(seed=1)).kl.min() > 0.05
@@ -56,8 +56,8 @@ def test_least_squares_alone_inverts_what_can_be_inverted(model, maps):
     logp = lens[1](h).detach().log_softmax(-1)
     begin = least_squares(lens[1], logp, length=float(lens[1].translate(h).norm(dim=-1).mean()))
     assert module.divergence(lens[1], begin, logp).max() < 1e-3
-    found = invert(lens[1], logp)
-    assert found.kl.max() < 1e-4 and found.evaluations < 60
+    inverted = invert(lens[1], logp)
+    assert inverted.kl.max() < 1e-4 and inverted.evaluations < 60
 
 
 def test_a_prior_holds_the_state(model):
@@ -74,7 +74,7 @@ def test_a_prior_holds_the_state(model):
     held = invert(lens[2], logp, start=states(seed=1), prior=prior, weight=1e-3, steps=200)
     heavy = invert(lens[2], logp, prior=prior, weight=1e4, steps=200)
     assert torch.allclose(heavy.state, prior.mean.expand(6, -1), atol=0.1)
-    away = lambda found: (found.state - h).norm(dim=-1).mean()
+    away = lambda inverted: (inverted.state - h).norm(dim=-1).mean()
     assert away(held) < away(free) and held.kl.max() < 0.2
     certain = Gaussian(h[0], 1e-3 * torch.eye(32))
     assert torch.allclose(invert(lens[2], logp[:1], prior=certain, weight=1.0).state, h[:1], atol=1e-2)
@@ -82,31 +82,31 @@ def test_a_prior_holds_the_state(model):
 
 def test_the_experiment_on_a_random_model(model, maps, tmp_path):
     lenses = {"logit": tll.Lens(model), "regression": tll.Lens(model, maps)}
-    found = inversion(model, lenses, zoo.tokens(40, 24), n=5, layers=[1, 3], steps=80, show_progress=False)
-    at = {name: i for i, name in enumerate(found.conditions)}
-    assert found.kl.shape == (2, 2, 4, 5) and found.settings["prior_positions"] == 32 * 23
-    assert found.kl[:, 1, at[TRUE]].max() < 1e-5  # the last layer is the model
-    assert (found.kl[:, :, at[FREE]] <= found.kl[:, :, at[START]] + 1e-4).all() and found.kl[
+    report = inversion(model, lenses, zoo.tokens(40, 24), n=5, layers=[1, 3], steps=80, show_progress=False)
+    at = {name: i for i, name in enumerate(report.conditions)}
+    assert report.kl.shape == (2, 2, 4, 5) and report.settings["prior_positions"] == 32 * 23
+    assert report.kl[:, 1, at[TRUE]].max() < 1e-5  # the last layer is the model
+    assert (report.kl[:, :, at[FREE]] <= report.kl[:, :, at[START]] + 1e-4).all() and report.kl[
         :, :, at[FREE]
     ].max() < 1e-2
-    assert (found.cosine[:, :, at[TRUE]] > 0.999).all()
-    assert found.typical[:, :, at[PRIOR]].mean() < found.typical[:, :, at[FREE]].mean()
-    assert found.typical[:, :, at[TRUE]].mean() == pytest.approx(1.0, abs=0.4)
-    assert torch.allclose(found.kl[0, 1], found.kl[1, 1], atol=1e-4)
-    text = found.markdown()
+    assert (report.cosine[:, :, at[TRUE]] > 0.999).all()
+    assert report.typical[:, :, at[PRIOR]].mean() < report.typical[:, :, at[FREE]].mean()
+    assert report.typical[:, :, at[TRUE]].mean() == pytest.approx(1.0, abs=0.4)
+    assert torch.allclose(report.kl[0, 1], report.kl[1, 1], atol=1e-4)
+    text = report.markdown()
     assert "least squares" in text and "Mahalanobis" in text
-    folder = found.save(tmp_path / "a")
-    assert (folder / "cosine.svg").exists() and len(found.to_frame()) == 16
+    folder = report.save(tmp_path / "a")
+    assert (folder / "cosine.svg").exists() and len(report.to_frame()) == 16
 
 
 def test_bad_input_is_refused_before_a_pass(model, monkeypatch, unchecked):
-    monkeypatch.setattr(module, "run", lambda *args, **kwargs: pytest.fail("the model ran"))
     lenses, tokens = {"logit": tll.Lens(model)}, zoo.tokens(20, 12)
     other = tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
     for kwargs, message in (
-        ({"lenses": {"far": other}}, "'far' reads through another model"),
-        ({"lenses": {}}, "expected lenses"),
-        ({"weight": -1.0}, "a weight from 0"),
+        ({"lenses": {"far": other}}, "lens 'far' was made for another model object"),
+        ({"lenses": {}}, "needs at least one lens"),
+        ({"weight": -1.0}, "weight must be at least 0, got -1"),
         ({"layers": [7]}, "no layer 7"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -118,9 +118,9 @@ def test_bad_input_is_refused_before_a_pass(model, monkeypatch, unchecked):
         invert(lenses["logit"][1], logp.log_softmax(-1), weight=1.0)
     with pytest.raises(ValueError, match=r"start must be \[2, 32\]"):
         invert(lenses["logit"][1], logp.log_softmax(-1), start=torch.zeros(1, 32))
-    one = torch.ones(1, 1, 3)
+    single = torch.ones(1, 1, 3)
     with pytest.raises(ValueError, match="needs two states"):
-        Gaussian.of(moments(one, one))
+        Gaussian.of(moments(single, single))
 
 
 def test_text_that_is_too_short_is_refused(model):
@@ -129,7 +129,8 @@ def test_text_that_is_too_short_is_refused(model):
 
 
 def test_the_command_runs(model, maps):
-    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+    from tl_lenses.cli.experiment import Run
+    from tl_lenses.cli.lens_experiments import inversion as command
 
-    found = RUNNERS["inversion"][0](model, Wanted(lenses={"maps": maps.select([1])}, layers=[1, 3], limit=2))
-    assert found.lenses == ["logit", "maps"] and found.kl.shape == (2, 2, 4, 2)
+    report = command(Run(model, layers=[1, 3], n=2, lenses={"maps": maps.select([1])}))
+    assert report.lenses == ["logit", "maps"] and report.kl.shape == (2, 2, 4, 2)

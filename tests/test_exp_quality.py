@@ -7,7 +7,7 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses import evaluation
+from tl_lenses import decode
 from tl_lenses.experiments import quality
 
 
@@ -23,22 +23,22 @@ def lenses(model):
 
 def exact_lens(model):
     """The affine model's own maps."""
-    maps = {layer: one for layer, one in zoo.truth(model).items() if layer < model.cfg.n_layers}
+    maps = {layer: affine for layer, affine in zoo.truth(model).items() if layer < model.cfg.n_layers}
     final = tll.site(model, -1)
     rows = [(tll.site(model, layer), final) for layer in maps]
-    weights, biases = (torch.stack([one[i] for one in maps.values()]) for i in (0, 1))
+    weights, biases = (torch.stack([affine[i] for affine in maps.values()]) for i in (0, 1))
     return tll.Lens(model, tll.Translators(rows, weights, biases, n_layers=model.cfg.n_layers))
 
 
 def test_the_exact_lens_of_an_affine_model_has_no_kl_and_no_bias():
     model = zoo.affine_model(dtype=torch.float64)
     lenses = {"logit": tll.Lens(model), "exact": exact_lens(model)}
-    found = quality(model, lenses, zoo.tokens(40, 1), skip_first=False, bytes_per_token=1.0)
-    for row in found.rows():
+    report = quality(model, lenses, zoo.tokens(40, 1), skip_first=False, bytes_per_token=1.0)
+    for row in report.rows():
         wrong = row["lens"] == "logit" and row["layer"] < model.cfg.n_layers
         assert (row["kl"] > 0.1) is wrong and (row["bias"] > 0.05) is wrong, row
         assert wrong or (row["kl"] < 1e-9 and row["bias"] < 1e-9)
-    assert found.better("exact", "logit") == {found.model: (3, 3)}
+    assert report.better("exact", "logit") == {report.model: (3, 3)}
 
 
 def by_hand(model, lens, tokens, layer):
@@ -54,8 +54,8 @@ def by_hand(model, lens, tokens, layer):
 
 def check_by_hand(model, lenses):
     tokens = zoo.tokens(6, 10, seed=5)
-    found = quality(model, lenses, tokens, bytes_per_token=2.0)
-    for row in found.rows():
+    report = quality(model, lenses, tokens, bytes_per_token=2.0)
+    for row in report.rows():
         want = by_hand(model, lenses[row["lens"]], tokens, row["layer"])
         assert (row["kl"], row["bits_per_byte"], row["bias_bits"]) == pytest.approx(want, abs=1e-4)
 
@@ -65,8 +65,8 @@ def test_numbers_by_hand(model, lenses):
 
 
 def test_the_check_fails_where_kl_is_the_wrong_way_round(model, lenses, monkeypatch):
-    true = evaluation.S.kl
-    monkeypatch.setattr(evaluation.S, "kl", lambda p, q, _=None: true(q, p))
+    true = decode.S.kl
+    monkeypatch.setattr(decode.S, "kl", lambda p, q, _=None: true(q, p))
     with pytest.raises(AssertionError):
         check_by_hand(model, lenses)
 
@@ -86,16 +86,14 @@ def test_several_models_in_one_table_and_one_figure(model, lenses):
 
 
 def test_bad_input_is_refused_before_a_pass(model, lenses, monkeypatch):
-    monkeypatch.setattr(evaluation, "run", None)
+    monkeypatch.setattr(decode, "run", None)
     other = zoo.build("neox", zoo.FEW_KINDS[0])
     with pytest.raises(ValueError, match="lens 'lens' was made for another model object"):
         quality(model, tll.Lens(other), zoo.tokens())
     with pytest.raises(ValueError, match="at least one lens"):
         quality(model, {}, zoo.tokens())
     maps = tll.Lens(model, lenses["regression"].translators.select([1]))
-    with pytest.raises(
-        ValueError, match=r"layer 2 was not fitted in every lens: layers that all of them have are \[1, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"lens 'one' has no layer 2; it has \[1, 3\]"):
         quality(model, {"logit": tll.Lens(model), "one": maps}, zoo.tokens(), layers=[1, 2])
     with pytest.raises(ValueError, match="no layer 9"):
         quality(model, lenses, zoo.tokens(), layers=[9])

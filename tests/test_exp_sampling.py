@@ -9,7 +9,7 @@ import zoo
 import tl_lenses as tll
 from tl_lenses.experiments import sample_from, sampling
 
-module = import_module("tl_lenses.experiments.sampling")
+module = import_module("tl_lenses.experiments.tuned_lens.sampling")
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,11 @@ def model():
 @pytest.fixture(scope="module")
 def maps(model):
     return tll.fit_regression(model, zoo.tokens(60, 12))
+
+
+def of(report, value, lens):
+    """The numbers of one lens, layers first."""
+    return report.grid.at(lens=lens)[value]
 
 
 def greedy_by_hand(model, lens, layer, tokens, n):
@@ -51,8 +56,8 @@ def test_cached_and_uncached_agree_with_passes_by_hand(arch, kind):
     assert torch.equal(sample_from(model, lens, layer, tokens, 4, use_cache=False, **how), want)
     assert torch.equal(sample_from(model, lens, layer, tokens, 4, **how), want)
     # And what the last layer says is the model's own, to the bit.
-    own = tll.generate(model, tokens, (), 4, stop_at_eos=False)
-    assert torch.equal(sample_from(model, lens, model.cfg.n_layers, tokens, 4, **how), own)
+    model_ids = tll.generate(model, tokens, (), 4, stop_at_eos=False)
+    assert torch.equal(sample_from(model, lens, model.cfg.n_layers, tokens, 4, **how), model_ids)
 
 
 def check_draws(model, maps):
@@ -83,10 +88,10 @@ def test_the_check_fails_where_another_layer_speaks(model, maps, monkeypatch):
 def test_the_last_layer_is_generate(model, maps):
     tokens = zoo.tokens(3, 6)
     for how in ({"do_sample": True, "seed": 5, "temperature": 1.3}, {"do_sample": False}):
-        own = tll.generate(model, tokens, (), 6, **how)
+        model_ids = tll.generate(model, tokens, (), 6, **how)
         for lens in (tll.Lens(model), tll.Lens(model, maps)):
             for layer in (3, -1, "blocks.2.hook_resid_post"):
-                assert torch.equal(sample_from(model, lens, layer, tokens, 6, **how), own)
+                assert torch.equal(sample_from(model, lens, layer, tokens, 6, **how), model_ids)
 
 
 def test_a_lens_that_always_says_one_token(model, maps):
@@ -96,9 +101,9 @@ def test_a_lens_that_always_says_one_token(model, maps):
     deaf = tll.Translators(maps.rows, torch.zeros_like(maps.weights), biases, n_layers=3, meta=maps.meta)
     ids = sample_from(model, tll.Lens(model, deaf), 1, zoo.tokens(2, 5), 6, do_sample=False, stop_at_eos=False)
     assert (ids[:, 5:] == token).all()
-    found = sampling(model, {"deaf": tll.Lens(model, deaf)}, zoo.tokens(2, 5), max_new_tokens=6, do_sample=False)
-    assert (found.distinct["deaf"][:3] == 1 / 6).all() and found.agreement["deaf"][3].all()
-    assert found.would["deaf"][3].all()  # greedy: the model's own token is its likeliest
+    report = sampling(model, {"deaf": tll.Lens(model, deaf)}, zoo.tokens(2, 5), max_new_tokens=6, do_sample=False)
+    assert (of(report, "distinct", "deaf")[:3] == 1 / 6).all() and of(report, "agreement", "deaf")[3].all()
+    assert of(report, "would", "deaf")[3].all()  # greedy: the model's own token is its likeliest
 
 
 def test_a_batch_is_its_rows_padding_included(model, maps):
@@ -123,50 +128,53 @@ def test_interventions_run_first(model, maps):
 
 def test_the_numbers_of_the_report_by_hand(model, maps):
     tokens = zoo.tokens(3, 6)
-    found = sampling(
+    report = sampling(
         model, {"logit": tll.Lens(model), "regression": tll.Lens(model, maps)}, tokens, max_new_tokens=7, seed=2
     )
-    assert found.layers == [0, 1, 2, 3]
+    assert report.layers == [0, 1, 2, 3]
     ids = sample_from(model, tll.Lens(model, maps), 1, tokens, 7, seed=2, stop_at_eos=False)
     logp = tll.run(model, ids)[:, 5:-1].log_softmax(-1).detach()
     nats = -logp.gather(-1, ids[:, 6:, None])[..., 0].mean(1)
-    assert torch.allclose(found.nats["regression"][1], nats, atol=1e-5)
-    assert float(found.perplexity("regression")[1]) == pytest.approx(float(nats.mean().exp()), rel=1e-4)
-    assert torch.equal(found.would["regression"][1], logp.argmax(-1) == ids[:, 6:])
-    own = tll.generate(model, tokens, (), 7, do_sample=True, seed=2, stop_at_eos=False)[:, 6:]
-    assert torch.equal(found.agreement["regression"][1], own == ids[:, 6:]) and found.agreement["logit"][3].all()
-    assert found.texts["regression"][1][0] == model.tokenizer.decode(ids[0, 6:].tolist())
-    assert len(found.rows()) == 2 * 4 * 3
+    assert torch.allclose(of(report, "nats", "regression")[1], nats, atol=1e-5)
+    assert float(report.perplexity("regression")[1]) == pytest.approx(float(nats.mean().exp()), rel=1e-4)
+    assert torch.equal(of(report, "would", "regression")[1], logp.argmax(-1) == ids[:, 6:])
+    model_ids = tll.generate(model, tokens, (), 7, do_sample=True, seed=2, stop_at_eos=False)[:, 6:]
+    assert (
+        torch.equal(of(report, "agreement", "regression")[1], model_ids == ids[:, 6:])
+        and of(report, "agreement", "logit")[3].all()
+    )
+    assert report.texts["regression"][1][0] == model.tokenizer.decode(ids[0, 6:].tolist())
+    assert len(report.rows()) == 2 * 4 * 3
 
 
 def test_padded_prompts_are_judged_as_they_are_alone(model):
     texts = ["the cat sat on the", "a bird"]
     both = sampling(model, tll.Lens(model), texts, max_new_tokens=4, do_sample=False)
     alone = sampling(model, tll.Lens(model), texts[1], max_new_tokens=4, do_sample=False)
-    assert torch.allclose(both.nats["lens"][:, 1], alone.nats["lens"][:, 0], atol=1e-4)
+    assert torch.allclose(of(both, "nats", "lens")[:, 1], of(alone, "nats", "lens")[:, 0], atol=1e-4)
     assert both.prompts[1].endswith("a bird") and "<pad>" not in both.prompts[1]
 
 
 def test_bad_input_is_refused_before_a_pass(model, maps, monkeypatch):
     monkeypatch.setattr(module, "generate", None)
-    tokens, one = zoo.tokens(2, 5), tll.Lens(model, maps.select([1]))
+    tokens, fitted = zoo.tokens(2, 5), tll.Lens(model, maps.select([1]))
     with pytest.raises(ValueError, match="made for another model object"):
-        sample_from(zoo.build("neox", zoo.FEW_KINDS[0]), one, 1, tokens)
+        sample_from(zoo.build("neox", zoo.FEW_KINDS[0]), fitted, 1, tokens)
     with pytest.raises(ValueError, match="layer 0 was not fitted"):
-        sample_from(model, one, 0, tokens)
+        sample_from(model, fitted, 0, tokens)
     with pytest.raises(ValueError, match="no layer 8"):
-        sample_from(model, one, 8, tokens)
+        sample_from(model, fitted, 8, tokens)
     with pytest.raises(ValueError, match="temperature must be positive, got 0.0"):
-        sample_from(model, one, 1, tokens, temperature=0.0)
-    with pytest.raises(ValueError, match="layer 0 was not fitted in every lens"):
-        sampling(model, {"logit": tll.Lens(model), "one": one}, tokens, layers=[0])
+        sample_from(model, fitted, 1, tokens, temperature=0.0)
+    with pytest.raises(ValueError, match="has no layer 0; it has"):
+        sampling(model, {"logit": tll.Lens(model), "one": fitted}, tokens, layers=[0])
     monkeypatch.undo()
     with pytest.raises(ValueError, match="more than the context"):
-        sample_from(model, one, 1, tokens, 100)
+        sample_from(model, fitted, 1, tokens, 100)
 
 
 def test_the_report_is_saved(model, tmp_path):
-    found = sampling(model, tll.Lens(model), zoo.tokens(2, 5), max_new_tokens=3)
-    folder = found.save(tmp_path / "out")
+    report = sampling(model, tll.Lens(model), zoo.tokens(2, 5), max_new_tokens=3)
+    folder = report.save(tmp_path / "out")
     assert {"result.csv", "perplexity.svg", "agreement.svg"} <= {p.name for p in folder.iterdir()}
-    assert "perplexity" in str(found)
+    assert "perplexity" in str(report)

@@ -7,10 +7,10 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.experiments import streams, transfer
-from tl_lenses.experiments.ranks import spearman
+from tl_lenses.experiments import subject, transfer
+from tl_lenses.numerics import spearman
 
-module = import_module("tl_lenses.experiments.transfer")
+module = import_module("tl_lenses.experiments.tuned_lens.transfer")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def maps(model):
 
 def check_by_hand(model, maps):
     tokens, lens = zoo.tokens(5, 10, seed=7), tll.Lens(model, maps)
-    found = transfer(model, lens, tokens)
-    assert found.layers == [0, 1, 2] and found.settings["tokens"] == 5 * 8
+    report = transfer(model, lens, tokens)
+    assert report.layers == [0, 1, 2] and report.settings["tokens"] == 5 * 8
     seen = {}
     tll.run(model, tokens, [tll.read(layer, seen) for layer in range(3)])
 
@@ -36,9 +36,9 @@ def check_by_hand(model, maps):
 
     for a in range(3):
         for b in range(3):
-            assert float(found.penalty[a, b]) == pytest.approx(nats(a, b) - nats(b, b), abs=1e-4)
+            assert float(report.penalty[a, b]) == pytest.approx(nats(a, b) - nats(b, b), abs=1e-4)
     x, y = (torch.cov(seen[layer][:, 1:-1].reshape(-1, 32).T.double()) for layer in (0, 2))
-    assert float(found.similarity[0, 2]) == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-5)
+    assert float(report.similarity[0, 2]) == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-5)
 
 
 def test_penalties_and_similarity_by_hand(model, maps):
@@ -64,13 +64,13 @@ def test_a_layer_that_is_twice_another_one(model, maps):
     ]
     weights, biases = maps.weights.clone(), maps.biases.clone()
     weights[2], biases[:] = weights[1] / 2, 0.0
-    own = tll.Translators(maps.rows, weights, biases, n_layers=3, meta=maps.meta)
-    found = transfer(model, tll.Lens(model, own), zoo.tokens(5, 10), hooks=double)
-    assert float(found.similarity[1, 2]) == pytest.approx(1.0, abs=1e-6) and float(found.similarity[0, 1]) < 0.99
-    assert float(found.cross_entropy[1, 1]) == pytest.approx(float(found.cross_entropy[2, 2]), abs=1e-5)
+    by_hand = tll.Translators(maps.rows, weights, biases, n_layers=3, meta=maps.meta)
+    report = transfer(model, tll.Lens(model, by_hand), zoo.tokens(5, 10), hooks=double)
+    assert float(report.similarity[1, 2]) == pytest.approx(1.0, abs=1e-6) and float(report.similarity[0, 1]) < 0.99
+    assert float(report.cross_entropy[1, 1]) == pytest.approx(float(report.cross_entropy[2, 2]), abs=1e-5)
     # The final norm takes a factor away: without a bias the two translators are one.
-    assert abs(float(found.penalty[1, 2])) < 1e-3 and abs(float(found.penalty[2, 1])) < 1e-3
-    assert float(found.penalty[0, 1].abs()) > 0.01
+    assert abs(float(report.penalty[1, 2])) < 1e-3 and abs(float(report.penalty[2, 1])) < 1e-3
+    assert float(report.penalty[0, 1].abs()) > 0.01
 
 
 def test_a_planted_outlier_dimension_is_named(model, maps):
@@ -79,33 +79,33 @@ def test_a_planted_outlier_dimension_is_named(model, maps):
         x[..., 7] *= 60
         return x
 
-    found = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12), hooks=[tll.patch(2, widened)])
+    report = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12), hooks=[tll.patch(2, widened)])
     plain = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12))
-    assert plain.outliers() == {0: [], 1: [], 2: []} and found.outliers() == {0: [], 1: [], 2: [7]}
-    assert "7 (" in " ".join(str(found).split()) and found.asymmetry()[1] == pytest.approx(
-        float(found.penalty[:2, 2].mean())
+    assert plain.outliers() == {0: [], 1: [], 2: []} and report.outliers() == {0: [], 1: [], 2: [7]}
+    assert "7 (" in " ".join(str(report).split()) and report.asymmetry()[1] == pytest.approx(
+        float(report.penalty[:2, 2].mean())
     )
-    assert found.asymmetry()[0] == pytest.approx(float(found.penalty[2, :2].mean()))
+    assert report.asymmetry()[0] == pytest.approx(float(report.penalty[2, :2].mean()))
 
 
 def test_correlation_and_chance_of_planted_matrices():
     n = 6
     gap = (torch.arange(n)[:, None] - torch.arange(n)).abs().double()
-    planted = module.Transfer("m", list(range(n)), gap, torch.exp(-gap), torch.ones(n, 4))
+    planted = module.Transfer.of("m", list(range(n)), gap, torch.exp(-gap), torch.ones(n, 4), {})
     assert torch.equal(planted.penalty, gap) and planted.correlation() == pytest.approx(-1.0)
     assert planted.chance() < 0.02
     noise = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert module.Transfer("m", list(range(n)), gap, noise + noise.T, torch.ones(n, 4)).chance() > 0.05
+    assert module.Transfer.of("m", list(range(n)), gap, noise + noise.T, torch.ones(n, 4), {}).chance() > 0.05
     assert float(spearman(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))) == pytest.approx(3**0.5 / 2)
 
 
 def test_the_last_layer_may_take_part(model, maps):
-    found = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10), layers=[-1, 1])
-    assert found.layers == [1, 3] and float(found.penalty[1, 0]) > 0  # the logit lens on layer 1
+    report = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10), layers=[-1, 1])
+    assert report.layers == [1, 3] and float(report.penalty[1, 0]) > 0  # the logit lens on layer 1
 
 
 def test_bad_input_is_refused_before_a_pass(model, maps, monkeypatch):
-    monkeypatch.setattr(streams, "run", None)
+    monkeypatch.setattr(subject, "run", None)
     lens, tokens = tll.Lens(model, maps), zoo.tokens()
     with pytest.raises(ValueError, match="the logit lens has the same translator at every layer"):
         transfer(model, tll.Lens(model), tokens)
@@ -123,7 +123,7 @@ def test_text_without_a_next_token_is_refused(model, maps):
 
 
 def test_the_report_is_saved(model, maps, tmp_path):
-    found = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10))
-    folder = found.save(tmp_path / "out")
+    report = transfer(model, tll.Lens(model, maps), zoo.tokens(4, 10))
+    folder = report.save(tmp_path / "out")
     assert {"result.csv", "penalty.svg", "similarity.svg", "scatter.svg"} <= {p.name for p in folder.iterdir()}
-    assert len(found.to_frame()) == 9
+    assert len(report.to_frame()) == 9

@@ -7,11 +7,11 @@ import torch
 import zoo
 
 import tl_lenses as tll
+import tl_lenses.experiments.tuned_lens.weights as module
 from tl_lenses.experiments import weights
-from tl_lenses.experiments.norms import gain
-from tl_lenses.experiments.weights import KINDS, RANDOM, coherence, tokens_of
+from tl_lenses.experiments.tuned_lens.weights import KINDS, RANDOM, coherence, tokens_of
+from tl_lenses.numerics import gain
 
-module = __import__("tl_lenses.experiments.weights", fromlist=["weights"])
 few = {"columns": 12, "directions": 3, "n_random": 40, "k": 5, "show_progress": False}
 
 
@@ -29,8 +29,8 @@ def test_the_gain_of_a_norm_is_found(d):
     rms = torch.nn.RMSNorm(d)
     for norm, removes in ((layer, True), (rms, False)):
         torch.nn.init.normal_(norm.weight)
-        found, mean = gain(norm, d, norm.weight)
-        assert torch.allclose(found, norm.weight, atol=1e-3) and mean is removes
+        gains, mean = gain(norm, d, norm.weight)
+        assert torch.allclose(gains, norm.weight, atol=1e-3) and mean is removes
     torch.nn.init.normal_(layer.bias)
     assert torch.allclose(gain(layer, d, layer.weight)[0], layer.weight, atol=1e-3)
     assert gain(None, d, layer.weight)[0].eq(1).all()
@@ -65,11 +65,11 @@ def test_a_planted_direction_reads_as_its_tokens(model):
     """A direction whose image under norm and unembedding is made for one token, written into an MLP, is read as that token."""
     lens, d = tll.Lens(model), model.cfg.d_model
     w_u, (scale, _) = lens.readout.weights()[0], gain(lens.readout.norm_module, d, model.W_U)
-    wanted = torch.tensor([17, 230, 301])
-    x = (w_u[:, wanted] / w_u[:, wanted].norm(dim=0)).T / scale  # so that gain * x points along the token
+    ids = torch.tensor([17, 230, 301])
+    x = (w_u[:, ids] / w_u[:, ids].norm(dim=0)).T / scale  # so that gain * x points along the token
     direction = scale * (x - x.mean(-1, keepdim=True))
     want = (direction @ w_u).topk(5).indices
-    assert torch.equal(tokens_of(lens, 1, 0.01 * x, 5), want) and (want[:, :2] == wanted[:, None]).any(1).all()
+    assert torch.equal(tokens_of(lens, 1, 0.01 * x, 5), want) and (want[:, :2] == ids[:, None]).any(1).all()
     some = torch.arange(100, 320)
     assert torch.equal(tokens_of(lens, 1, x, 5, some), some[(direction @ w_u[:, some]).topk(5).indices])
     shift = torch.ones(d)
@@ -79,18 +79,18 @@ def test_a_planted_direction_reads_as_its_tokens(model):
     assert torch.equal(tokens_of(tll.Lens(model, maps), 1, x, 5), want)  # length and bias do not count
 
 
-def ids_of(found):
+def ids_of(report):
     """What must agree whatever the signs and the order of heads' singular vectors: top tokens, signs as pairs."""
     return {
         (r.kind, r.block): [{tuple(row) for row in pair} for pair in zip(r.ids[::2].tolist(), r.ids[1::2].tolist(), strict=True)]
         if "columns" not in r.kind else r.ids.tolist()
-        for r in found.readings if r.kind != RANDOM
+        for r in report.readings if r.kind != RANDOM
     }  # fmt: skip
 
 
-def same(one, two):
+def same(first, second):
     """The share of readings that agree; singular values of random weights are near each other, so not all need to."""
-    a, b = ids_of(one), ids_of(two)
+    a, b = ids_of(first), ids_of(second)
     assert set(a) == set(b)
     return {kind: sum(x == y for key in a if key[0] == kind for x, y in zip(a[key], b[key], strict=True)) / sum(len(a[key]) for key in a if key[0] == kind) for kind in KINDS}  # fmt: skip
 
@@ -100,9 +100,9 @@ def test_folded_and_raw_weights_read_alike(arch, monkeypatch):
     """With the gains of the norms put in; without them the check fails. Llama's keys and values are shared by two heads each."""
     raw, folded = (zoo.build(arch, kind) for kind in zoo.FEW_KINDS)
     run = lambda m: weights(m, {"logit": tll.Lens(m)}, **few)
-    one = run(raw)
-    assert len(ids_of(one)) == len(KINDS) * raw.cfg.n_layers
-    agree = same(one, run(folded))
+    first = run(raw)
+    assert len(ids_of(first)) == len(KINDS) * raw.cfg.n_layers
+    agree = same(first, run(folded))
     assert all(share > 0.9 for share in agree.values()), agree
     monkeypatch.setattr(module, "gain", lambda norm, d, like: (torch.ones(d), False))
     assert min(same(run(raw), run(folded)).values()) < 0.5
@@ -112,28 +112,28 @@ def test_layers_of_what_reads_and_writes(model):
     """What reads is decoded before its block, what writes after it: a lens that knows one layer is enough for each."""
     d = model.cfg.d_model
     at = lambda layer: tll.Lens(model, tll.Translators([(f"blocks.{layer}.hook_resid_pre", "blocks.2.hook_resid_post")], torch.eye(d)[None], torch.zeros(1, d), n_layers=3))  # fmt: skip
-    assert weights(model, {"x": at(1)}, kinds=["OV in"], blocks=[1], **few).readings
-    assert weights(model, {"x": at(2)}, kinds=["OV out"], blocks=[1], **few).readings
+    assert weights(model, {"x": at(1)}, kinds=["OV in"], layers=[1], **few).readings
+    assert weights(model, {"x": at(2)}, kinds=["OV out"], layers=[1], **few).readings
     with pytest.raises(ValueError, match="'x' has no layer 2"):
-        weights(model, {"x": at(1)}, kinds=["OV out"], blocks=[1], **few)
+        weights(model, {"x": at(1)}, kinds=["OV out"], layers=[1], **few)
 
 
 def test_the_result_prints_draws_and_saves(model, tmp_path):
-    found = weights(model, {"logit": tll.Lens(model), "same": tll.Lens(model)}, **few)
-    text = found.markdown()
+    report = weights(model, {"logit": tll.Lens(model), "same": tll.Lens(model)}, **few)
+    text = report.markdown()
     for word in (*KINDS, RANDOM, "most coherent, logit", "above"):
         assert word in text
-    assert found.summary("logit", "OV in") == found.summary("same", "OV in")
+    assert report.summary("logit", "OV in") == report.summary("same", "OV in")
     # random weights are as coherent as random vectors
-    mean, low, high, above = found.summary("logit", RANDOM)
+    mean, low, high, above = report.summary("logit", RANDOM)
     assert low < mean < high and above == pytest.approx(0.05, abs=0.03)
-    folder = found.save(tmp_path / "a")
+    folder = report.save(tmp_path / "a")
     assert (folder / "coherence.svg").exists()
     n = 3 * (len(few) and 4 * 4 * 3 * 2 + 2 * 3 * 2 + 2 * 12 + 40)
-    assert len(found.to_frame()) == 2 * n
-    assert all(a <= b for a, b in pairwise(r.block for r in found.readings))
+    assert len(report.to_frame()) == 2 * n
+    assert all(a <= b for a, b in pairwise(r.block for r in report.readings))
     given = weights(model, {"logit": tll.Lens(model)}, embeddings=model.W_E.detach(), kinds=["OV in"], **few)
-    assert torch.equal(given.scores("logit", "OV in"), found.scores("logit", "OV in"))
+    assert torch.equal(given.scores("logit", "OV in"), report.scores("logit", "OV in"))
 
 
 def test_bad_input_is_refused(model):
@@ -144,12 +144,15 @@ def test_bad_input_is_refused(model):
         ({"k": 1}, "k is 1"),
         ({"k": 321}, "at most the vocabulary of 320"),
         ({"kinds": ["OV"]}, "no kind 'OV'"),
-        ({"blocks": [3]}, r"blocks must be some of 0\.\.2"),
-        ({"blocks": []}, r"blocks must be some of 0\.\.2"),
+        ({"layers": [3]}, r"there is no block 3: layer 3 is the final residual"),
+        ({"layers": []}, "expected different layers, at least one"),
         ({"among": torch.arange(3)}, "among has 3 tokens: pass 10 or more"),
         ({"embeddings": "W_Q"}, "embeddings must be 'W_E', 'W_U' or a matrix"),
         ({"embeddings": torch.ones(7, 3)}, "embeddings have 7 rows"),
-        ({"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}}, "'far' reads through another model"),
+        (
+            {"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}},
+            "lens 'far' was made for another model object",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             weights(model, **{"lenses": lenses, **kwargs})
@@ -162,8 +165,9 @@ def test_a_model_without_an_mlp_says_so():
 
 
 def test_the_command_runs(model):
-    from tl_lenses.cli_lens_experiments import RUNNERS, Wanted
+    from tl_lenses.cli.experiment import Run
+    from tl_lenses.cli.lens_experiments import weights as command
 
     maps = tll.fit_regression(model, zoo.tokens(20, 12))
-    found = RUNNERS["weights"][0](model, Wanted(lenses={"maps": maps}, layers=[1], limit=6, k=2))
-    assert found.lenses == ["logit", "maps"] and len(found.scores("maps", "MLP in, columns")) == 6
+    report = command(Run(model, layers=[1], n=6, lenses={"maps": maps}), directions=2)
+    assert report.lenses == ["logit", "maps"] and len(report.scores("maps", "MLP in, columns")) == 6

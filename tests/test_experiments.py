@@ -13,7 +13,7 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.cli_experiments import Name
+from tl_lenses import experiments as E
 from tl_lenses.experiments import (
     Fact,
     attributes,
@@ -25,10 +25,9 @@ from tl_lenses.experiments import (
     next_token,
     read_facts,
 )
-from tl_lenses.experiments.attributes import probe
 from tl_lenses.experiments.common import MEAN, PATCHED, RANDOM, SHUFFLED, UNPATCHED, Cells, Result, others, random_like
-from tl_lenses.experiments.entities import clipped, read_descriptions
-from tl_lenses.experiments.picture import Heat, heat_svg
+from tl_lenses.experiments.patchscopes.attributes import probe
+from tl_lenses.experiments.patchscopes.entities import clipped, read_descriptions
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def lab():
     return tll.lab.load()
 
 
-def said(model, target, new, vectors=None, pair=(0, 0)):
+def continued(model, target, new, vectors=None, pair=(0, 0)):
     """What a patched prompt says: one cell, by the patching primitive."""
     tokens = model.to_tokens(target.prompt, prepend_bos=True)
     edit = [] if vectors is None else [tll.patch(tll.site(model, pair[1]), tll.edits.replace(vectors), pos=target.pos)]
@@ -63,18 +62,18 @@ def planted(n=40, cells=12, best=5, seed=0):
 
 def test_the_three_numbers_of_planted_scores():
     cells = planted()
-    x, one = cells.scores[PATCHED], cells.summary()
-    assert one.oracle == pytest.approx(float(x.any(1).float().mean())) and one.best_cell == (1, 1)
-    assert one.best == pytest.approx(float(x[:, 5].mean())) and one.held_out == pytest.approx(one.best)
+    x, summary = cells.scores[PATCHED], cells.summary()
+    assert summary.oracle == pytest.approx(float(x.any(1).float().mean())) and summary.best_cell == (1, 1)
+    assert summary.best == pytest.approx(float(x[:, 5].mean())) and summary.held_out == pytest.approx(summary.best)
     assert cells.summary(UNPATCHED) == common.Summary(0.0, 0.0, None, 0.0)
 
 
 def test_the_held_out_cell_does_not_profit_from_noise():
     generator = torch.Generator().manual_seed(1)
     x = (torch.rand(60, 400, generator=generator) < 0.2).float()
-    one = Cells([(i, 0) for i in range(400)], {PATCHED: x}, list(range(60))).summary()
-    assert one.oracle == 1.0 and one.best > 0.33  # of nothing but noise
-    assert abs(one.held_out - 0.2) < 0.1
+    summary = Cells([(i, 0) for i in range(400)], {PATCHED: x}, list(range(60))).summary()
+    assert summary.oracle == 1.0 and summary.best > 0.33  # of nothing but noise
+    assert abs(summary.held_out - 0.2) < 0.1
 
 
 def test_items_of_one_group_stay_in_one_half():
@@ -111,6 +110,43 @@ def test_random_vectors_have_the_norms_and_shuffled_ones_another_answer():
         others(["a", "a"])
 
 
+def test_controls_of_some_items_are_those_of_all_items():
+    vectors = common.Controlled.of(torch.randn(4, 3, 8), list("aabc"))
+    continued = lambda source: list(source.prompt)  # the vectors themselves
+    together = vectors.ask(continued)
+    assert list(together) == [PATCHED, SHUFFLED, RANDOM, MEAN] and all(len(rows) == 4 for rows in together.values())
+    for i in range(4):
+        assert torch.equal(together[PATCHED][i], vectors.vectors[i])
+        assert torch.equal(together[SHUFFLED][i], vectors.vectors[vectors.shuffled[i]])
+        for name, (row,) in vectors.ask(continued, [i]).items():
+            assert torch.equal(row, together[name][i]), (name, i)
+    part = vectors.ask(continued, [3, 1])
+    assert all(torch.equal(part[name][k], together[name][i]) for name in part for k, i in enumerate((3, 1)))
+
+
+@pytest.mark.parametrize("experiment", [attributes, entities, multihop])
+def test_layers_and_numbers_are_checked_before_anything_runs(model, experiment):
+    with pytest.raises(ValueError, match="no layer 20: this model has layers 0..3"):
+        experiment(model, layers=[20])
+    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
+        experiment(model, n=1)
+    with pytest.raises(TypeError, match="max_new_tokens must be a whole number, got True"):
+        experiment(model, max_new_tokens=True)
+    with (
+        pytest.warns(DeprecationWarning, match="is called n now"),
+        pytest.raises(ValueError, match="at least 2, got 0"),
+    ):
+        experiment(model, limit=0)
+
+
+def test_the_name_of_the_facts(tmp_path):
+    content = {"prompt_templates": ["{} has"], "samples": [{"subject": "Peru", "object": "Lima"}]}
+    (tmp_path / "capital.json").write_text(json.dumps(content))
+    assert facts.facts_of(tmp_path / "capital.json") == ([Fact("capital", "Peru", "Lima", "{} has")], "capital.json")
+    bundled = read_facts()
+    assert facts.facts_of(None) == (bundled, "bundled facts") and facts.facts_of(bundled) == (bundled, "39 facts")
+
+
 # --- texts and facts
 
 
@@ -139,12 +175,12 @@ def test_facts_of_the_paper_keep_their_newlines_and_lose_their_positions(tmp_pat
         ["The country of origin for x", "Italy", "cat", "a", "no such word", "9", "[]"],
     ]  # fmt: skip
     file.write_text("\n".join("\t".join(row) for row in [columns.split(), *rows]))
-    found = read_facts(tmp_path)
-    assert [(f.relation, f.template, f.text, f.occurrence) for f in found] == [
+    listed = read_facts(tmp_path)
+    assert [(f.relation, f.template, f.text, f.occurrence) for f in listed] == [
         ("food_from_country", "The country of origin for {}", "the cat and the cat sat", 1),
         ("food_from_country", "The country of origin for {}", "the cat sat", 0),
     ]
-    for fact, end in zip(found, ("the cat and the cat", "the cat"), strict=True):
+    for fact, end in zip(listed, ("the cat and the cat", "the cat"), strict=True):
         source = facts.source_of(model, fact)
         assert source.pos == model.to_tokens(end, prepend_bos=True).shape[1] - 1
 
@@ -154,9 +190,9 @@ def test_facts_of_lre_and_the_built_in_ones(tmp_path):
         {"subject": "Brazil", "object": r"Bras\u00edlia"}, {"subject": "Brazil", "object": "Rio"}]}  # fmt: skip
     (tmp_path / "capital.json").write_text(json.dumps(content))
     assert read_facts(tmp_path) == [Fact("capital", "Brazil", "Brasília", "The capital of {} is")]
-    own = read_facts()
-    assert {fact.relation for fact in own} == {"country_capital_city", "food_from_country"} and len(own) == 39
-    assert len(facts.two_hops(own)) > 10
+    bundled = read_facts()
+    assert {fact.relation for fact in bundled} == {"country_capital_city", "food_from_country"} and len(bundled) == 39
+    assert len(facts.two_hops(bundled)) > 10
     (tmp_path / "empty").mkdir()
     for path in ("none", "empty"):
         with pytest.raises(ValueError, match="expected .tsv files of the paper or .json files of LRE"):
@@ -173,9 +209,9 @@ def test_every_file_of_the_paper_and_of_lre_is_read(shared):
     paper, lre = shared / "tasks" / "patchscopes-preprocessed", shared / "tasks" / "lre-relations"
     if not paper.is_dir():
         pytest.skip("no data sets beside the checkout")
-    found = read_facts(paper)
-    assert len({fact.relation for fact in found}) == 22 and len(found) == 13_800
-    assert sum(fact.relation == "person_mother" for fact in found) > 3500
+    listed = read_facts(paper)
+    assert len({fact.relation for fact in listed}) == 22 and len(listed) == 13_800
+    assert sum(fact.relation == "person_mother" for fact in listed) > 3500
     assert {fact.relation for fact in read_facts(lre)} >= {"country_capital_city", "word_first_letter"}
     assert len({fact.relation for fact in read_facts(lre)}) == 47
 
@@ -196,10 +232,10 @@ def test_the_placeholder_is_found_behind_a_bos_that_spells_it(lab):
 
 def test_next_token_against_the_computation_by_hand(model):
     tokens = zoo.tokens(6, 10)
-    found = next_token(model, tokens, n=12, per_row=2, layers=[1, 3])
-    assert found.layers == [1, 3] and len(found.cells.groups) == 12
+    report = next_token(model, tokens, n=12, per_row=2, layers=[1, 3])
+    assert report.layers == [1, 3] and len(report.cells.groups) == 12
     # The last layer is the model: always right, and its surprisal is the model's own.
-    assert found.cells.scores["token identity"][:, -1].all() and found.cells.scores["logit lens"][:, -1].all()
+    assert report.cells.scores["token identity"][:, -1].all() and report.cells.scores["logit lens"][:, -1].all()
     logits = tll.run(model, tokens).detach()
     scope = tll.scopes.token_identity()
     generator = torch.Generator().manual_seed(0)
@@ -209,30 +245,30 @@ def test_next_token_against_the_computation_by_hand(model):
             seen = {}
             tll.run(model, tokens[row], [tll.read(1, seen, pos=column)])
             patched = tll.run(model, scope.prompt, [tll.patch(1, tll.edits.replace(seen[1][0, 0]), pos=-1)])[0, -1]
-            own, answer = logits[row, column].log_softmax(-1), int(patched.argmax())
-            assert found.cells.scores["token identity"][at, 0] == float(answer == int(own.argmax()))
+            of_model, answer = logits[row, column].log_softmax(-1), int(patched.argmax())
+            assert report.cells.scores["token identity"][at, 0] == float(answer == int(of_model.argmax()))
             # The paper's direction: the model's surprise at the patched answer.
-            assert float(found.surprisal["token identity"][at, 0]) == pytest.approx(-float(own[answer]), abs=1e-4)
+            assert float(report.surprisal["token identity"][at, 0]) == pytest.approx(-float(of_model[answer]), abs=1e-4)
             lens = tll.Lens(model)[1](seen[1][0, 0]).argmax()
-            assert found.cells.scores["logit lens"][at, 0] == float(int(lens) == int(own.argmax()))
+            assert report.cells.scores["logit lens"][at, 0] == float(int(lens) == int(of_model.argmax()))
             at += 1
 
 
 def test_controls_of_next_token(model):
-    found = next_token(model, zoo.tokens(20, 12), n=60, layers=[1, 2, 3])
-    assert list(found.cells.scores)[-4:] == [SHUFFLED, RANDOM, MEAN, UNPATCHED]
+    report = next_token(model, zoo.tokens(20, 12), n=60, layers=[1, 2, 3])
+    assert list(report.cells.scores)[-4:] == [SHUFFLED, RANDOM, MEAN, UNPATCHED]
     # Another position has another answer: in the last layer the control is the truth of that one, never this one's.
-    assert not found.cells.scores[SHUFFLED][:, -1].any()
-    assert found.cells.scores["token identity"][:, -1].all()
-    assert found.cells.scores[UNPATCHED].shape == (60, 1) and float(found.cells.scores[UNPATCHED].mean()) < 0.2
-    assert 3 not in [found.cells.summary(name).best_cell[0] for name in ("token identity", "logit lens")]
+    assert not report.cells.scores[SHUFFLED][:, -1].any()
+    assert report.cells.scores["token identity"][:, -1].all()
+    assert report.cells.scores[UNPATCHED].shape == (60, 1) and float(report.cells.scores[UNPATCHED].mean()) < 0.2
+    assert 3 not in [report.cells.summary(name).best_cell[0] for name in ("token identity", "logit lens")]
 
 
 def test_a_fitted_lens_stands_beside_it_and_cannot_take_a_name(model):
     maps = tll.fit_regression(model, zoo.tokens(40, 12))
-    found = next_token(model, zoo.tokens(6, 10), {"regression": tll.Lens(model, maps)}, n=10)
-    assert found.methods == ["token identity", "logit lens", "regression"]
-    assert found.cells.scores["regression"].shape == (10, 4)
+    report = next_token(model, zoo.tokens(6, 10), {"regression": tll.Lens(model, maps)}, n=10)
+    assert report.methods == ["token identity", "logit lens", "regression"]
+    assert report.cells.scores["regression"].shape == (10, 4)
     with pytest.raises(ValueError, match="may not be called 'unpatched'"):
         next_token(model, zoo.tokens(), {"unpatched": tll.Lens(model)})
     with pytest.raises(ValueError, match="fewer than two positions"):
@@ -245,7 +281,7 @@ def test_a_fitted_lens_stands_beside_it_and_cannot_take_a_name(model):
 @pytest.fixture(scope="module")
 def asked(lab):
     some = [fact for fact in read_facts() if fact.relation == "country_capital_city"][:8]
-    return attributes(lab, some, layers=[0, 3], target_layers=[0, 1], max_new_tokens=5, limit=None)
+    return attributes(lab, some, layers=[0, 3], target_layers=[0, 1], max_new_tokens=5, n=None)
 
 
 def test_attributes_against_the_computation_by_hand(lab, asked):
@@ -258,20 +294,20 @@ def test_attributes_against_the_computation_by_hand(lab, asked):
             seen = {}
             tll.run(lab, ids, [tll.read(a, seen, pos=-1)])
             assert torch.allclose(vectors[i, a], seen[a][0, 0], atol=1e-4)
-            text = said(lab, target, 5, seen[a][0, 0], (a, b))
+            text = continued(lab, target, 5, seen[a][0, 0], (a, b))
             assert asked.cells.scores[PATCHED][i, c] == float(facts.contains(text, fact.object)), (fact, a, b, text)
 
 
 def test_controls_of_attributes_are_worse_than_the_real_vector(lab, asked):
-    own = asked.cells.summary()
-    assert own.best > 0.7
+    summary = asked.cells.summary()
+    assert summary.best > 0.7
     for control in (SHUFFLED, RANDOM, MEAN, UNPATCHED):
-        assert asked.cells.summary(control).best < own.best - 0.3
+        assert asked.cells.summary(control).best < summary.best - 0.3
     # A shuffled source is another item of the same run: what it says is right for that one.
     rows = others([fact.object for fact in asked.facts])
     vectors = common.vectors_of(lab, [facts.source_of(lab, fact) for fact in asked.facts])
     target = facts.target_of(lab, asked.facts[0].template)
-    text = said(lab, target, 5, vectors[rows[0], 0], (0, 0))
+    text = continued(lab, target, 5, vectors[rows[0], 0], (0, 0))
     assert asked.cells.scores[SHUFFLED][0, 0] == float(facts.contains(text, asked.facts[0].object))
 
 
@@ -280,11 +316,11 @@ def test_only_what_the_model_knows_is_asked_and_the_guard_counts(lab):
     right = [fact for fact in read_facts() if fact.relation == "country_capital_city"][:6]
     wrong = [Fact("country_capital_city", "Peru", "Zzyzx", template)]
     listed = [replace(fact, relation="listed", template=f"Of Paris, Ottawa and Rome, {template}") for fact in right]
-    found = attributes(lab, [*right, *wrong, *listed], layers=[0], target_layers=[0], max_new_tokens=5, limit=None)
-    assert "Zzyzx" not in [fact.object for fact in found.facts]
-    assert found.left_out["country_capital_city"]["that the model does not know"] >= 1
-    assert any("target prompt" in reason for reason in found.left_out["listed"])
-    assert not {fact.object for fact in found.facts if fact.relation == "listed"} & {"Paris", "Ottawa", "Rome"}
+    report = attributes(lab, [*right, *wrong, *listed], layers=[0], target_layers=[0], max_new_tokens=5, n=None)
+    assert "Zzyzx" not in [fact.object for fact in report.facts]
+    assert report.left_out["country_capital_city"]["that the model does not know"] >= 1
+    assert any("target prompt" in reason for reason in report.left_out["listed"])
+    assert not {fact.object for fact in report.facts if fact.relation == "listed"} & {"Paris", "Ottawa", "Rome"}
     with pytest.raises(ValueError, match="does not know them"):
         attributes(lab, wrong, layers=[0], max_new_tokens=2)
 
@@ -294,12 +330,10 @@ def test_attributes_of_every_relation_of_the_paper_and_of_lre(lab, shared, folde
     """Every relation is asked for, or says why it is not. Of the present lab-gpt2 11 and 17 are; half of that is room."""
     if not (shared / "tasks" / folder).is_dir():
         pytest.skip("no data sets beside the checkout")
-    found = read_facts(shared / "tasks" / folder)
-    names = {fact.relation for fact in found}
+    listed = read_facts(shared / "tasks" / folder)
+    names = {fact.relation for fact in listed}
     assert len(names) == relations
-    result = attributes(
-        lab, found, layers=[0], target_layers=[0], limit=relations, max_new_tokens=4, show_progress=False
-    )
+    result = attributes(lab, listed, layers=[0], target_layers=[0], n=relations, max_new_tokens=4, show_progress=False)
     assert set(result.left_out) == names and len(result.relations) >= asked_of
     assert all(name in result.relations or sum(result.left_out[name].values()) for name in names)
 
@@ -322,19 +356,26 @@ def test_entities_against_the_computation_by_hand(lab):
     descriptions = {k: v for k, v in read_descriptions().items() if v.startswith("food")}
     target = tll.Target("Kimchi: food from South Korea, Sushi: food from Japan, x")
     kept = {k: v for k, v in list(descriptions.items())[:6] if k not in ("Kimchi", "Sushi")}
-    found = entities(lab, kept, target=target, layers=[0, 1, 4], max_new_tokens=8)
+    report = entities(lab, kept, target=target, layers=[0, 1, 4], max_new_tokens=8)
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    for i, name in enumerate(found.names):
-        for c, layer in enumerate(found.layers):
+    for i, name in enumerate(report.names):
+        for c, layer in enumerate(report.layers):
             seen = {}
             tll.run(lab, name, [tll.read(tll.site(lab, layer), seen, key=0, pos=-1)])
-            text = clipped(said(lab, target, 8, seen[0][0, 0], (layer, layer)))
+            text = clipped(continued(lab, target, 8, seen[0][0, 0], (layer, layer)))
             want = scorer.score(kept[name], text)["rougeL"].fmeasure
-            assert found.texts[i][c] == text and float(found.cells.scores[PATCHED][i, c]) == pytest.approx(want)
-    assert found.cells.summary().best > found.cells.summary(RANDOM).best
-    assert found.cells.summary(UNPATCHED).best_cell is None
+            assert report.texts[i][c] == text and float(report.cells.scores[PATCHED][i, c]) == pytest.approx(want)
+    assert report.cells.summary().best > report.cells.summary(RANDOM).best
+    assert report.cells.summary(UNPATCHED).best_cell is None
+    result = tll.patchscope(lab, list(report.names), target, [0, 1, 4], max_new_tokens=8)
+    by_hand = tll.faithfulness(result, controls=[], among=10).grid.at(condition="vector")["identified"]
+    assert report.identified.mean(0).tolist() == pytest.approx(by_hand.tolist()) and by_hand[0] > by_hand[2]
+    assert [row["score"] for row in report.rows() if row["condition"] == "identified"] == pytest.approx(
+        by_hand.tolist()
+    )
+    assert "identified" in str(report)
 
 
 def test_descriptions_are_clipped_and_read(tmp_path):
@@ -364,45 +405,45 @@ def test_a_model_into_itself_through_identity_maps(model):
     rows.append((f"blocks.{depth - 1}.hook_resid_post",) * 2)
     eye = torch.eye(d).expand(len(rows), d, d).clone()
     identity = tll.Translators(rows, eye, torch.zeros(len(rows), d), n_layers=depth)
-    found = cross_model(model, model, identity, zoo.tokens(10, 12), n=10)
-    assert found.cells.pairs == [(1, 1), (2, 2), (3, 3)]
-    assert found.cells.scores[PATCHED].all() and found.own.scores[PATCHED].all()
-    assert found.cells.scores[UNPATCHED].all()  # the two models agree everywhere
-    assert found.cells.mean(SHUFFLED)[-1] == 0 and found.cells.mean(RANDOM)[-1] < 0.5
-    assert found.scope.mean(PATCHED)[-1] == 1 and found.scope.summary(UNPATCHED).best < 0.5
-    drawn = {row["target"] for row in found.rows()}
-    assert len(drawn) == 3 and "P@1, same prompt, same place" in " ".join(str(found).split())
+    report = cross_model(model, model, identity, zoo.tokens(10, 12), n=10)
+    assert report.cells.pairs == [(1, 1), (2, 2), (3, 3)]
+    assert report.cells.scores[PATCHED].all() and report.kept.scores[PATCHED].all()
+    assert report.cells.scores[UNPATCHED].all()  # the two models agree everywhere
+    assert report.cells.mean(SHUFFLED)[-1] == 0 and report.cells.mean(RANDOM)[-1] < 0.5
+    assert report.scope.mean(PATCHED)[-1] == 1 and report.scope.summary(UNPATCHED).best < 0.5
+    drawn = {row["target"] for row in report.rows()}
+    assert len(drawn) == 3 and "P@1, same prompt, same place" in " ".join(str(report).split())
 
 
 # --- two hops
 
 
 def test_multihop_against_the_computation_by_hand(lab):
-    found = multihop(lab, read_facts(), layers=[0, 4], target_layers=[0, 1], max_new_tokens=5, limit=4)
-    assert list(found.forms) == ["placeholder", "same prompt", "masked"] and len(found.queries) >= 2
-    assert found.plain["first hop"].all() and found.plain["second hop"].all()  # or they would not be here
-    one, two = found.queries[0]
-    assert one.object == two.subject
-    target = facts.target_of(lab, two.template)
-    for c, (a, b) in enumerate(found.cells.pairs):
+    report = multihop(lab, read_facts(), layers=[0, 4], target_layers=[0, 1], max_new_tokens=5, n=4)
+    assert list(report.forms) == ["placeholder", "same prompt", "masked"] and len(report.queries) >= 2
+    assert report.plain["first hop"].all() and report.plain["second hop"].all()  # or they would not be here
+    first, second = report.queries[0]
+    assert first.object == second.subject
+    target = facts.target_of(lab, second.template)
+    for c, (a, b) in enumerate(report.cells.pairs):
         seen = {}
-        tll.run(lab, one.template.format(one.subject), [tll.read(a, seen, pos=-1)])
-        text = said(lab, target, 5, seen[a][0, 0], (a, b))
-        assert found.cells.scores[PATCHED][0, c] == float(facts.contains(text, two.object))
-    hops = tll.scopes.multihop(lab, one.phrase.format(one.subject), two.template.split("{}")[0], masked=True)
+        tll.run(lab, first.template.format(first.subject), [tll.read(a, seen, pos=-1)])
+        text = continued(lab, target, 5, seen[a][0, 0], (a, b))
+        assert report.cells.scores[PATCHED][0, c] == float(facts.contains(text, second.object))
+    hops = tll.methods.multihop(lab, first.phrase.format(first.subject), second.template.split("{}")[0], masked=True)
     masked = tll.patchscope(lab, **hops, layers=[0, 4], target_layers=[0, 1], max_new_tokens=5)
-    want = [float(facts.contains(text.split("\n")[0], two.object)) for text in masked.text[0]]
-    assert found.forms["masked"].scores[PATCHED][0].tolist() == want
+    want = [float(facts.contains(text.split("\n")[0], second.object)) for text in masked.text[0]]
+    assert report.forms["masked"].scores[PATCHED][0].tolist() == want
 
 
 def test_a_patch_that_must_make_two_hops(lab):
     """The first question is the bare name of the country, so the early cells have its capital, and shuffled ones have not."""
-    from tl_lenses.experiments.multihop import _placeholder
+    from tl_lenses.experiments.patchscopes.multihop import into_placeholder
 
     capitals = [fact for fact in read_facts() if fact.object in ("Paris", "Rome", "Tokyo", "Madrid")]
-    queries = [(Fact("name", two.subject, "nothing", "{}", phrase="{}"), two) for two in capitals]
-    pairs, scores = _placeholder(lab, queries, [0, 1], [0], 5, 0)
-    assert pairs == [(0, 0), (1, 0)] and scores[PATCHED][:, 0].mean() >= 0.75
+    queries = [(Fact("name", second.subject, "nothing", "{}", phrase="{}"), second) for second in capitals]
+    scores = into_placeholder(lab, queries, [(0, 0), (1, 0)], 5, 0)
+    assert scores[PATCHED][:, 0].mean() >= 0.75
     assert scores[SHUFFLED][:, 0].mean() <= 0.25 and not scores[UNPATCHED].any()
 
 
@@ -422,21 +463,21 @@ def results(model, lab, asked):
 
 
 def test_results_print_save_and_draw(model, lab, asked, tmp_path):
-    for found in results(model, lab, asked):
-        text, frame = str(found), found.to_frame()
+    for report in results(model, lab, asked):
+        text, frame = str(report), report.to_frame()
         assert "oracle" in text and "best fixed" in text and "held-out" in text
         for control in (SHUFFLED, RANDOM, MEAN, UNPATCHED):
             assert control in text and control in set(frame["condition"])
         assert {"condition", "layer", "target_layer", "score", "items"} <= set(frame.columns)
-        folder = found.save(tmp_path / found.name)
+        folder = report.save(tmp_path / report.name)
         content = json.loads((folder / "result.json").read_text())
-        assert content["experiment"] == found.name and content["rows"] and content["versions"]["torch"]
+        assert content["experiment"] == report.name and content["rows"] and content["versions"]["torch"]
         assert (folder / "result.csv").read_text().count("\n") == len(frame) + 1
         assert (folder / "heat.svg").read_text().startswith("<svg")
-        assert found.save(folder) == folder  # again
-        assert "| oracle |" in found.markdown() and isinstance(found, Result)
+        assert report.save(folder) == folder  # again
+        assert "| oracle |" in report.markdown() and isinstance(report, Result)
         with pytest.raises((AttributeError, TypeError)):
-            found.cells = None
+            report.cells = None
     plotly = pytest.importorskip("plotly")
     assert plotly and asked.figure().data[0].z and (tmp_path / "attributes" / "heat.html").exists()
     (tmp_path / "file").write_text("x")
@@ -444,18 +485,81 @@ def test_results_print_save_and_draw(model, lab, asked, tmp_path):
         asked.save(tmp_path / "file")
 
 
-def test_heat_maps_escape_and_leave_holes():
-    text = heat_svg(Heat("a < b", ["<r>"], ["0", "1"], [[0.5, math.nan]]))
-    assert "a &lt; b" in text and "&lt;r&gt;" in text and "#eceff3" in text and ">0.50<" in text
+def commands():
+    """The names of `tl-lenses experiment`."""
+    from tl_lenses.cli import app  # noqa: F401  registers them
+    from tl_lenses.cli.experiment import experiments
+
+    return [command.name for command in experiments.registered_commands]
 
 
 def test_every_experiment_has_a_command():
-    from tl_lenses.cli_experiments import _RUN
-    from tl_lenses.cli_lens_experiments import RUNNERS
     from tl_lenses.experiments import Report
 
     def below(cls):
         return {cls, *(deeper for sub in cls.__subclasses__() for deeper in below(sub))}
 
-    names = {cls.name for cls in below(Report) if cls.__module__.startswith("tl_lenses.")} - {Report.name, Result.name}
-    assert {name.value for name in Name} == names == {name.replace("_", "-") for name in _RUN} | set(RUNNERS)
+    names = {cls.name for cls in below(Report) if cls.__module__.startswith("tl_lenses.")} - {
+        Report.name,
+        Result.name,
+        "faithfulness",
+        "calibration",
+    }
+    assert set(commands()) == names
+
+
+CALLS = {
+    "next-token": lambda model, lens, **how: E.next_token(model, zoo.tokens(4, 12), {"a": lens}, **how),
+    "attributes": lambda model, lens, **how: E.attributes(model, E.read_facts(), **how),
+    "entities": lambda model, lens, **how: E.entities(model, {"Paris": "a city", "Rome": "a city"}, **how),
+    "multihop": lambda model, lens, **how: E.multihop(model, E.read_facts(), **how),
+    "cross-model": lambda model, lens, layers: E.cross_model(
+        model, model, fitted(model).translators, zoo.tokens(4, 12), n=4, pairs=[(layer, 1) for layer in layers]
+    ),
+    "conflict": lambda model, lens, **how: E.conflict(model, model, E.read_facts()[:2], ["a", "b"], **how),
+    "quality": lambda model, lens, **how: E.quality(model, {"a": lens}, zoo.tokens(4, 12), **how),
+    "transfer": lambda model, lens, **how: E.transfer(model, fitted(model), zoo.tokens(4, 12), **how),
+    "fine-tune": lambda model, lens, **how: E.fine_tune(
+        model, fitted(model).translators, fitted(model).translators, zoo.tokens(4, 12), **how
+    ),
+    "gradients": lambda model, lens, **how: E.gradients(model, zoo.tokens(4, 12), **how),
+    "sampling": lambda model, lens, **how: E.sampling(model, {"a": lens}, zoo.tokens(2, 6), **how),
+    "causal-basis": lambda model, lens, **how: E.causal_basis(model, lens, zoo.tokens(4, 12), k=2, **how),
+    "alignment": lambda model, lens, **how: E.alignment(model, {"a": lens}, zoo.tokens(4, 12), k=2, **how),
+    "ablations": lambda model, lens, **how: E.ablations(model, zoo.tokens(4, 12), **how),
+    "detection": lambda model, lens, **how: E.detection(model, {"a": lens}, [], **how),
+    "difficulty": lambda model, lens, **how: E.difficulty(model, {"a": lens}, zoo.tokens(4, 12), [], **how),
+    "weights": lambda model, lens, **how: E.weights(model, {"a": lens}, **how),
+    "intermediates": lambda model, lens, **how: E.intermediates(model, {"a": lens}, **how),
+    "usage": lambda model, lens, **how: E.usage(model, {"a": lens}, **how),
+    "compare": lambda model, lens, **how: tll.compare(model, {"a": lens}, zoo.tokens(4, 12), **how),
+    "inversion": lambda model, lens, **how: E.inversion(model, {"a": lens}, zoo.tokens(4, 12), n=4, **how),
+}
+
+
+def fitted(model):
+    return tll.Lens(model, tll.fit_regression(model, zoo.tokens(20, 12)))
+
+
+@pytest.mark.parametrize("layer", [20, -20])
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_a_layer_out_of_range_is_the_same_error_in_every_experiment(name, layer):
+    assert set(CALLS) == set(commands())
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    with pytest.raises(ValueError, match=rf"no layer {layer}: this model has layers 0\.\.3"):
+        CALLS[name](model, tll.Lens(model), layers=[layer])
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_and_on_the_command_line(name, tmp_path):
+    from typer.testing import CliRunner
+
+    from tl_lenses.cli import app
+
+    done = CliRunner().invoke(app, ["experiment", name, "--layers", "20", "--output", str(tmp_path / "out")])
+    depth = 8
+    assert (
+        done.exit_code == 1
+        and f"no layer 20: this model has layers 0..{6 if name == 'cross-model' else depth}" in done.stderr
+    )
+    assert not (tmp_path / "out").exists()

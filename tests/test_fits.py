@@ -1,5 +1,9 @@
 """The contract that every fitter keeps, on a model whose truth is known exactly; and the tuned lens' own promises."""
 
+import copy
+import functools
+
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -7,9 +11,10 @@ from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses import edits, solve
-from tl_lenses.checkpoint import Notice, previous_of
+from tl_lenses.files import Notice, previous_of
 from tl_lenses.fit.common import rows_for
-from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.fit.regression import collect, maps_of
+from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.tuned import fit_tuned
 
 ONE_TOKEN = torch.arange(4, zoo.D_VOCAB)[:, None]  # sequences of one token: every block is affine in the residual
@@ -23,8 +28,8 @@ def _tuned(model, tokens, **kwargs):
     return tll.fit_tuned(model, [tokens], steps=400, init="identity", optimizer="adam", lr=0.1, clip=None, **kwargs)
 
 
-# fit, tolerance of W and b, of the readout in nats: the tuned lens is as good as its optimiser (measured 0.018 at layer 0)
-FITTERS = {"regression": (_regression, 1e-3, 1e-4), "tuned": (_tuned, None, 0.04)}
+# fit, tolerance of the readout in nats: the tuned lens is as good as its optimiser (measured 0.018 at layer 0)
+FITTERS = {"regression": (_regression, 1e-4), "tuned": (_tuned, 0.04)}
 
 
 def _readout_gap(model, translators, layer, resid):
@@ -36,41 +41,106 @@ def _readout_gap(model, translators, layer, resid):
     return float((truth.exp() * (truth - got)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("kind", zoo.AFFINE_KINDS)
-@pytest.mark.parametrize("name", FITTERS)
-def test_contract(name, kind):
-    fit, tolerance, readout_tolerance = FITTERS[name]
+@functools.cache
+def _fitted(name, kind):
+    """A fit, the truth about its model, and what was on the model before."""
     model = zoo.affine_model(kind)
-    truth = zoo.truth(model)
-    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
-    hooks = sum(len(p._forward_hooks) for p in model.hook_dict.values())
-    weights = [p.detach().clone() for p in model.parameters()]
-    got = fit(model, ONE_TOKEN, skip_first=False)
+    before = {
+        "gradients": [(p.requires_grad, p.grad) for p in model.parameters()],
+        "hooks": _n_hooks(model),
+        "weights": [p.detach().clone() for p in model.parameters()],
+    }
+    maps = FITTERS[name][0](model, ONE_TOKEN, skip_first=False)
+    return model, maps, before
+
+
+def _n_hooks(model):
+    return sum(len(p._forward_hooks) for p in model.hook_dict.values())
+
+
+each_fitter = pytest.mark.parametrize("name", FITTERS)
+each_kind = pytest.mark.parametrize("kind", zoo.AFFINE_KINDS)
+
+
+@each_kind
+def test_a_regression_finds_the_true_maps(kind):
+    model, maps, _ = _fitted("regression", kind)
+    for layer in range(3):
+        weight, bias = zoo.truth(model)[layer]
+        assert torch.allclose(maps[layer].weight.double(), weight, atol=1e-3), layer
+        assert torch.allclose(maps[layer].bias.double(), bias, atol=1e-3), layer
+
+
+@each_kind
+@each_fitter
+def test_a_fit_predicts_what_the_model_does(name, kind):
+    model, maps, _ = _fitted(name, kind)
     resid = {}
     tll.run(model, ONE_TOKEN, [tll.read(i, resid) for i in range(3)])
     for layer in range(3):
-        w, b = truth[layer]
-        if tolerance is not None:
-            assert torch.allclose(got[layer].weight.double(), w, atol=tolerance), layer
-            assert torch.allclose(got[layer].bias.double(), b, atol=tolerance), layer
         x = resid[layer][:, 0]
-        before = _readout_gap(model, None, layer, x)
-        after = _readout_gap(model, got, layer, x)
-        assert after < readout_tolerance < 1.0 < before, (layer, before, after)  # worse before fitting
-    # leaves nothing behind
-    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags and not model.training
-    assert sum(len(p._forward_hooks) for p in model.hook_dict.values()) == hooks
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-    # says where it comes from
-    assert got.meta["fitter"] == name and got.meta["tokens_seen"] > 0 and got.meta["basis"] in ("raw", "centered")
-    assert not got.delta.requires_grad and got.delta.dtype == torch.float32
-    # same seed, same result
-    few = dict(tokens=ONE_TOKEN[:60], skip_first=False)
-    again = [
-        fit_tuned(model, steps=3, init="identity", **few) if name == "tuned" else _regression(model, **few)
-        for _ in range(2)
-    ]
-    assert torch.equal(again[0].delta, again[1].delta) and torch.equal(again[0].biases, again[1].biases)
+        before, after = (_readout_gap(model, m, layer, x) for m in (None, maps))
+        assert after < FITTERS[name][1] < 1.0 < before, (layer, before, after)
+
+
+@each_kind
+@each_fitter
+def test_a_fit_leaves_gradients_alone(name, kind):
+    model, _, before = _fitted(name, kind)
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == before["gradients"]
+
+
+@each_kind
+@each_fitter
+def test_a_fit_leaves_no_hook(name, kind):
+    model, _, before = _fitted(name, kind)
+    assert _n_hooks(model) == before["hooks"]
+
+
+@each_kind
+@each_fitter
+def test_a_fit_changes_no_weight(name, kind):
+    model, _, before = _fitted(name, kind)
+    assert all(torch.equal(a, b) for a, b in zip(before["weights"], model.parameters(), strict=True))
+
+
+@each_kind
+@each_fitter
+def test_a_fit_leaves_the_model_in_eval_mode(name, kind):
+    assert not _fitted(name, kind)[0].training
+
+
+@each_kind
+@each_fitter
+def test_a_fit_says_where_it_comes_from(name, kind):
+    meta = _fitted(name, kind)[1].meta
+    assert meta["fitter"] == name and meta["tokens_seen"] > 0 and meta["basis"] in ("raw", "centered")
+
+
+@each_kind
+@each_fitter
+def test_a_fit_gives_frozen_maps_in_float32(name, kind):
+    maps = _fitted(name, kind)[1]
+    assert not maps.delta.requires_grad and maps.delta.dtype == torch.float32
+
+
+@each_kind
+@each_fitter
+def test_the_same_fit_gives_the_same_maps(name, kind):
+    model, few = zoo.affine_model(kind), dict(tokens=ONE_TOKEN[:60], skip_first=False)
+    fit = lambda: fit_tuned(model, steps=3, init="identity", **few) if name == "tuned" else _regression(model, **few)
+    first, second = fit(), fit()
+    assert torch.equal(first.delta, second.delta) and torch.equal(first.biases, second.biases)
+
+
+@each_fitter
+def test_a_fit_in_inference_mode_gives_the_same_maps(name):
+    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 16)
+    fit = lambda: fit_tuned(model, tokens, steps=3, init_tokens=200) if name == "tuned" else _regression(model, tokens)
+    plain = fit()
+    with torch.inference_mode():
+        inside = fit()
+    assert torch.equal(plain.delta, inside.delta) and not inside.delta.is_inference()
 
 
 @pytest.mark.parametrize("kind", zoo.FEW_KINDS)
@@ -88,16 +158,21 @@ def test_the_last_layer_of_a_fitted_lens_is_the_model(kind):
 # --- regression
 
 
-def test_regression_does_not_depend_on_batches_and_shards_merge():
+def test_regression_does_not_depend_on_batches():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     tokens = zoo.tokens(24, 12)
-    one = tll.fit_regression(model, [tokens])
+    single = tll.fit_regression(model, [tokens])
     many = tll.fit_regression(model, [tokens[i : i + 5] for i in range(0, 24, 5)])
-    assert torch.allclose(one.weights, many.weights, atol=1e-5)
+    assert torch.allclose(single.weights, many.weights, atol=1e-5)
+
+
+def test_moments_of_shards_add_up_to_the_regression_of_all():
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    tokens = zoo.tokens(24, 12)
+    single = tll.fit_regression(model, [tokens])
     rows = rows_for(model, None)
-    shards = [gather(model, tokens[i : i + 8], rows)[0] for i in (0, 8, 16)]
-    merged = from_moments(model, sum(shards), rows)
-    assert torch.allclose(one.weights, merged.weights, atol=1e-5) and merged.meta["tokens_seen"] == 24 * 11
+    merged = maps_of(model, sum(collect(model, tokens[i : i + 8], rows) for i in (0, 8, 16)))
+    assert torch.allclose(single.weights, merged.weights, atol=1e-5) and merged.meta["tokens_seen"] == 24 * 11
 
 
 def test_regression_equals_least_squares_in_float64():
@@ -124,30 +199,31 @@ def test_regression_chooses_a_strength_per_layer_on_rows_set_aside():
     assert all(r > 0 for r in t.meta["r_squared"])
 
 
-def test_regression_of_other_sites_and_targets():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    tokens = zoo.tokens(40, 12)
-    heads = tll.fit_regression(model, tokens, layers=["blocks.1.attn.hook_z"], to="blocks.1.hook_attn_out", ridge=0.0)
-    resid = {}
-    tll.run(
-        model,
-        tokens,
-        [
-            tll.read("blocks.1.attn.hook_z", resid, key="z", fn=lambda x: x.flatten(2)),
-            tll.read("blocks.1.hook_attn_out", resid, key="out"),
-        ],
-    )
-    assert torch.allclose(heads["blocks.1.attn.hook_z"](resid["z"]), resid["out"], atol=1e-3)  # attn_out is linear in z
-    z = "blocks.2.attn.hook_z"  # heads are flattened on the way into a lens too
+def test_regression_of_heads_onto_the_output_that_is_linear_in_them():
+    model, tokens, resid = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), {}
+    z, out = "blocks.1.attn.hook_z", "blocks.1.hook_attn_out"
+    heads = tll.fit_regression(model, tokens, layers=[z], target_layer=out, ridge=0.0)
+    tll.run(model, tokens, [tll.read(z, resid, key="z", fn=lambda x: x.flatten(2)), tll.read(out, resid, key="out")])
+    assert torch.allclose(heads[z](resid["z"]), resid["out"], atol=1e-3)
+
+
+def test_a_lens_of_heads_flattens_them_on_their_way():
+    model, tokens, z = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), "blocks.2.attn.hook_z"
     lens = tll.Lens(model, tll.fit_regression(model, tokens, layers=[z]))
-    assert (
-        tll.trajectory(model, lens, tokens[:2]).layers == (z, 3)
-        and tll.evaluate(model, lens, tokens[:2]).rows[0]["layer"] == z
+    assert tll.trajectory(model, lens, tokens[:2]).layers == (z, 3)
+    assert tll.evaluate(model, lens, tokens[:2]).rows[0]["layer"] == z
+
+
+def test_a_shift_keeps_the_weights_of_the_identity():
+    skip = tll.fit_regression(
+        zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), [0, 1], target_layer=2, method="shift"
     )
-    skip = tll.fit_regression(model, tokens, layers=[0, 1], to=2, method="shift")
-    assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre") and torch.equal(
-        skip[0].weight, torch.eye(32)
-    )
+    assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre")
+    assert torch.equal(skip[0].weight, torch.eye(32))
+
+
+def test_procrustes_is_a_rotation():
+    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12)
     turned = tll.fit_regression(model, tokens, layers=[1], method="procrustes")[1].weight
     assert torch.allclose(turned @ turned.T, torch.eye(32), atol=1e-4)
 
@@ -157,9 +233,9 @@ def test_hooks_and_masks_reach_a_fit():
     tokens = zoo.tokens(24, 12)
     plain = tll.fit_regression(model, tokens)
     hooked = tll.fit_regression(model, tokens, hooks=[tll.patch(2, edits.scale(0.5))])
-    assert torch.allclose(plain[0].bias, plain[0].bias) and not torch.allclose(
-        plain[0].weight, hooked[0].weight, atol=1e-2
-    )
+    for part in ("weight", "bias"):  # the hook is after the sources 0 and 1, and before their target
+        before, after = (getattr(maps[0], part) for maps in (plain, hooked))
+        assert before.isfinite().all() and not torch.allclose(before, after, atol=1e-2), part
     padded = torch.cat([torch.full((24, 3), zoo.PAD), tokens], 1)
     mask = torch.cat([torch.zeros(24, 3), torch.ones(24, 12)], 1).long()
     masked = tll.fit_regression(model, tll.Batch(padded, mask))
@@ -223,14 +299,19 @@ def test_training_lowers_the_loss(optimizer, init):
         assert fitted.value("lens", layer) < logit.value("lens", layer)
 
 
-def test_bias_only_layers_and_translators_as_start():
+def test_bias_only_keeps_the_identity_of_layers_and_sites():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     tokens = zoo.tokens(32, 16)
     t = tll.fit_tuned(model, tokens, steps=4, bias_only=True, init="identity", layers=[1, "blocks.1.hook_resid_mid"])
     assert torch.equal(t.delta, torch.zeros_like(t.delta)) and t.biases.abs().sum() > 0
     assert t.sources == (1, "blocks.1.hook_resid_mid")
     assert tll.trajectory(model, tll.Lens(model, t), tokens[:1]).layers == (1, "blocks.1.hook_resid_mid", 3)
-    again = tll.fit_tuned(model, tokens, steps=0, init=t, layers=[1, "blocks.1.hook_resid_mid"])
+
+
+def test_translators_are_a_start():
+    model, tokens, layers = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(32, 16), [1, "blocks.1.hook_resid_mid"]
+    t = tll.fit_tuned(model, tokens, steps=1, bias_only=True, init="identity", layers=layers)
+    again = tll.fit_tuned(model, tokens, steps=0, init=t, layers=layers)
     assert torch.equal(again.delta, t.delta) and torch.equal(again.biases, t.biases)
 
 
@@ -284,8 +365,8 @@ def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path, error, optimize
     with pytest.warns(Notice, match="is damaged .*: going on from .*previous, one earlier"):
         again = tll.fit_tuned(model, tokens, checkpoint=file, **settings)
     assert torch.equal(again.delta, whole.delta)
-    for one in (file, previous_of(file)):
-        one.write_bytes(file.read_bytes()[:200])
+    for damaged in (file, previous_of(file)):
+        damaged.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="is damaged"):
         tll.fit_tuned(model, tokens, checkpoint=file, **settings)
 
@@ -295,15 +376,15 @@ def test_refusals(unchecked):
     tokens = zoo.tokens(8, 16)
     cases = [
         (dict(loss="mse"), "loss must be"),
-        (dict(optimizer="lion"), "optimizer must be one of"),
+        (dict(optimizer="lion"), "optimizer must be 'muon', 'sgd' or 'adam', got 'lion'"),
         (dict(init="random"), "init must be"),
-        (dict(steps=-1), "must not be negative"),
+        (dict(steps=-1), "steps must be at least 0, got -1"),
         (dict(layers=[]), "empty list of layers"),
         (dict(layers=[1, 1]), "given twice"),
         (dict(layers=[3]), "is the target of the fit"),
         (dict(layers=["blocks.0.hook_nope"]), "no hook"),
         (
-            dict(lr=float("nan"), optimizer="sgd", init="identity", clip=None, weight_decay=0.0),
+            dict(lr=1e38, optimizer="sgd", init="identity", clip=None, weight_decay=0.0, steps=4),
             r"loss is not finite at step \d+ for 'blocks.*lower lr",
         ),
         (dict(tokens=iter([tokens]), steps=3, init="identity"), "one pass"),
@@ -325,3 +406,142 @@ def test_refusals(unchecked):
     with pytest.raises(ValueError, match="at least 10 rows"):
         tll.fit_regression(model, tokens, ridge=[0.1, 1.0])
     assert solve.ridge  # public
+
+
+def test_a_layer_is_a_target_layer_and_its_old_name_says_so():
+    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 12)
+    new = tll.fit_regression(model, tokens, layers=[1], target_layer=2)
+    with pytest.warns(DeprecationWarning, match=r"fit_regression\(target_layer=2\)"):
+        old = tll.fit_regression(model, tokens, layers=[1], to=2)
+    assert old.rows == new.rows and torch.equal(old.delta, new.delta)
+    with pytest.raises(TypeError, match="got both to= and target_layer="):
+        tll.fit_regression(model, tokens, to=2, target_layer=2)
+
+
+def test_held_out_text_scores_a_regression():
+    model, tokens, heldout = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), zoo.tokens(5, 12, seed=9)
+    whole, scored = tll.fit_regression(model, tokens), tll.fit_regression(model, tokens, held_out=heldout)
+    assert torch.equal(whole.delta, scored.delta) and "held_out" not in whole.meta
+    resid, held_out = {}, scored.meta["held_out"]
+    tll.run(model, heldout, [tll.read(tll.site(model, i), resid, key=i) for i in (1, 3)])
+    x, y = (resid[i][:, 1:].flatten(0, 1).double() for i in (1, 3))
+    errors = (y - scored[1](x.float()).double()) ** 2
+    expected = 1 - errors.sum() / ((y - y.mean(0)) ** 2).sum()
+    assert held_out["tokens"] == 55 and held_out["r_squared"][1] == pytest.approx(float(expected), abs=1e-4)
+    groups = tll.fit_regression(model, tokens, held_out=heldout, layers_at_once=1)
+    assert groups.meta["held_out"] == held_out
+
+
+# --- the range of every number
+
+
+RANGES = {
+    "steps": ([0, 3], [-1, 3.0, None, float("nan"), True, "soon"]),
+    "tokens_per_step": ([1, None], [0, -5, 1.5, True]),
+    "lr": ([1e-4, 1, None], [0, 0.0, -1, float("nan"), float("inf"), True, "fast"]),
+    "weight_decay": ([0, 0.1, None], [-0.1, float("nan"), True]),
+    "momentum": ([0, 0.9, None], [-0.1, 1, 1.0, 2, float("nan"), True]),
+    "lr_power": ([0, 1, None], [-1, float("nan"), True]),
+    "clip": ([0.1, 1, None], [0, -1, float("nan"), True]),
+    "subsample": ([0.1, 1], [0, 1.5, -1, None, float("nan"), True]),
+    "token_shift": ([-1, 0, 2, None], [0.5, True]),
+    "seed": ([0, -1, 7], [None, 0.5, True, 2**60]),
+    "chunk_size": ([1, None], [0, -1, 2.5, True]),
+    "init_tokens": ([1, None], [0, -1, True]),
+    "held_out_every": ([1, 9], [0, -1, None, True]),
+    "patience": ([1, 9], [0, None, True]),
+    "checkpoint_every": ([1, 9], [0, -1, None, True]),
+    "layers_at_once": ([1, 9, None], [0, -1, 1.5, True]),
+    "bias_only": ([True, False], [1, None, "yes"]),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_range_of_a_setting(name, unchecked):
+    right, wrong = RANGES[name]
+    for value in right:
+        made = getattr(Settings(**{name: value}), name)
+        assert made == value or value is None
+        if isinstance(value, int) and not isinstance(value, bool):
+            for kind in (np.int64, np.int32, torch.tensor):
+                again = getattr(Settings(**{name: kind(value)}), name)
+                assert again == value and type(again) in (int, float)
+    for value in wrong:
+        with pytest.raises((ValueError, TypeError), match=name):
+            Settings(**{name: value})
+
+
+def test_every_number_of_the_settings_has_a_range_here():
+    words = {"loss", "init", "optimizer", "precision", "vocabulary"}
+    flags = {"lr_search", "skip_first", "joint_clip", "offload", "held_out", "guard"}
+    assert set(vars(Settings())) - words - flags == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("ridge", [-1, float("nan"), True, "strong", [0.1, -1]]),
+        ("limit_tokens", [0, -1, 1.5, True]),
+        ("checkpoint_every", [0, 1.5, True]),
+        ("layers_at_once", [0, 1.5, True]),
+        ("held_out", [-0.1, 0.6, 1.0, True, float("nan")]),
+    ],
+)
+def test_the_ranges_of_a_regression(name, wrong, unchecked):
+    for value in wrong:
+        with pytest.raises((ValueError, TypeError), match=name):
+            tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 8), **{name: value})
+
+
+def test_a_step_count_of_any_integer_type_ends(unchecked):
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    for steps in (np.int64(2), torch.tensor(2)):
+        log = []
+        tll.fit_tuned(model, zoo.tokens(8, 8), steps=steps, init="identity", log=log)
+        assert len(log) == 2
+
+
+# --- checkpoints of another model or text, and disks that are full
+
+
+FITS = {
+    "tuned": dict(steps=2, init="identity", checkpoint_every=1),
+    "regression": dict(checkpoint_every=1),
+}
+
+
+@each_fitter
+def test_a_checkpoint_knows_its_text_and_its_model(name, tmp_path, unchecked):
+    fit = {"tuned": tll.fit_tuned, "regression": tll.fit_regression}[name]
+    model, other = zoo.build("gpt2", zoo.FEW_KINDS[0]), copy.deepcopy(zoo.build("gpt2", zoo.FEW_KINDS[0]))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.3)
+    tokens = zoo.tokens(24, 12)
+    run = lambda model, note: fit(model, tokens, checkpoint=tmp_path / "state", note=note, **FITS[name])
+    whole = run(model, {"data": "a.txt", "seq_len": 12})
+    with pytest.raises(ValueError, match="was made with data='a.txt', now it is 'b.txt': use the same settings"):
+        run(model, {"data": "b.txt", "seq_len": 12})
+    with pytest.raises(ValueError, match="is of another model: it was made with .* now it is .*use the same model"):
+        run(other, {"data": "a.txt", "seq_len": 12})
+    with pytest.raises(TypeError, match="note must be a dict of JSON values"):
+        run(model, {"data": object()})
+    assert torch.equal(run(model, {"data": "a.txt", "seq_len": 12}).delta, whole.delta)
+
+
+def test_a_fit_that_ends_early_on_a_full_disk_keeps_its_translators(tmp_path):
+    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(24, 12)
+    (tmp_path / "file").write_text("in the way")
+    settings = dict(init="identity", checkpoint=tmp_path / "file" / "state")
+
+    def stop(entry):
+        if entry["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.warns(Notice, match="could not be written"), pytest.raises(KeyboardInterrupt) as raised:
+        tll.fit_tuned(model, tokens, steps=5, log=stop, **settings)
+    kept = raised.value.translators
+    assert kept.n_layers == 3 and kept.delta.abs().max() > 0 and kept.meta["tokens_seen"] > 0
+    with pytest.warns(Notice, match="could not be written"):
+        whole = tll.fit_tuned(model, tokens, steps=5, **settings)
+    assert torch.equal(whole.delta, tll.fit_tuned(model, tokens, steps=5, init="identity").delta)

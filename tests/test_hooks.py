@@ -1,5 +1,8 @@
 """The laws of hooks, on every surface of the installed TransformerLens."""
 
+import re
+import threading
+
 import pytest
 import torch
 import zoo
@@ -7,7 +10,7 @@ import zoo
 import tl_lenses as tll
 from tl_lenses import edits
 from tl_lenses.hooks import installed
-from tl_lenses.sites import layer_site, site_layer
+from tl_lenses.layers import layer_site, site_layer
 
 KINDS = zoo.KINDS
 TOKENS = zoo.tokens(2, 10)
@@ -25,22 +28,40 @@ def _hooks_on(model):
 # --- sites
 
 
-def test_layers_and_sites(model):
+def test_the_site_of_a_layer(model):
     n = model.cfg.n_layers
     assert tll.site(model, 0) == "blocks.0.hook_resid_pre"
     assert tll.site(model, n) == tll.site(model, -1) == f"blocks.{n - 1}.hook_resid_post"
     assert tll.site(model, -2) == f"blocks.{n - 1}.hook_resid_pre"
+
+
+def test_a_hook_name_is_its_own_site(model):
     assert tll.site(model, "blocks.1.hook_attn_out") == "blocks.1.hook_attn_out"
+
+
+def test_layers_and_their_sites_are_one_to_one(model):
+    n = model.cfg.n_layers
     assert [site_layer(layer_site(i, n), n) for i in range(n + 1)] == list(range(n + 1))
-    with pytest.raises(ValueError, match=rf"no layer {n + 1}: this model has layers 0..{n}"):
-        tll.site(model, n + 1)
-    with pytest.raises(
-        ValueError,
-        match=rf"no hook 'blocks.12.hook_resid_post': this model has blocks 0..{n - 1}. For the final residual use layer {n} or -1",
-    ):
-        tll.site(model, "blocks.12.hook_resid_post")
-    with pytest.raises(ValueError, match="did you mean 'blocks.1.hook_resid_pre'"):
-        tll.site(model, "blocks.1.hook_residpre")
+
+
+@pytest.mark.parametrize(
+    "layer,message",
+    [
+        (lambda n: n + 1, "no layer {after}: this model has layers 0..{n}"),
+        (
+            lambda n: "blocks.12.hook_resid_post",
+            "no hook 'blocks.12.hook_resid_post': this model has blocks 0..{last}. For the final residual use layer {n} or -1",
+        ),
+        (lambda n: "blocks.1.hook_residpre", "did you mean 'blocks.1.hook_resid_pre'"),
+    ],
+)
+def test_a_layer_or_site_that_is_not_there_says_what_is(model, layer, message):
+    n = model.cfg.n_layers
+    with pytest.raises(ValueError, match=re.escape(message.format(n=n, after=n + 1, last=n - 1))):
+        tll.site(model, layer(n))
+
+
+def test_half_a_layer_is_refused(model):
     with pytest.raises(TypeError):
         tll.site(model, 1.5)
 
@@ -49,15 +70,15 @@ def test_layers_and_sites(model):
 
 
 @torch.no_grad()
-def test_reading_changes_nothing_and_reads_what_the_cache_holds(model):
+def test_reading_changes_nothing(model):
+    assert torch.equal(tll.run(model, TOKENS, [tll.read(1, {}), tll.read("blocks.1.hook_mlp_out", {})]), model(TOKENS))
+
+
+@torch.no_grad()
+def test_a_read_is_what_the_cache_holds(model):
     seen = {}
-    plain = model(TOKENS)
-    logits = tll.run(
-        model,
-        TOKENS,
-        [tll.read(1, seen), tll.read("blocks.1.hook_mlp_out", seen, key="mlp", fn=lambda x: x.norm(dim=-1))],
-    )
-    assert torch.equal(logits, plain)
+    norms = tll.read("blocks.1.hook_mlp_out", seen, key="mlp", fn=lambda x: x.norm(dim=-1))
+    tll.run(model, TOKENS, [tll.read(1, seen), norms])
     _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"])
     assert torch.equal(seen[1], cache["blocks.1.hook_resid_pre"])
     assert torch.equal(seen["mlp"], cache["blocks.1.hook_mlp_out"].norm(dim=-1))
@@ -85,17 +106,28 @@ def test_patch_then_read_is_the_patch_and_only_there(model, pos):
 
 
 @torch.no_grad()
-def test_no_op_is_bit_identical_and_a_random_patch_is_not(model):
-    n = model.cfg.n_layers
+@pytest.mark.parametrize("pos", [None, [0, -1]])
+def test_a_patch_by_the_same_value_is_bit_identical(model, pos):
+    sites = patched_sites(model)
+    assert torch.equal(tll.run(model, TOKENS, [tll.patch(s, lambda x: x, pos=pos) for s in sites]), model(TOKENS))
+
+
+@torch.no_grad()
+def test_a_random_patch_changes_logits_from_its_position_on_and_none_before_it(model):
     plain = model(TOKENS)
-    sites = [tll.site(model, i) for i in range(n + 1)] + ["blocks.1.hook_attn_out", "blocks.0.attn.hook_z"]
-    for pos in (None, [0, -1]):
-        assert torch.equal(tll.run(model, TOKENS, [tll.patch(s, lambda x: x, pos=pos) for s in sites]), plain)
-    for s in sites:
-        patched = tll.run(model, TOKENS, [tll.patch(s, edits.noise(2.0), pos=6)])
+    for site in patched_sites(model):
+        patched = tll.run(model, TOKENS, [tll.patch(site, edits.noise(2.0), pos=6)])
         assert (patched - plain)[:, 6:].abs().max() > 1e-3
         assert torch.equal(patched[:, :6], plain[:, :6])
     assert torch.equal(model(TOKENS), plain)
+
+
+def patched_sites(model):
+    """Every residual layer, and two other sites."""
+    return [tll.site(model, i) for i in range(model.cfg.n_layers + 1)] + [
+        "blocks.1.hook_attn_out",
+        "blocks.0.attn.hook_z",
+    ]
 
 
 @torch.no_grad()
@@ -117,12 +149,15 @@ def test_a_cached_activation_survives_a_later_patch(model):
     assert torch.equal(seen["blocks.1.hook_resid_post"], clean["blocks.1.hook_resid_post"])
 
 
-def test_gradients_flow_and_grad_mode_is_left_alone(model):
+def test_gradients_flow_to_the_value_of_a_patch(model):
     v = torch.zeros(model.cfg.d_model, requires_grad=True)
     logits = tll.run(model, TOKENS, [tll.patch(1, edits.add(v), pos=2)])
     assert logits.requires_grad and torch.is_grad_enabled()
     logits[:, 4, 7].sum().backward()
     assert v.grad.abs().sum() > 0
+
+
+def test_a_read_has_a_graph_only_where_asked(model):
     seen = {}
     tll.run(model, TOKENS, [tll.read(2, seen), tll.read(2, seen, key="graph", detach=False)])
     assert not seen[2].requires_grad and seen["graph"].requires_grad
@@ -146,42 +181,45 @@ def test_patterns_have_heads_before_positions(model):
 
 
 @torch.no_grad()
-def test_refusals(model):
+def _broken(x, hook):
+    raise ZeroDivisionError
+
+
+# what is wrong -> (error, message, hooks made when called)
+REFUSALS = {
+    "no such hook": (ValueError, "no hook 'blocks.1.nope'", lambda: tll.patch("blocks.1.nope", edits.zero)),
+    "no such position": (
+        ValueError, r"position 10 is not there: .* has 10 positions", lambda: tll.patch(1, edits.zero, pos=10)
+    ),
+    "positions of another batch": (
+        ValueError, "do not fit a batch of 2", lambda: tll.patch(1, edits.zero, pos=torch.tensor([1, 2, 3]))
+    ),
+    "a position twice": (ValueError, "given twice", lambda: tll.patch(1, edits.zero, pos=[3, -7])),
+    "an empty slice": (ValueError, "selects nothing", lambda: tll.patch(1, edits.zero, pos=slice(20, 30))),
+    "an edit of another shape": (
+        ValueError, r"returned shape \[2, 32\], expected \[2, 1, 32\]", lambda: tll.patch(1, lambda x: x[:, 0], pos=1)
+    ),
+    "a factory for an edit": (ValueError, "forget to call the factory", lambda: tll.patch(1, lambda x: edits.scale)),
+    "an edit of nothing": (ValueError, "returned NoneType", lambda: tll.patch(1, lambda x: None)),
+    "positions of a pattern": (
+        ValueError, "query, key", lambda: tll.patch("blocks.0.attn.hook_pattern", edits.zero, pos=1)
+    ),
+    "a name alone": (TypeError, "a hook is a pair", lambda: "blocks.1.hook_resid_pre"),
+    "a tensor for an edit": (TypeError, r"use tll.edits.replace\(tensor\)", lambda: tll.patch(1, torch.zeros(3))),
+    "a negative layer": (ValueError, r"use tll.site\(model, -1\)", lambda: tll.patch(-1, edits.zero)),
+    "no such moment": (ValueError, "when must be", lambda: tll.patch(1, edits.zero, when="always")),
+    "positions of floats": (
+        TypeError, "positions must be integers", lambda: tll.patch(1, edits.zero, pos=torch.tensor([0.0, 1.0]))
+    ),
+    "an error inside": (ZeroDivisionError, None, lambda: ("blocks.2.hook_resid_pre", _broken)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error,message,hook", REFUSALS.values(), ids=REFUSALS)
+def test_refusals(model, unchecked, error, message, hook):
     plain, count = model(TOKENS), _hooks_on(model)
-    with pytest.raises(ValueError, match="no hook 'blocks.1.nope'"):
-        tll.run(model, TOKENS, [tll.patch("blocks.1.nope", edits.zero)])
-    with pytest.raises(ValueError, match=r"position 10 is not there: .* has 10 positions"):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=10)])
-    with pytest.raises(ValueError, match="do not fit a batch of 2"):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=torch.tensor([1, 2, 3]))])
-    with pytest.raises(ValueError, match="given twice"):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=[3, -7])])
-    with pytest.raises(ValueError, match="selects nothing"):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=slice(20, 30))])
-    with pytest.raises(ValueError, match=r"returned shape \[2, 32\], expected \[2, 1, 32\]"):
-        tll.run(model, TOKENS, [tll.patch(1, lambda x: x[:, 0], pos=1)])
-    with pytest.raises(ValueError, match="forget to call the factory"):
-        tll.run(model, TOKENS, [tll.patch(1, lambda x: edits.scale)])
-    with pytest.raises(ValueError, match="returned NoneType"):
-        tll.run(model, TOKENS, [tll.patch(1, lambda x: None)])
-    with pytest.raises(ValueError, match="query, key"):
-        tll.run(model, TOKENS, [tll.patch("blocks.0.attn.hook_pattern", edits.zero, pos=1)])
-    with pytest.raises(TypeError):
-        tll.run(model, TOKENS, ["blocks.1.hook_resid_pre"])
-    with pytest.raises(TypeError):
-        tll.patch(1, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"use tll.site\(model, -1\)"):
-        tll.patch(-1, edits.zero)
-    with pytest.raises((ValueError, TypeError)):
-        tll.patch(1, edits.zero, when="always")
-    with pytest.raises(TypeError):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=torch.tensor([0.0, 1.0]))])
-
-    def broken(x, hook):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        tll.run(model, TOKENS, [tll.patch(1, edits.zero), ("blocks.2.hook_resid_pre", broken)])
+    with pytest.raises(error, match=message):
+        tll.run(model, TOKENS, [tll.patch(1, edits.scale(1.0)), hook()])
     assert _hooks_on(model) == count
     assert torch.equal(model(TOKENS), plain)
 
@@ -212,12 +250,18 @@ def test_hooks_that_never_fire_are_an_error(kind):
 
 
 @torch.no_grad()
-def test_filters_of_names_and_hooks_already_there(model):
+def test_a_filter_of_names_takes_every_hook_that_it_matches(model):
     calls = []
     tll.run(model, TOKENS, [(lambda name: name.endswith("hook_resid_pre"), lambda x, hook: calls.append(x.shape[1]))])
     assert calls == [10] * model.cfg.n_layers
+
+
+def test_a_filter_that_matches_no_hook(model):
     with pytest.raises(ValueError, match="matches no hook"):
         tll.run(model, TOKENS, [(lambda name: False, lambda x, hook: None)])
+
+
+def test_hooks_already_on_the_model_run_first_and_stay(model):
     order = []
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: order.append("theirs"))]):
         tll.run(model, TOKENS, [("blocks.1.hook_resid_pre", lambda x, hook: order.append("ours"))])
@@ -265,9 +309,9 @@ def test_left_padded_generation_equals_single(kind):
         mask[0, :3] = 0
         for use_cache in (True, False):
             both = tll.generate(model, padded, (), 5, attention_mask=mask, stop_at_eos=False, use_cache=use_cache)
-            one = tll.generate(model, short, (), 5, stop_at_eos=False)
+            single = tll.generate(model, short, (), 5, stop_at_eos=False)
             two = tll.generate(model, long, (), 5, stop_at_eos=False)
-            assert torch.equal(both[0, 8:], one[0, 5:]), (arch, use_cache)
+            assert torch.equal(both[0, 8:], single[0, 5:]), (arch, use_cache)
             assert torch.equal(both[1, 8:], two[0, 8:]), (arch, use_cache)
 
 
@@ -278,19 +322,24 @@ def test_generation_knows_its_prompt(model):
     assert out.shape == (1, 14) and torch.equal(out[:, :10], TOKENS[:1])
     assert shapes == [10, 1, 1, 1]
     assert seen[1].shape[1] == 10
-    one = tll.generate(
+    single = tll.generate(
         model, TOKENS[:1, :1], [tll.patch(1, edits.noise(5.0), pos=0)], 3, stop_at_eos=False
     )  # a one-token prompt is patched too
-    assert one.shape == (1, 4)
+    assert single.shape == (1, 4)
 
 
-def test_sampling_is_seeded_and_limits_are_checked(model):
+def test_sampling_is_seeded(model):
     a, b, c = (tll.generate(model, TOKENS, (), 8, do_sample=True, temperature=3.0, seed=s) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    with pytest.raises(ValueError, match="more than the context of 64"):
-        tll.generate(model, TOKENS, (), 60)
-    with pytest.raises(ValueError, match="at least 1"):
-        tll.generate(model, TOKENS, (), 0)
+
+
+@pytest.mark.parametrize("n,message", [(60, "more than the context of 64"), (0, "at least 1")])
+def test_limits_of_a_continuation(model, n, message):
+    with pytest.raises(ValueError, match=message):
+        tll.generate(model, TOKENS, (), n)
+
+
+def test_a_position_after_the_prompt_is_refused_in_generation(model):
     with pytest.raises(ValueError, match="is not there"):
         tll.generate(model, TOKENS, [tll.patch(1, edits.zero, pos=10)], 2)
 
@@ -352,3 +401,211 @@ def test_substrings_with_characters_of_several_bytes(model):
         place = int(tll.positions(model, prompt, text)[0, 0])
         ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert model.tokenizer.decode(ids[:place]) == prompt[: prompt.index(text) + len(text)]
+
+
+# --- gradients, threads, numbers and prompts of every kind
+
+BRIDGES = [kind for kind in zoo.FEW_KINDS if not kind.startswith("ht")]
+
+
+@pytest.mark.parametrize("kind", zoo.FEW_KINDS)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_read_that_keeps_its_graph_is_on_the_way_to_the_logits(arch, kind):
+    """A bridge shows heads in another shape than it computes with: what is read must be what the model goes on with."""
+    model = zoo.build(arch, kind)
+    for name in ("hook_z", "hook_q", "hook_v", "hook_pattern"):
+        site, seen = f"blocks.1.attn.{name}", {}
+        logits = tll.run(model, TOKENS, [tll.read(site, seen, detach=False)])
+        assert torch.equal(logits, tll.run(model, TOKENS)), name
+        (grad,) = torch.autograd.grad(logits[0, -1, 7], seen[site])
+        step = 1e-2 * grad / grad.norm()
+        moved = tll.run(model, TOKENS, [tll.patch(site, lambda x, step=step: x + step)])
+        slope = (moved[0, -1, 7] - logits[0, -1, 7]).item() / 1e-2
+        assert slope == pytest.approx(float(grad.norm()), rel=0.05), name
+
+
+@pytest.mark.skipif(not BRIDGES, reason="a HookedTransformer computes with all of its hook points")
+def test_what_is_computed_for_show_is_not_read_with_a_gradient():
+    model, name = zoo.build("llama", "bridge"), "blocks.1.ln1.hook_scale"
+    with pytest.raises(RuntimeError, match="does not lead to this model's logits .*would have no gradient"):
+        tll.run(model, TOKENS, [tll.read(name, {}, detach=False)])
+    plain = tll.run(model, TOKENS, [tll.read(name, {})])
+    with pytest.warns(UserWarning, match="edited hook_scale"):  # TransformerLens computes the norm itself then
+        assert not torch.allclose(tll.run(model, TOKENS, [tll.patch(name, edits.scale(3.0))]), plain)
+    with pytest.raises(RuntimeError, match="ignores edits of hook_pattern"):
+        tll.run(zoo.build("gptj", "bridge"), TOKENS, [tll.patch("blocks.1.attn.hook_pattern", edits.zero)])
+
+
+def test_two_threads_on_one_model_wait_for_each_other(model):
+
+    factors = [0.5, 2.0]
+    patches = [[tll.patch(1, edits.scale(factor))] for factor in factors]
+    with torch.no_grad():
+        expected = [tll.run(model, TOKENS, hooks) for hooks in patches]
+        texts = [tll.generate(model, TOKENS, hooks, 3, stop_at_eos=False) for hooks in patches]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(8):
+                if not torch.equal(tll.run(model, TOKENS, patches[i]), expected[i]):
+                    wrong.append(i)
+                if not torch.equal(tll.generate(model, TOKENS, patches[i], 3, stop_at_eos=False), texts[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_chat_is_what_its_template_says_and_never_has_two_bos(model):
+    tokenizer = model.tokenizer
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    messages = [{"role": "user", "content": "the cat"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = theirs["input_ids"]
+    assert (ids == zoo.BOS).sum() == 1
+    try:
+        want = tll.run(model, ids)
+        for prompt in (ids, theirs, dict(theirs), messages, [messages]):
+            assert torch.equal(tll.run(model, prompt), want), type(prompt)
+            assert torch.equal(tll.generate(model, prompt, max_new_tokens=2)[:, : ids.shape[1]], ids)
+        other = [{"role": "user", "content": "the old green tree"}]
+        both = tll.run(model, [messages, other])[:, -1]
+        torch.testing.assert_close(both[:1], want[:, -1], atol=1e-4, rtol=0)
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+            tll.run(model, messages)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_list_of_eos_ids_ends_a_text():
+    model = zoo.build("llama", zoo.FEW_KINDS[0])
+    if not hasattr(model, "original_model"):
+        pytest.skip("a HookedTransformer has no generation settings")
+    plain = tll.generate(model, TOKENS[:1], max_new_tokens=6, stop_at_eos=False)[0, TOKENS.shape[1] :].tolist()
+    settings = model.original_model.generation_config
+    before, settings.eos_token_id = settings.eos_token_id, [zoo.EOS, plain[2]]
+    try:
+        stopped = tll.generate(model, TOKENS[:1], max_new_tokens=6)[0, TOKENS.shape[1] :].tolist()
+    finally:
+        settings.eos_token_id = before
+    assert stopped == plain[: plain.index(plain[2]) + 1]
+
+
+def test_a_list_of_eos_ids_ends_the_texts_of_a_patchscope():
+    model = zoo.build("llama", zoo.FEW_KINDS[0])
+    if not hasattr(model, "original_model"):
+        pytest.skip("a HookedTransformer has no generation settings")
+    say = lambda: tll.patchscope(model, tll.Source("the cat"), layers=[1], max_new_tokens=6)
+    plain = say().tokens[0, 0].tolist()
+    settings = model.original_model.generation_config
+    before, settings.eos_token_id = settings.eos_token_id, [zoo.EOS, plain[2]]
+    try:
+        ended = say()
+    finally:
+        settings.eos_token_id = before
+    n = plain.index(plain[2])
+    assert ended.tokens[0, 0].tolist() == [*plain[: n + 1], *[-1] * (5 - n)][: ended.tokens.shape[-1]]
+    assert ended.text == [[model.tokenizer.decode(plain[:n])]]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_source_is_a_chat_with_one_bos(model, eager, monkeypatch):
+    """A list of messages, what `apply_chat_template` returns, and its text, also where the tokenizer puts BOS before everything."""
+    from tl_lenses import tokens as tokens_module
+
+    tokenizer = model.tokenizer
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    messages = [{"role": "user", "content": "the cat"}]
+    theirs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    bare = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if eager:
+        plain = tokens_module.encode
+        monkeypatch.setattr(
+            tokens_module, "encode", lambda tokenizer, texts: [[zoo.BOS, *ids] for ids in plain(tokenizer, texts)]
+        )
+    say = lambda prompt: tll.patchscope(model, tll.Source(prompt), layers=[1, 2])
+    want = say(theirs["input_ids"]).logits
+    for prompt in (messages, theirs, bare, *([] if eager else [text])):
+        assert torch.equal(say(prompt).logits, want), type(prompt)
+        assert torch.equal(tll.patchscope(model, prompt, layers=[1, 2]).logits, want)
+
+
+def test_numbers_of_any_type_and_their_ranges(model, unchecked):
+    import numpy
+
+    want = tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=3)])
+    for single in (numpy.int64(1), torch.tensor(1)):
+        assert torch.equal(tll.run(model, TOKENS, [tll.patch(single, edits.zero, pos=single + 2)]), want)
+        assert tll.site(model, single) == tll.site(model, 1)
+    assert tll.generate(model, TOKENS, max_new_tokens=numpy.int32(2), stop_at_eos=False).shape[1] == 12
+    patch = lambda pos: lambda: tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=pos)])
+    generate = lambda **given: lambda: tll.generate(model, TOKENS, **given)
+    for call, error, message in (
+        (patch(True), TypeError, "pos must be a whole number, got True"),
+        (patch(1.0), TypeError, "pos must be a whole number, got 1.0"),
+        (patch([0, 1.5]), TypeError, "pos must be a whole number, got 1.5"),
+        (generate(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
+        (generate(max_new_tokens=2.5), TypeError, "max_new_tokens must be a whole number"),
+        (generate(max_new_tokens=True), TypeError, "max_new_tokens must be a whole number"),
+        (generate(temperature=0), ValueError, "temperature must be positive"),
+        (generate(temperature=-1.0), ValueError, "temperature must be positive"),
+        (generate(temperature=float("nan")), ValueError, "temperature must be positive"),
+        (generate(hooks=None), TypeError, "hooks must be a list of pairs"),
+        (lambda: tll.run(model, TOKENS, None), TypeError, "hooks must be a list of pairs"),
+        (lambda: tll.run(None, TOKENS), TypeError, "expected a TransformerLens model"),
+        (lambda: tll.run(model, None), TypeError, "expected text"),
+        (lambda: tll.site(model, True), TypeError, "expected a layer"),
+        (lambda: tll.patch(True, edits.zero), TypeError, "expected a layer"),
+        (lambda: tll.at("a", occurrence=True), TypeError, "occurrence must be a whole number"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    n = model.cfg.n_layers
+    with pytest.raises(ValueError, match=r"blocks 0..\d. For the final residual use tll.site\(model, -1\)"):
+        tll.run(model, TOKENS, [tll.patch(n, edits.zero)])
+
+
+def test_masks_are_zeros_and_ones(model, unchecked):
+    with pytest.raises(ValueError, match="should be 1 at real tokens and 0 at pads; got other values"):
+        tll.run(model, TOKENS, attention_mask=2 * torch.ones_like(TOKENS))
+    assert torch.equal(tll.run(model, TOKENS, attention_mask=torch.ones_like(TOKENS).bool()), tll.run(model, TOKENS))
+    with pytest.raises(ValueError, match="hides every token of a row"):
+        tll.run(model, TOKENS, attention_mask=torch.zeros_like(TOKENS))
+    with pytest.raises(ValueError, match=r"should be a tensor of shape \(2, 10\), got \(2, 9\)"):
+        tll.run(model, TOKENS, attention_mask=torch.ones_like(TOKENS)[:, 1:])
+
+
+def test_threads_wait_for_what_others_leave_out_of_their_passes():
+    """A fit leaves the logits out of its passes, probes leave hooks out: other threads ran without them, silently."""
+    model, tokens = zoo.build("llama", zoo.FEW_KINDS[0]), zoo.tokens(4, 12)
+    lens = tll.Lens(model)
+    jobs = {
+        "run": lambda: tll.run(model, tokens, [tll.patch(1, edits.scale(2.0))]),
+        "evaluate": lambda: torch.tensor([row["kl"] for row in tll.evaluate(model, lens, tokens).rows]),
+        "trajectory": lambda: tll.trajectory(model, lens, tokens).kl.nan_to_num(),
+        "regression": lambda: tll.fit_regression(model, tokens.repeat(4, 1)).weights.detach(),
+        "tuned": lambda: tll.fit_tuned(model, tokens, 3, init="identity").weights.detach(),
+    }
+    alone, wrong = {name: job() for name, job in jobs.items()}, []
+
+    def work(name):
+        for _ in range(4):
+            try:
+                torch.testing.assert_close(jobs[name](), alone[name], atol=1e-4, rtol=1e-3)
+            except Exception as error:
+                wrong.append(f"{name}: {error!r:.200}")
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

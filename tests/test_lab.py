@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import tl_lenses as tll
 from tl_lenses import lab
 
 
@@ -17,19 +18,20 @@ def model():
     return lab.load("lab-gpt2")
 
 
-NAMES = [one.name for one in lab.available()]
+NAMES = [bundled.name for bundled in lab.available()]
 SHAPES = {
     "lab-gpt2": (8, 256, 8),
     "lab-gpt2-small": (6, 128, 4),
     "lab-neox": (8, 128, 4),
     "lab-neo": (6, 192, 6),
     "lab-gpt2-tuned": (8, 256, 8),
+    "lab-gpt2-permuted": (8, 256, 8),
 }
 
 
 def at_hand(name):
     """Skip a test of a model that only a checkout of the repository has."""
-    if not next(one for one in lab.available() if one.name == name).at_hand:
+    if not next(bundled for bundled in lab.available() if bundled.name == name).at_hand:
         pytest.skip(f"{name} is in lab/ of the repository and not at hand (set TL_LENSES_LAB to that folder)")
 
 
@@ -46,19 +48,19 @@ def windows(model, texts):
 
 def test_available_names_what_load_takes():
     every = lab.available()
-    assert [one.name for one in every] == list(SHAPES)
-    assert all(one.at_hand for one in every if one.name in ("lab-gpt2", "lab-gpt2-small"))
-    assert 15e6 < every[0].n_bytes < 20e6 and all((one.n_bytes > 0) == one.at_hand for one in every)
+    assert [bundled.name for bundled in every] == list(SHAPES)
+    assert all(bundled.at_hand for bundled in every if bundled.name in ("lab-gpt2", "lab-gpt2-small"))
+    assert 15e6 < every[0].n_bytes < 20e6 and all((bundled.n_bytes > 0) == bundled.at_hand for bundled in every)
 
 
 def test_sizes_are_what_the_wheel_and_the_repository_may_carry():
     weights = lambda path: (path / "model.safetensors").stat().st_size / 1e6
-    in_wheel = sum(one.n_bytes for one in lab.available() if one.name in ("lab-gpt2", "lab-gpt2-small"))
+    in_wheel = sum(bundled.n_bytes for bundled in lab.available() if bundled.name in ("lab-gpt2", "lab-gpt2-small"))
     assert in_wheel < 24e6
-    for one in lab.available():
-        if one.at_hand and one.name not in ("lab-gpt2", "lab-gpt2-small"):
-            assert weights(lab.path(one.name)) <= 12
-            sizes = [weights(lab.path(one.name, step=step)) for step in lab.steps(one.name)]
+    for bundled in lab.available():
+        if bundled.at_hand and bundled.name not in ("lab-gpt2", "lab-gpt2-small"):
+            assert weights(lab.path(bundled.name)) <= 12
+            sizes = [weights(lab.path(bundled.name, step=step)) for step in lab.steps(bundled.name)]
             assert not sizes or (max(sizes) <= 8 and sum(sizes) <= 80)
 
 
@@ -226,3 +228,17 @@ def test_unknown_names_are_refused():
             call("gpt2")
     with pytest.raises(ValueError, match=r"one of \['train', 'heldout'\], got 'test'"):
         lab.text("test")
+
+
+@pytest.mark.parametrize("name", ["lab-gpt2-small", "lab-gpt2"])
+def test_the_model_is_on_the_device_asked_for(name, capsys):
+    """On the meta device, which every machine has."""
+    model = tll.lab.load(name, device="meta")
+    assert capsys.readouterr() == ("", "")
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert str(model.cfg.device) == "meta"
+    if hasattr(model, "original_model"):  # a bridge; HookedTransformer has no other model inside
+        assert {x.device.type for x in model.original_model.parameters()} == {"meta"}
+    assert model(torch.tensor([[1, 2]], device="meta")).device.type == "meta"
+    with pytest.raises(ValueError, match="expected a device such as 'cpu' or 'cuda:0', got 'gpu'"):
+        tll.lab.load(name, device="gpu")

@@ -3,76 +3,106 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tl_lenses"
 
-# Groups from the bottom of the stack up. A file imports from groups above its own in this list (earlier ones) and, in the groups marked
-# so, from files beside it.
-GROUPS: list[tuple[str, bool, list[str]]] = [
-    ("mathematics", True, ["moments", "translators", "solve", "edits", "stats", "divergence", "aitchison"]),
-    (
-        "outside",
-        True,
-        [
-            "texts",
-            "token_text",
-            "stream",
-            "data",
-            "model",
-            "sites",
-            "hooks",
-            "unembed",
-            "fingerprint",
-            "checkpoint",
-            "progress",
-        ],
-    ),
-    ("ideas", True, ["lens", "trajectory", "evaluation", "invariants", "patchscopes"]),
-    ("methods", False, ["fit", "experiments"]),
-    ("views", False, ["views"]),
-    (
-        "faces",
-        True,
-        [
-            "lab",
-            "demo",
-            "cli_inputs",
-            "cli_patchscope",
-            "cli_lens_experiments",
-            "cli_experiments",
-            "cli",
-            "__main__",
-            "__init__",
-        ],
-    ),
+# Floors from the ground up. A file imports from floors below its own, whether at import or when called; a folder is one room here.
+FLOORS: list[list[str]] = [
+    [
+        "layers",
+        "tokens",
+        "moments",
+        "stats",
+        "edits",
+        "affine",
+        "aitchison",
+        "linearised",
+        "files",
+        "progress",
+        "token_text",
+        "deprecation",
+        "checks",
+    ],
+    ["views", "divergence", "model", "text", "numerics"],
+    ["translators", "sites", "decoding", "effects", "unembed"],
+    ["solve", "hooks", "identity"],
+    ["lens", "decode", "patchscopes"],
+    ["trajectories", "evaluation", "capturing", "invariants", "fit", "lab", "shares"],
+    ["methods", "loading", "__init__"],
+    ["experiments", "demo"],
+    ["cli"],
+    ["__main__"],
 ]
-# Methods that hand over to a face of the value they belong to; imported when called and never at import.
-LATE = {
-    "translators": {"checkpoint"},
-    "trajectory": {"views"},
-    "evaluation": {"views"},
-    "patchscopes": {"views"},
-    "experiments": {"views"},
+# Inside a folder the same; files of one floor do not import each other.
+ROOMS: dict[str, list[list[str]]] = {
+    "files": [
+        ["atomic", "plain", "text"],
+        ["lock", "maps", "shards", "states", "tables"],
+        ["export", "foreign", "hub"],
+    ],
+    "text": [["sources", "stored"], ["stream"], ["batches"]],
+    "fit": [
+        ["common", "guard", "settings", "stop", "team", "whiten"],
+        ["optim", "shard", "state", "step", "task"],
+        ["evidence", "examples", "jacobian", "plan", "sampled"],
+        ["regression"],
+        ["start"],
+        ["learner"],
+        ["training"],
+        ["scope", "tuned"],
+        ["timing"],
+    ],
+    "patchscopes": [
+        ["attention", "continuation", "joining", "result", "sources"],
+        ["pairs", "parts", "targets"],
+        ["filling", "planner", "readers"],
+        ["request", "scopes"],
+        ["run"],
+        ["scoring"],
+    ],
+    "experiments": [
+        ["grid", "subject", "energy", "facts"],
+        ["basis", "choices"],
+        ["injections"],
+        ["report"],
+        ["calibration", "common"],
+        ["faithful"],
+        ["patchscopes", "tuned_lens", "which_lens"],
+        ["comparison"],
+    ],
+    "views": [
+        ["style", "glyphs"],
+        ["canvas", "cells", "grid"],
+        ["heatmap", "lines", "rows", "saving"],
+        ["page", "picture", "scope", "scores", "table", "term"],
+        ["matrix"],
+    ],
+    "cli": [
+        ["memory", "messages", "states"],
+        ["parts"],
+        ["inputs"],
+        ["capture", "check", "demo", "evaluate", "experiment", "fit", "lenses", "patchscope", "show", "version"],
+        ["fit_scope", "lens_experiments", "patchscope_experiments"],
+        ["commands"],
+    ],
 }
-MATHEMATICS = {"torch", "einops", "jaxtyping"}
-_COMMON = ("common", "facts", "lines", "picture", "report")
-# Beside-imports inside folders: what several methods share, and the drawing primitives.
-SHARED = {
-    "fit": {
-        *("fit.common", "fit.regression", "fit.optim", "fit.plan", "fit.start", "fit.step", "fit.stop"),
-        *("fit.distributed", "fit.evidence", "fit.shard", "fit.state", "fit.whiten"),
-    },
-    "experiments": {
-        f"experiments.{name}"
-        for name in (*_COMMON, "basis", "choices", "energy", "injections", "norms", "ranks", "states", "streams")
-    },
-    "views": None,
-    "patchscopes": None,
-    "lab": None,
+MATHEMATICS = {
+    "moments",
+    "stats",
+    "edits",
+    "affine",
+    "aitchison",
+    "translators",
+    "divergence",
+    "solve",
+    "layers",
+    "numerics",
 }
+LIGHT = {"torch", "einops", "jaxtyping"}
 
 
 def _imports(path: Path) -> list[tuple[str, bool]]:
@@ -87,7 +117,7 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
         for n in ast.walk(f)
     }
-    found = []
+    imports = []
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
@@ -100,36 +130,35 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         else:
             continue
         for name in names:
-            found.append(
+            imports.append(
                 (name.replace("tl_lenses.", ".", 1) if name.startswith("tl_lenses.") else name, id(node) not in inside)
             )
-    return found
+    return imports
 
 
-def _group(name: str) -> int:
-    return next(i for i, (_, _, names) in enumerate(GROUPS) if name in names)
+def _floor(name: str, floors: list[list[str]]) -> int:
+    return next((number for number, names in enumerate(floors) if name in names), -1)
 
 
 def problems(path: Path, package: Path = PACKAGE) -> list[str]:
     """What is wrong with the imports of one file."""
     parts = path.relative_to(package).with_suffix("").parts
-    top = parts[0]
-    wrong = []
-    for name, at_import in _imports(path):
+    room, here = parts[0], ".".join(parts)
+    wrong = [] if _floor(room, FLOORS) >= 0 else [f"{here} stands on no floor"]
+    for name, _ in _imports(path):
         if not name.startswith("."):
             root = name.split(".")[0]
-            if _group(top) == 0 and root not in MATHEMATICS | set(sys.stdlib_module_names):
-                wrong.append(f"{'.'.join(parts)} is mathematics and imports {name}")
+            if room in MATHEMATICS and root not in LIGHT | set(sys.stdlib_module_names):
+                wrong.append(f"{here} is mathematics and imports {name}")
             continue
-        other = name[1:].split(".")[0]
-        if other == top:
-            allowed = None if parts[-1] == "__init__" else SHARED.get(top)
-            if top in SHARED and allowed is not None and name[1:] not in allowed:
-                wrong.append(f"{'.'.join(parts)} imports {name[1:]} beside it")
-        elif not at_import and other in LATE.get(top, set()):
-            continue
-        elif _group(other) > _group(top) or (_group(other) == _group(top) and not GROUPS[_group(top)][1]):
-            wrong.append(f"{'.'.join(parts)} ({GROUPS[_group(top)][0]}) imports {other} ({GROUPS[_group(other)][0]})")
+        other = name[1:].split(".")
+        if other[0] != room:
+            if _floor(other[0], FLOORS) >= _floor(room, FLOORS):
+                wrong.append(f"{here} imports {other[0]}, which is not below it")
+        elif parts[-1] != "__init__" and len(other) > 1:
+            floors = ROOMS.get(room)
+            if floors is not None and _floor(other[1], floors) >= _floor(parts[1], floors):
+                wrong.append(f"{here} imports {'.'.join(other[:2])}, which is not below it")
     return wrong
 
 
@@ -143,24 +172,45 @@ def test_layers(path):
 
 def test_this_test_can_fail(tmp_path):
     package = tmp_path / "tl_lenses"
-    package.mkdir()
+    for folder in ("experiments/tuned_lens", "fit"):
+        (package / folder).mkdir(parents=True)
     for name, text, message in (
         ("solve", "import transformer_lens", "solve is mathematics and imports transformer_lens"),
-        ("edits", "from tl_lenses.hooks import run", r"edits (mathematics) imports hooks (outside)"),
-        ("hooks", "from tl_lenses import lens", r"hooks (outside) imports lens (ideas)"),
-        ("trajectory", "from tl_lenses import views", r"trajectory (ideas) imports views (views)"),
-        ("lens", "def f():\n    from tl_lenses import views", r"lens (ideas) imports views (views)"),
+        ("edits", "from tl_lenses.hooks import run", "edits imports hooks, which is not below it"),
+        ("hooks", "from tl_lenses import lens", "hooks imports lens, which is not below it"),
+        ("lens", "def f():\n    from tl_lenses import evaluation", "lens imports evaluation, which is not below it"),
+        ("stats", "from tl_lenses.edits import add", "stats imports edits, which is not below it"),
+        ("fit/step", "from tl_lenses.fit.tuned import x", "fit.step imports fit.tuned, which is not below it"),
+        (
+            "experiments/tuned_lens/one",
+            "from tl_lenses.experiments.tuned_lens.two import x",
+            "experiments.tuned_lens.one imports experiments.tuned_lens, which is not below it",
+        ),
+        ("attic", "import torch", "attic stands on no floor"),
     ):
         file = package / f"{name}.py"
         file.write_text(text)
         assert problems(file, package) == [message]
-    (package / "experiments").mkdir()
-    file = package / "experiments" / "one.py"
-    file.write_text("from tl_lenses.experiments.two import x\nfrom tl_lenses.experiments.common import y")
-    assert problems(file, package) == ["experiments.one imports experiments.two beside it"]
-    late = package / "trajectory.py"
+    late = package / "trajectories.py"
     late.write_text("def f():\n    from tl_lenses import views")
     assert problems(late, package) == []
+
+
+def test_ten_floors_at_most_and_every_room_on_one():
+    rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+    placed = [name for names in FLOORS for name in names]
+    assert len(FLOORS) <= 10 and sorted(placed) == sorted(rooms)
+    for room, floors in ROOMS.items():
+        files = {path.relative_to(PACKAGE / room).with_suffix("").parts[0] for path in (PACKAGE / room).rglob("*.py")}
+        assert sorted(name for names in floors for name in names) == sorted(files - {"__init__"}), room
+
+
+def test_no_module_is_shadowed_by_a_function_of_its_name():
+    for path in FILES:
+        name = ".".join(("tl_lenses", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        if not name.endswith("__main__"):
+            parent, _, leaf = import_module(name).__name__.rpartition(".")
+            assert not parent or getattr(import_module(parent), leaf) is import_module(name), name
 
 
 def test_no_isinstance_of_model_classes_and_no_architecture_branches():
@@ -173,9 +223,9 @@ def test_no_isinstance_of_model_classes_and_no_architecture_branches():
 def test_import_is_light():
     code = (
         "import sys, tl_lenses\n"
-        "heavy = [m for m in ('transformer_lens', 'transformers', 'datasets', 'pandas', 'plotly', 'rich', 'typer', 'safetensors', 'sklearn') if m in sys.modules]\n"
+        "heavy = [m for m in ('transformer_lens', 'transformers', 'datasets', 'pandas', 'plotly', 'matplotlib', 'rich', 'typer', 'safetensors', 'sklearn') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
-        "assert set(tl_lenses.__all__) <= set(dir(tl_lenses)) | {'lab', 'views'}\n"
+        "assert set(tl_lenses.__all__) <= set(dir(tl_lenses)) | {'calibration', 'compare', 'experiments', 'faithfulness', 'lab', 'load_model', 'methods', 'views'}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr

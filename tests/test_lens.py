@@ -6,7 +6,7 @@ import zoo
 
 import tl_lenses as tll
 from tl_lenses import edits
-from tl_lenses.fingerprint import basis_of, fingerprint, is_centered, same_model
+from tl_lenses.identity import basis_of, fingerprint, is_centered, same_model
 from tl_lenses.translators import Translators
 from tl_lenses.unembed import Readout
 
@@ -124,8 +124,8 @@ def test_lens_layers_and_refusals():
 def test_lens_hooks_do_not_fire_the_users_hooks(kind):
     model = zoo.build("gpt2", kind)
     calls, seen = [], {}
-    mine = ("ln_final.hook_scale", lambda x, hook: calls.append(1))
-    tll.run(model, TOKENS, [mine, *tll.Lens(model).hooks(seen, then=lambda z: z.argmax(-1))])
+    ours = ("ln_final.hook_scale", lambda x, hook: calls.append(1))
+    tll.run(model, TOKENS, [ours, *tll.Lens(model).hooks(seen, then=lambda z: z.argmax(-1))])
     assert calls == [1] and seen[0].shape == TOKENS.shape
 
 
@@ -166,19 +166,25 @@ def test_bases_do_not_mix_and_convert_exactly():
     raw, centred = _raw_and_centred()
     on_centred = _random(centred, basis="centered", fingerprint=fingerprint(centred))
     on_raw = _random(raw, basis="raw", fingerprint=fingerprint(raw))
-    with pytest.raises(
-        ValueError, match=r"centered residual basis, this model's is raw: convert them with translators.to_raw\(\)"
-    ):
-        tll.Lens(raw, on_centred)
     for check in ("strict", "warn"):  # never another basis
         with pytest.raises(
             ValueError,
-            match="raw residual basis, this model's is centered: load the model with center_writing_weights=False",
+            match="residual basis is centered and not raw: load the model with center_writing_weights=False",
         ):
             tll.Lens(centred, on_raw, check=check)
     a = tll.trajectory(centred, tll.Lens(centred, on_centred), TOKENS)
-    b = tll.trajectory(raw, tll.Lens(raw, on_centred.to_raw()), TOKENS)
+    converted = tll.Lens(raw, on_centred)
+    assert converted.translators.basis == "raw"
+    b = tll.trajectory(raw, converted, TOKENS)
     assert torch.allclose(a.kl, b.kl, atol=1e-3) and a.kl[0].mean() > 0.05
+    # the other way round where no map reads the mean: biases alone, and what came from a centred model
+    bias_only = Translators(on_raw.rows, torch.eye(32).expand(3, 32, 32), on_raw.biases, n_layers=3, meta=on_raw.meta)
+    for maps in (bias_only, on_centred.to_raw()):
+        there, here = tll.Lens(centred, maps), tll.Lens(raw, maps)
+        assert there.translators.basis == "centered"
+        assert torch.allclose(
+            tll.trajectory(centred, there, TOKENS).kl, tll.trajectory(raw, here, TOKENS).kl, atol=1e-3
+        )
 
 
 def test_translators_of_another_model_are_refused():
@@ -226,3 +232,29 @@ def test_quantised_weights_are_refused(unchecked):
         tll.Lens(Quantised())
     with pytest.raises(TypeError, match="expected a TransformerLens model .* got Linear without cfg"):
         tll.Lens(torch.nn.Linear(2, 2))
+
+
+def test_a_lens_takes_the_path_of_saved_translators(tmp_path):
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    translators = _random(model)
+    folder = tmp_path / "lens"
+    translators.save(folder)
+    for path in (folder, str(folder)):
+        assert torch.equal(tll.Lens(model, path)[1].affine.weight, tll.Lens(model, translators)[1].affine.weight)
+
+
+def test_a_lens_says_what_it_takes(unchecked):
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    for wrong, got in ((3, "a int"), ({}, "a dict"), (tll.Lens(model), "a Lens"), (torch.eye(2), "a Tensor")):
+        with pytest.raises(
+            TypeError, match=f"expected Translators, the path of saved ones or None .*, got {got}: fit some"
+        ):
+            tll.Lens(model, wrong)
+    with pytest.raises(TypeError, match="expected a TransformerLens model"):
+        tll.Lens(None)
+
+
+def test_the_repr_of_a_layer_is_one_short_line():
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    assert repr(tll.Lens(model)[1]) == "LayerLens(logit lens)"
+    assert repr(tll.Lens(model, _random(model))[1]) == "LayerLens(W x + b, 32 -> 32)"

@@ -2,57 +2,157 @@
 
 import math
 import re
+import sys
+import warnings
 import xml.etree.ElementTree as ET
+from importlib.util import find_spec
 
 import pytest
 
-from tl_lenses.experiments.picture import Heat, Lines, figure_of, svg_of
+from tl_lenses.views import Heat, Lines
+
+MATPLOTLIB = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
+PNG = b"\x89PNG"
 
 
-def circles(svg):
-    return [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+def drawn(lines):
+    """The one axes of a figure."""
+    (axes,) = lines.figure().axes
+    return axes
 
 
+@MATPLOTLIB
 def test_lines_are_where_their_values_say():
-    svg = svg_of(Lines("KL <1>", {"a": [(0, 1.0), (1, 2.0), (2, 3.0)]}, up="nats"))
+    axes = drawn(Lines("KL <1>", {"a": [(0, 1.0), (1, 2.0)], "b": [(1, 3.0)]}, up="nats"))
+    assert [line.get_label() for line in axes.lines] == ["a", "b"]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 1], [1, 2]] and axes.lines[1].get_xydata().tolist() == [[1, 3]]
+    assert axes.get_ylabel() == "nats" and axes.get_xlabel() == "layer"
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+@MATPLOTLIB
+def test_an_svg_is_text_that_needs_nothing_and_the_same_every_time():
+    lines = Lines("KL <1>, $a$", {"_a": [(0, 1.0), (1, 2.0)], "$x^2$": [(0, 2.0)]}, up="nats")
+    svg = lines.svg()
     ET.fromstring(svg)
-    (x0, y0), (x1, y1), (x2, y2) = circles(svg)
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y1 > y2
-    assert svg.count("<polyline") == 1 and "KL &lt;1&gt;" in svg
+    assert "KL &lt;1&gt;, $a$" in svg and "$x^2$" in svg and "_a" in svg and "<dc:date>" not in svg
+    assert svg == lines.svg() and lines.png() == lines.png() and lines.png().startswith(PNG)
 
 
+@MATPLOTLIB
+def test_pictures_are_free_of_the_settings_of_the_user():
+    import matplotlib
+
+    lines, heat = Lines("t", {"a": [(0, 1.0), (1, 2.0)]}), Heat("t", ["r"], ["a"], [[0.5]])
+    plain = lines.svg(), lines.png(), heat.png()
+    with matplotlib.rc_context(
+        {"axes.facecolor": "red", "font.size": 30, "text.usetex": False, "savefig.bbox": "tight"}
+    ):
+        assert (lines.svg(), lines.png(), heat.png()) == plain
+        assert matplotlib.rcParams["font.size"] == 30
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+@MATPLOTLIB
 def test_a_gap_is_a_gap_and_points_are_not_joined():
-    gap = {"a": [(0, 1.0), (1, 1.0), (2, math.nan), (3, 1.0), (4, 2.0)]}
-    assert svg_of(Lines("t", gap)).count("<polyline") == 2 and len(circles(svg_of(Lines("t", gap)))) == 4
-    assert "<polyline" not in svg_of(Lines("t", gap, points=True))
+    gap = {"a": [(0, 1.0), (1, math.inf), (2, 2.0)]}
+    ((_, y, _),) = [line.get_ydata().tolist() for line in drawn(Lines("t", gap)).lines]
+    assert math.isnan(y)
+    assert [line.get_linestyle() for line in drawn(Lines("t", gap)).lines] == ["-"]
+    assert [line.get_linestyle() for line in drawn(Lines("t", gap, points=True)).lines] == ["None"]
 
 
+@MATPLOTLIB
+def test_bands_are_areas_of_lines_and_error_bars_of_bars():
+    band = {"a": [(0, 0.5, 1.5), (1, 1.5, 2.5)]}
+    (area,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=band)).collections
+    corners = area.get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 2.5)
+    (whiskers,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=band, bars=True)).collections
+    assert [segment[:, 1].tolist() for segment in whiskers.get_segments()] == [[0.5, 1.5], [1.5, 2.5]]
+    with pytest.raises(ValueError, match=r"'t' has a band for 'b': no series of that name, only \['a'\]"):
+        Lines("t", {"a": [(0, 1.0)]}, bands={"b": [(0, 0.0, 1.0)]}).svg()
+
+
+@MATPLOTLIB
+def test_bars_stand_side_by_side_at_their_names():
+    axes = drawn(Lines("t", {"a": [("x", 1.0), ("y", 2.0)], "b": [("x", 3.0), ("y", 4.0)]}, bars=True))
+    assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 4]
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert ends[0][1] == pytest.approx(ends[2][0]) and ends[2][1] < ends[1][0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x", "y"]
+
+
+@MATPLOTLIB
 def test_logarithmic_axes():
-    svg = svg_of(Lines("t", {"a": [(1, 0.1), (2, 1.0), (3, 10.0)]}, log_y=True))
-    (_, y0), (_, y1), (_, y2) = circles(svg)
-    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    axes = drawn(Lines("t", {"a": [(1, 0.1), (2, 1.0), (3, 10.0)]}, log_y=True))
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
+    axes.figure.canvas.draw()
+    assert "0.5" in [label.get_text() for label in axes.get_yticklabels()]
     with pytest.raises(ValueError, match=r"'t' has the value 0\.0, which a logarithmic axis cannot have"):
-        svg_of(Lines("t", {"a": [(1, 0.0)]}, log_y=True))
+        Lines("t", {"a": [(1, 0.0), (2, 1.0)]}, log_y=True).svg()
 
 
 def test_nothing_to_draw_is_refused():
     with pytest.raises(ValueError, match="'t' has no finite point"):
-        svg_of(Lines("t", {"a": [(0, math.nan)]}))
+        Lines("t", {"a": [(0, math.nan)]}).svg()
+
+
+@pytest.mark.parametrize("call", [Lines("t", {"a": [(0, 1.0)]}).figure, Heat("t", ["r"], ["a"], [[0.5]]).png])
+def test_without_matplotlib_one_line_says_what_to_install(call, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"^figures need matplotlib: pip install tl-lenses\[plot\]$"):
+        call()
+
+
+def cells(svg):
+    """Colour of each cell of a heat map by what is shown over it."""
+    return {about: color for color, about in re.findall(r'<rect fill="(#\w{6})"[^>]*><title>(.*?)</title>', svg)}
 
 
 def test_a_diverging_heat_map_is_neutral_at_zero():
-    heat = Heat("t", ["r"], ["a", "b", "c"], [[-1.0, 0.0, 1.0]], diverging=True)
-    assert [heat.shade(v) for v in (-1.0, 0.0, 1.0)] == [0.0, 0.5, 1.0]
-    colors = re.findall(r'fill="(#\w{6})"><title>', svg_of(heat))
-    assert colors == ["#b35806", "#f7f7f7", "#542788"]
+    svg = Heat("t", ["r"], ["a", "b", "c"], [[-1.0, 0.0, 1.0]], "", "", diverging=True).svg()
+    assert list(cells(svg).items()) == [
+        ("r, a: -1.000", "#b35806"),
+        ("r, b: 0.000", "#f7f7f7"),
+        ("r, c: 1.000", "#542788"),
+    ]
 
 
-def test_figures():
+def test_a_heat_map_says_what_its_colours_mean_and_what_lies_beyond():
+    svg = Heat("t", ["r"], ["a", "b"], [[0.5, 3.0]], low=0.5, high=2.0).svg()
+    assert ">0.50</text>" in svg and ">≥ 2.00</text>" in svg and ">3.00</text>" in svg
+    assert set(cells(svg)) == {"l = r, l* = a: 0.500", "l = r, l* = b: 3.000"}
+
+
+def test_heat_maps_escape_and_leave_holes():
+    svg = Heat("a < b", ["<r>"], ["\x00", "1"], [[0.5, math.nan]], texts=[[" x<", ""]], beside=["<&"]).svg()
+    ET.fromstring(svg)
+    assert "a &lt; b" in svg and "&lt;r&gt;" in svg and 'class="none"' in svg and "x&lt;" in svg and "&lt;&amp;" in svg
+
+
+def test_labels_are_whole_unless_they_are_to_be_cut():
+    name = "a task with a long name"
+    whole, cut = (Heat("t", ["r"], [name], [[0.5]], widest=widest).svg() for widest in (None, 8))
+    assert f">{name}</text>" in whole and ">a task…</text>" in cut
+    assert int(ET.fromstring(whole).get("width")) >= int(ET.fromstring(cut).get("width"))
+
+
+@MATPLOTLIB
+def test_the_png_of_a_heat_map_takes_any_text():
+    heat = Heat("$t$", ["$r"], ["a", "b"], [[0.5, math.nan]], texts=[["$\\frac", " $"]], bold=[[True, False]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert heat.png().startswith(PNG) and heat.png() == heat.png()
+
+
+def test_plotly_figures():
     plotly = pytest.importorskip("plotly.graph_objects")
-    figure = figure_of(Lines("t", {"a": [(0, 1.0), (1, math.nan)], "b": [(0, 2.0)]}))
-    assert isinstance(figure, plotly.Figure) and [trace.name for trace in figure.data] == ["a", "b"]
-    assert list(figure.data[0].y) == [1.0, None]
-    assert figure_of(Heat("t", ["r"], ["a"], [[0.5]], low=0.25)).data[0].zmin == 0.25
+    figure = Heat("t", ["r"], ["a"], [[0.5]], low=0.25).figure()
+    assert isinstance(figure, plotly.Figure) and figure.data[0].zmin == 0.25 and figure.data[0].text[0][0] == "0.50"
+    assert figure.data[0].customdata[0][0] == "l = r, l* = a: 0.500"
 
 
 def test_a_wide_table_prints_every_number_whole():

@@ -4,6 +4,9 @@ import functools
 import os
 import random
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -12,9 +15,10 @@ import torch
 import zoo
 
 import tl_lenses as tll
-import tl_lenses.fit.tuned
-from tl_lenses import checkpoint
-from tl_lenses.fit import optim, state
+import tl_lenses.fit.learner
+import tl_lenses.fit.training
+from tl_lenses import files
+from tl_lenses.fit import state
 from tl_lenses.progress import StepBar
 
 KIND = zoo.FEW_KINDS[0]
@@ -74,11 +78,11 @@ def _dies_at(moment):
         (os, "replace"),
         (os, "fsync"),
         (os, "link"),
-        (tl_lenses.fit.tuned, "scored_pairs"),
-        (tl_lenses.fit.tuned, "optimizer_step"),
+        (tl_lenses.fit.training, "scored_pairs"),
+        (tl_lenses.fit.learner, "optimizer_step"),
         (torch.optim.Muon, "step"),
         (torch.optim.AdamW, "step"),
-        (tl_lenses.fit.tuned, "random_state"),
+        (tl_lenses.fit.training, "random_state"),
     ):
         setattr(module, name, counting(getattr(module, name)))
 
@@ -105,7 +109,7 @@ def test_killed_at_twenty_random_moments(tmp_path):
             assert not _differences(tll.Translators.load(tmp_path / "lens"), whole)
             if kills >= 20:
                 break
-            checkpoint.remove_state(file)  # through: from the start again
+            files.remove_state(file)  # through: from the start again
     assert kills >= 20
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".state")]
     assert len(left) <= 2 * kills  # what was half written is never read
@@ -134,19 +138,20 @@ def _differences(a, b):
 
 
 def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path, monkeypatch):
-    whole, step, calls = _fit(), optim.optimizer_step, []
+    whole, step, calls = _fit(), torch.optim.AdamW.step, []
+    n = whole.n_layers  # calls in a step: the biases of each layer are an optimiser's own
 
-    def interrupting(optimizers, *args):
+    def interrupting(self, *args):  # in the fifth step, of which a layer is done
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 4 * n + 2:
             os.kill(os.getpid(), signal.SIGINT)
-        step(optimizers, *args)
+        return step(self, *args)
 
-    monkeypatch.setattr(tl_lenses.fit.tuned, "optimizer_step", interrupting)
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupting)
     with pytest.raises(KeyboardInterrupt):
         _fit(tmp_path / "state")
-    assert checkpoint.load_state(tmp_path / "state")["step"] == 5 and len(calls) == 5
-    assert _same(_fit(tmp_path / "state"), whole) and len(calls) == 12
+    assert files.load_state(tmp_path / "state")["step"] == 5 and len(calls) == 5 * n
+    assert _same(_fit(tmp_path / "state"), whole) and len(calls) == 12 * n
 
 
 def test_a_step_that_breaks_is_not_saved(tmp_path, monkeypatch):
@@ -161,7 +166,7 @@ def test_a_step_that_breaks_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
     with pytest.raises(RuntimeError, match="out of memory"):
         _fit(tmp_path / "state")
-    assert checkpoint.load_state(tmp_path / "state")["step"] == 2
+    assert files.load_state(tmp_path / "state")["step"] == 2
     assert _same(_fit(tmp_path / "state"), whole)
 
 
@@ -175,15 +180,15 @@ def test_a_full_disk_keeps_the_last_state_and_the_fit_goes_on(tmp_path, monkeypa
         return save_file(*args, **kwargs)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.warns(checkpoint.Notice, match=r"could not be written at step \d+ .*No space left.* is kept"):
+    with pytest.warns(files.Notice, match=r"could not be written at step \d+ .*No space left.* is kept"):
         assert _same(_fit(tmp_path / "state"), whole)
-    assert checkpoint.load_state(tmp_path / "state")["step"] == 2
+    assert files.load_state(tmp_path / "state")["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "state.previous"]
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_name_layer_step_and_text(tmp_path, monkeypatch, part):
-    compute, calls = tl_lenses.fit.tuned.loss_and_gradient, []
+    compute, calls = tl_lenses.fit.learner.loss_and_gradient, []
 
     def wrong(pairs, delta, biases, head, grad_w, grad_b, **settings):
         losses = compute(pairs, delta, biases, head, grad_w, grad_b, **settings)
@@ -199,14 +204,14 @@ def test_numbers_that_are_not_finite_name_layer_step_and_text(tmp_path, monkeypa
     tll.run(model, target[None], [tll.read(0, resid)])
     mark = resid[0][0, 3]
     guilty = lambda pairs: bool((pairs.states[0] - mark).abs().amax(-1).lt(1e-5).any())
-    monkeypatch.setattr(tl_lenses.fit.tuned, "loss_and_gradient", wrong)
+    monkeypatch.setattr(tl_lenses.fit.learner, "loss_and_gradient", wrong)
     text = zoo.tokenizer().decode(target.tolist())
-    with pytest.raises(ValueError) as found:
-        _fit(tmp_path / "state")
-    message = str(found.value)
+    with pytest.raises(ValueError) as error:
+        _fit(tmp_path / "state", guard=False)  # whose rows would come first
+    message = str(error.value)
     assert message.startswith(f"the {part} is not finite at step 3 for 'blocks.1.hook_resid_pre', on the text {text!r}")
     assert "the last good state is kept" in message
-    saved = checkpoint.load_state(tmp_path / "state")
+    saved = files.load_state(tmp_path / "state")
     assert saved["step"] == 3 and saved["delta"].isfinite().all()
 
 
@@ -223,17 +228,17 @@ def test_activations_that_are_not_finite_name_site_and_text():
     decoded = lambda row: "the text" in row
     with pytest.raises(
         ValueError, match="the activation at 'blocks.1.hook_resid_pre' .* in the text .*at step 0"
-    ) as found:
+    ) as error:
         tll.fit_tuned(model, tokens, steps=2, init="identity", hooks=hooks)
-    assert decoded(str(found.value))
+    assert decoded(str(error.value))
     with pytest.raises(ValueError, match="in the text .*, among the 8 rows behind row 0"):
         tll.fit_regression(model, tokens, hooks=hooks)
 
 
 def test_maps_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"is not finite at step \d for 'blocks.0.*lower lr"):
-        _fit(tmp_path / "state", optimizer="sgd", lr=float("nan"), clip=None)
-    assert checkpoint.load_state(tmp_path / "state")["delta"].isfinite().all()
+        _fit(tmp_path / "state", optimizer="sgd", lr=1e38, clip=None)
+    assert files.load_state(tmp_path / "state")["delta"].isfinite().all()
 
 
 def test_what_hooks_draw_is_drawn_again(tmp_path):
@@ -253,10 +258,10 @@ def test_what_hooks_draw_is_drawn_again(tmp_path):
 
 
 def test_older_states_and_states_of_other_fits_are_refused(tmp_path):
-    checkpoint.save_state(tmp_path / "state", {"format": "tl_lenses.fit_tuned", "settings": {}})
+    files.save_state(tmp_path / "state", {"format": "tl_lenses.fit_tuned", "settings": {}})
     with pytest.raises(ValueError, match="has version 1, this tl_lenses goes on from 3"):
         _fit(tmp_path / "state")
-    checkpoint.save_state(tmp_path / "state", {"format": "tl_lenses.fit_regression", "version": state.VERSION})
+    files.save_state(tmp_path / "state", {"format": "tl_lenses.fit_regression", "version": state.VERSION})
     with pytest.raises(ValueError, match="is not a checkpoint of fit_tuned"):
         _fit(tmp_path / "state")
 
@@ -289,7 +294,7 @@ def test_groups_are_refused_where_they_would_change_the_result(unchecked):
         _fit(layers_at_once=1, joint_clip=True)
     with pytest.raises(ValueError, match="held_out stops by the mean over all layers"):
         _fit(layers_at_once=1, held_out=zoo.tokens(4, 16))
-    with pytest.raises(ValueError, match="layers_at_once is 0"):
+    with pytest.raises(ValueError, match="layers_at_once must be at least 1, got 0"):
         _fit(layers_at_once=0)
     with pytest.raises(ValueError, match="3 groups of layers are 3 passes over the text"):
         tll.fit_tuned(zoo.build("gpt2", KIND), iter([zoo.tokens(8, 16)]), layers_at_once=1, init="identity")
@@ -318,16 +323,55 @@ def test_regression_in_groups_on_the_cpu_and_going_on(tmp_path):
     keep = dict(checkpoint=file, checkpoint_every=3)
     with pytest.raises(OSError, match="the network is gone"):
         tll.fit_regression(model, Dies(14), **settings, **keep)
-    assert checkpoint.load_state(file)["counts"][3] == 12
+    assert files.load_state(file)["counts"][3] == 12
     assert torch.equal(tll.fit_regression(model, Dies(999), **settings, **keep).delta, whole.delta)
     with pytest.raises(ValueError, match="was made with skip_first=True, now it is False"):
         tll.fit_regression(model, Dies(999), skip_first=False, **settings, **keep)
 
 
 def test_the_progress_line_gives_loss_rate_and_time_left(capsys):
-    bar = StepBar(4, 1, ["L0", "L1", "L2"], 100, None, True)
+    bar = StepBar(4, 1, ["L0", "L1", "L2"], 100, True)
     bar.bar.delay = 0
-    bar.update([1.0, 0.5, 0.25], 2000)
+    bar.update([1.0, 0.5, 0.25], 2000, 1.0, 4)
     text = str(bar.bar)
     bar.close()
-    assert "L0 1.000 L1 0.500 L2 0.250, " in text and "tokens/s" in text and "2/4" in text and "<" in text
+    assert "L0 1.000 L1 0.500 L2 0.250, " in text and "tokens/s" in text and "2 of 4" in text and " left" in text
+
+
+@pytest.mark.parametrize("groups", [None, 1])
+@pytest.mark.parametrize("fit", ["tuned", "regression"])
+def test_a_second_fit_with_the_same_checkpoint_is_refused_at_its_start(fit, groups, tmp_path):
+    """As the command does: two fits would replace each other's states. The file is free again after an error too."""
+    model, file = zoo.build("gpt2", zoo.FEW_KINDS[0]), tmp_path / "state"
+    tokens, seen = zoo.tokens(16, 12), []
+
+    def start(hooks=()):
+        settings = dict(checkpoint=file, layers_at_once=groups, hooks=list(hooks))
+        if fit == "tuned":
+            return tll.fit_tuned(model, tokens, 2, init="identity", **settings)
+        return tll.fit_regression(model, tokens, **settings)
+
+    def second(x, hook):
+        if not seen:
+            seen.append(None)
+            code = f"from tl_lenses.files import locked\nwith locked({str(file)!r}): pass"
+            other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            seen[:] = [other.stderr]
+        return x
+
+    def stop(x, hook):
+        raise RuntimeError("stop")
+
+    site = "blocks.0.hook_resid_pre"
+    start([(site, second)])
+    assert f"{file} is being written by process {os.getpid()} on " in seen[0]
+    files.remove_state(file)
+    with pytest.raises(RuntimeError, match="stop"):
+        start([(site, stop)])
+    assert not list(tmp_path.glob(".*lock"))
+    with files.locked(file):  # by another thread, as far as the fit knows
+        caught = []
+        thread = threading.Thread(target=lambda: caught.append(pytest.raises(ValueError, start).value))
+        thread.start()
+        thread.join()
+    assert "is being written by process" in str(caught[0])

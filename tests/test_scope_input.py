@@ -9,6 +9,7 @@ import zoo
 from test_cross_model import big, small
 
 import tl_lenses as tll
+from tl_lenses.patchscopes import continuation
 from tl_lenses.translators import Affine
 
 SOURCE, TARGET = "the cat sat on the mat", "a bird sang in the tree"
@@ -84,7 +85,23 @@ REFUSED = {
     "norm negative": (lambda: dict(ONE, norm=-1.0), "norm must be a positive finite length"),
     "norm short": (lambda: dict(ONE, norm=vector(2)), r"a length per residual layer \[4\], got \[2\]"),
     "alpha": (lambda: dict(ONE, mode="interpolate", alpha=math.nan), "alpha must be a finite number"),
-    "temperature": (lambda: dict(ONE, max_new_tokens=1, temperature=math.nan), "temperature must be positive"),
+    "alpha bool": (lambda: dict(ONE, mode="interpolate", alpha=True), "alpha must be a finite number, got True"),
+    "alpha text": (lambda: dict(ONE, alpha="0.5"), "alpha must be a finite number, got '0.5'"),
+    "temperature": (lambda: dict(ONE, max_new_tokens=1, temperature=math.nan), "temperature must be positive and finite"),
+    "temperature zero": (lambda: dict(ONE, max_new_tokens=1, do_sample=True, temperature=0), "temperature must be positive"),
+    "temperature negative": (lambda: dict(ONE, max_new_tokens=1, do_sample=True, temperature=-1.0), "must be positive and finite, got -1"),
+    "scale bool": (lambda: dict(ONE, scale=True), "scale must be a finite number, got True"),
+    "scale text": (lambda: dict(ONE, scale="2"), "scale must be a finite number, got '2'"),
+    "norm text": (lambda: dict(ONE, norm="median"), "norm must be None, 'replaced', 'mean', a number"),
+    "norm list of text": (lambda: dict(ONE, norm=["a"]), "norm must be None, .* got list"),
+    "read bool": (lambda: dict(ONE, read=True), "read must be a whole number, got True"),
+    "read float": (lambda: dict(ONE, read=1.0), "read must be a whole number, got 1.0"),
+    "seed bool": (lambda: dict(ONE, seed=True), "seed must be a whole number, got True"),
+    "seed too large": (lambda: dict(ONE, max_new_tokens=1, do_sample=True, seed=2**64), "seed must be at most"),
+    "ensemble float": (lambda: dict(ONE, ensemble_k=1.5), "ensemble_k must be a whole number, got 1.5"),
+    "a place under two names": (
+        lambda: dict(ONE, pairs=[(1, (2, "blocks.1.hook_resid_post"))]), "the target layer 2 is given twice in the pair"
+    ),
     "ensemble": (lambda: dict(ONE, ensemble="intersect", ensemble_k=0), "ensemble_k must be at least 1"),
     # shapes
     "no ids": (lambda: dict(ONE, source=S([])), "empty"),
@@ -118,16 +135,9 @@ def test_a_model_of_another_width_needs_a_map(unchecked, monkeypatch):
 
 
 def test_a_stop_string_that_the_tokenizer_cannot_write(model, monkeypatch):
-    from tl_lenses.patchscopes import core
-
-    class Tokenizer:
-        """Lower case only, as an uncased vocabulary writes."""
-
-        eos_token_id = 2
-        encode = staticmethod(lambda text, add_special_tokens: [ord(c) for c in text.lower()])
-        decode = staticmethod(lambda ids, **kwargs: "".join(map(chr, ids)))
-
-    monkeypatch.setattr(core, "tokenizer_of", lambda model: Tokenizer)
+    # Lower case only, as an uncased vocabulary writes.
+    cased = continuation.encode
+    monkeypatch.setattr(continuation, "encode", lambda tokenizer, texts: cased(tokenizer, [t.lower() for t in texts]))
     monkeypatch.setattr(type(model), "forward", None)
     with pytest.raises(ValueError, match="'END' can never match: this tokenizer writes it as 'end'"):
         tll.patchscope(model, **ONE, max_new_tokens=2, stop=["END"])
@@ -143,6 +153,21 @@ def test_integers_of_numpy_and_torch_are_layers(model, unchecked):
     ids = model.to_tokens(SOURCE, prepend_bos=True)[0]
     got = tll.patchscope(model, S(ids.numpy()), T(TARGET), layers=[0, 2], target_layers=[1])
     assert torch.equal(got.logits, plain.logits)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model, unchecked):
+    options = dict(layers=[0, 2], mode="interpolate", max_new_tokens=2, do_sample=True)
+    plain = tll.patchscope(
+        model, **ONE, **options, read=-1, alpha=0.25, scale=2.0, norm=3.0, temperature=2.0, seed=3, batch_size=1
+    )
+    for whole, number in ((np.int64, np.float64), (torch.tensor, torch.tensor)):
+        got = tll.patchscope(
+            model, **ONE, **options | dict(max_new_tokens=whole(2)), read=whole(-1), alpha=number(0.25), scale=number(2.0),
+            norm=number(3.0), temperature=number(2.0), seed=whole(3), batch_size=whole(1), ensemble_k=whole(5),
+        )  # fmt: skip
+        assert torch.equal(got.logits, plain.logits) and torch.equal(got.tokens, plain.tokens)
+    sweep = tll.patchscope(model, **ONE, layers=[1], scale=torch.tensor([1.0, 2.0]))
+    assert sweep.scales == [1.0, 2.0]
 
 
 def test_layers_given_twice_are_cells_of_their_own(model):

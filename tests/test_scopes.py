@@ -9,7 +9,7 @@ import zoo
 from test_lens import _random
 
 import tl_lenses as tll
-from tl_lenses import scopes
+from tl_lenses import methods, scopes
 from tl_lenses.model import prepare
 from tl_lenses.patchscopes.targets import ready_target
 
@@ -82,7 +82,7 @@ def _targets():
     yield "entity_description", scopes.entity_description(), ["x"]
     yield "selfie", scopes.selfie(), ["_"] * 5
     yield "future_lens", scopes.future_lens(), ['"']
-    for name in scopes.relations():
+    for name in scopes.RELATIONS:
         yield name, scopes.attribute(name), ["x"]
 
 
@@ -91,7 +91,7 @@ TARGETS = {name: (target, words) for name, target, words in _targets()}
 
 def test_the_prompts_are_the_published_ones(shared):
     files = sorted((shared / "tasks" / "patchscopes-preprocessed").glob("*/*.tsv"))
-    assert sorted(scopes.relations()) == sorted(f.stem for f in files) and len(files) == 22
+    assert sorted(scopes.RELATIONS) == sorted(f.stem for f in files) and len(files) == 22
     for file in files:
         with file.open(encoding="utf-8", newline="") as rows:
             row = next(csv.DictReader(rows, delimiter="\t"))
@@ -171,9 +171,9 @@ def test_placeholders_can_be_chosen_and_are_checked(unchecked):
     cases = [
         (lambda: scopes.attribute("The mayor of y"), "placeholder 'x' is not in the prompt 'The mayor of y'"),
         (lambda: scopes.attribute("country_capitol"), "did you mean 'country_capital_city'"),
-        (lambda: scopes.attribute("qqq"), r"relations\(\) are \['company_ceo'"),
+        (lambda: scopes.attribute("qqq"), r"RELATIONS has \['company_ceo'"),
         (lambda: scopes.attribute("company_ceo", " "), "expected a placeholder of one token"),
-        (lambda: scopes.selfie(0), "at least one placeholder, got n_placeholders=0"),
+        (lambda: scopes.selfie(0), "n_placeholders must be at least 1, got 0"),
         (lambda: scopes.future_lens("no quote", '"'), "is not in the prompt 'no quote'"),
         (lambda: scopes.future_lens(torch.zeros(3, 4), "x"), "soft prompt has no text"),
     ]
@@ -203,7 +203,7 @@ def test_the_logit_lens_as_a_patchscope_is_the_logit_lens(model, pos):
     plain = _logits(model, _ids(model, PROMPT))
     others = [i for i in range(plain.shape[1]) if i not in columns]
     for layer in range(4):
-        logits = tll.run(model, PROMPT, scopes.logit_lens_as_patchscope(model, PROMPT, layer, pos))
+        logits = tll.run(model, PROMPT, methods.logit_lens(model, PROMPT, layer, pos))
         state = _state(model, PROMPT, layer)
         assert torch.allclose(logits[:, columns], tll.Lens(model)[layer](state)[:, columns], atol=1e-4), layer
         assert torch.allclose(logits[:, columns], zoo.readout(model, state)[:, columns], atol=1e-4), layer
@@ -214,13 +214,13 @@ def test_the_tuned_lens_as_a_patchscope_is_the_tuned_lens(model):
     translators = _random(model)
     lens = tll.Lens(model, translators)
     for layer in range(3):
-        logits = tll.run(model, PROMPT, scopes.tuned_lens_as_patchscope(model, PROMPT, translators, layer))
+        logits = tll.run(model, PROMPT, methods.tuned_lens(model, PROMPT, translators, layer))
         state = _state(model, PROMPT, layer)
         a = translators[layer]
         assert torch.allclose(logits[0, -1], lens[layer](state)[0, -1], atol=1e-4)
         assert torch.allclose(logits[0, -1], zoo.readout(model, state @ a.weight.T + a.bias)[0, -1], atol=1e-4)
     with pytest.raises(ValueError, match="no layer 9"):
-        scopes.tuned_lens_as_patchscope(model, PROMPT, translators, 9)
+        methods.tuned_lens(model, PROMPT, translators, 9)
 
 
 def test_the_two_lenses_as_patchscopes_of_the_general_kind(model):
@@ -228,8 +228,8 @@ def test_the_two_lenses_as_patchscopes_of_the_general_kind(model):
     logit = tll.patchscope(model, prompt, layers=[1], target_layers=[-1])
     tuned = tll.patchscope(model, prompt, layers=[1], target_layers=[-1], map=translators)
     hooks = (
-        scopes.logit_lens_as_patchscope(model, PROMPT, 1),
-        scopes.tuned_lens_as_patchscope(model, PROMPT, translators, 1),
+        methods.logit_lens(model, PROMPT, 1),
+        methods.tuned_lens(model, PROMPT, translators, 1),
     )
     for result, pairs in zip((logit, tuned), hooks, strict=True):
         assert torch.allclose(result.logits[0, 0], tll.run(model, PROMPT, pairs)[0, -1], atol=1e-4)
@@ -240,7 +240,7 @@ def test_the_two_lenses_as_patchscopes_of_the_general_kind(model):
 
 @pytest.mark.parametrize("layers", [1, [0, 2], -1, "blocks.1.attn.hook_z", ["blocks.0.hook_mlp_out"]], ids=str)
 def test_activation_patching_equals_the_direct_computation(model, layers):
-    hooks = scopes.activation_patching(model, PROMPT, OTHER, layers, pos=[2, 3])
+    hooks = methods.activation_patching(model, PROMPT, OTHER, layers, pos=[2, 3])
     names = layers if isinstance(layers, list) else [layers]
     by_hand = [_put(model, layer, [2, 3], _state(model, PROMPT, layer)[:, [2, 3]]) for layer in names]
     logits, direct = tll.run(model, OTHER, hooks), _logits(model, _ids(model, OTHER), *by_hand)
@@ -253,7 +253,7 @@ def test_activation_patching_equals_the_direct_computation(model, layers):
 
 def test_activation_patching_between_prompts_of_other_lengths(model):
     longer = "a bird said the mat sat on the tree"
-    hooks = scopes.activation_patching(model, PROMPT, longer, 1, "cat", corrupted_pos="mat")
+    hooks = methods.activation_patching(model, PROMPT, longer, 1, "cat", corrupted_pos="mat")
     here, there = tll.positions(model, PROMPT, "cat")[0, 0], tll.positions(model, longer, "mat")[0, 0]
     assert here != there
     direct = _logits(model, _ids(model, longer), _put(model, 1, there, _state(model, PROMPT, 1)[0, here]))
@@ -264,9 +264,9 @@ def test_activation_patching_between_prompts_of_other_lengths(model):
 
 def test_everything_patched_is_the_clean_run(model):
     clean = _logits(model, _ids(model, PROMPT))
-    assert torch.allclose(tll.run(model, OTHER, scopes.activation_patching(model, PROMPT, OTHER, 0)), clean, atol=1e-5)
+    assert torch.allclose(tll.run(model, OTHER, methods.activation_patching(model, PROMPT, OTHER, 0)), clean, atol=1e-5)
     patterns = [f"blocks.{b}.attn.hook_pattern" for b in range(3)]
-    logits = tll.run(model, PROMPT, scopes.activation_patching(model, OTHER, PROMPT, patterns))
+    logits = tll.run(model, PROMPT, methods.activation_patching(model, OTHER, PROMPT, patterns))
     assert not torch.allclose(logits, clean, atol=1e-3)
 
 
@@ -282,22 +282,22 @@ def test_causal_tracing_equals_the_direct_computation(model):
         return x
 
     corrupted = _logits(model, tokens, ("hook_embed", noisy))
-    bare = scopes.causal_tracing(model, PROMPT, "cat sat", noise=n, seed=3)
+    bare = methods.causal_tracing(model, PROMPT, "cat sat", noise=n, seed=3)
     assert torch.allclose(tll.run(model, PROMPT, bare), corrupted, atol=1e-5)
     assert not torch.allclose(corrupted, _logits(model, tokens), atol=1e-2)
     for layer in (0, 2, "blocks.1.hook_mlp_out"):
         put = _put(model, layer, span[-1], _state(model, PROMPT, layer)[0, span[-1]])
-        hooks = scopes.causal_tracing(model, PROMPT, "cat sat", layer, noise=n, seed=3)
+        hooks = methods.causal_tracing(model, PROMPT, "cat sat", layer, noise=n, seed=3)
         direct = _logits(model, tokens, ("hook_embed", noisy), put)
         assert torch.allclose(tll.run(model, PROMPT, hooks), direct, atol=1e-5), layer
         assert not torch.allclose(direct, corrupted, atol=1e-3)
-    last = scopes.causal_tracing(model, PROMPT, "cat sat", -1, pos=-1, noise=n)
+    last = methods.causal_tracing(model, PROMPT, "cat sat", -1, pos=-1, noise=n)
     assert torch.allclose(tll.run(model, PROMPT, last)[0, -1], _logits(model, tokens)[0, -1], atol=1e-5)
 
 
 def test_causal_tracing_restores_the_clean_run(model):
     # every corrupted position, at the layer that the noise enters
-    hooks = scopes.causal_tracing(model, PROMPT, "cat", 0, tll.at("cat", span=True))
+    hooks = methods.causal_tracing(model, PROMPT, "cat", 0, tll.at("cat", span=True))
     assert torch.allclose(tll.run(model, PROMPT, hooks), _logits(model, _ids(model, PROMPT)), atol=1e-5)
 
 
@@ -307,7 +307,7 @@ def test_the_noise_is_three_standard_deviations_of_the_embeddings(arch):
     every = torch.arange(zoo.D_VOCAB).view(-1, 40)
     table = torch.cat([_state(model, row[None], "hook_embed")[0] for row in every])  # scaled, where the model scales
     tokens = zoo.tokens(1, 30)
-    hooks = scopes.causal_tracing(model, tokens, slice(0, 30))
+    hooks = methods.causal_tracing(model, tokens, slice(0, 30))
     added = _state(model, tokens, "hook_embed", *hooks) - _state(model, tokens, "hook_embed")
     assert added.std().item() == pytest.approx(3 * table.std().item(), rel=0.12)
     rows = _state(model, tokens.expand(2, -1), "hook_embed", *hooks)
@@ -321,7 +321,7 @@ def test_the_noise_is_three_standard_deviations_of_the_embeddings(arch):
 def test_attention_knockout_equals_minus_infinity_in_the_scores(model, blocks):
     tokens = _ids(model, PROMPT)
     q, k = tll.positions(model, PROMPT, [-1, "sat"])[0].tolist(), tll.positions(model, PROMPT, ["cat"])[0].tolist()
-    hooks = scopes.attention_knockout(model, PROMPT, [-1, "sat"], "cat", blocks)
+    hooks = methods.attention_knockout(model, PROMPT, [-1, "sat"], "cat", blocks)
     window = range(3) if blocks is None else [blocks] if isinstance(blocks, int) else blocks
     direct = _logits(model, tokens, *_masked_scores(model, q, k, window))
     logits = tll.run(model, PROMPT, hooks)
@@ -340,26 +340,26 @@ def test_attention_knockout_of_other_architectures(arch, kind):
     model = zoo.build(arch, kind)
     tokens = zoo.tokens(1, 9)
     cut = range(model.cfg.n_layers)
-    logits = tll.run(model, tokens, scopes.attention_knockout(model, tokens, slice(4, 9), [1, 2, 3]))
+    logits = tll.run(model, tokens, methods.attention_knockout(model, tokens, slice(4, 9), [1, 2, 3]))
     # nothing of the keys reaches the queries: other tokens there change nothing behind them
     other = tokens.clone()
     other[:, 1:4] = tokens[:, 5:8]
-    again = tll.run(model, other, scopes.attention_knockout(model, other, slice(4, 9), [1, 2, 3]))
+    again = tll.run(model, other, methods.attention_knockout(model, other, slice(4, 9), [1, 2, 3]))
     assert torch.allclose(logits[:, 4:], again[:, 4:], atol=1e-4)
     assert not torch.allclose(tll.run(model, tokens)[:, 4:], tll.run(model, other)[:, 4:], atol=1e-3)
-    half = scopes.attention_knockout(model, tokens, slice(4, 9), [1, 2, 3], list(cut)[1:])
+    half = methods.attention_knockout(model, tokens, slice(4, 9), [1, 2, 3], list(cut)[1:])
     assert not torch.allclose(tll.run(model, tokens, half)[:, 4:], logits[:, 4:], atol=1e-3)
 
 
 def test_attention_knockout_of_several_rows_and_of_generated_tokens(model):
     tokens = zoo.tokens(2, 8)
     queries, keys = torch.tensor([[7], [5]]), torch.tensor([[2], [4]])
-    hooks = scopes.attention_knockout(model, tokens, queries, keys)
+    hooks = methods.attention_knockout(model, tokens, queries, keys)
     logits = tll.run(model, tokens, hooks)
     for row in range(2):
-        one = tokens[row : row + 1]
-        alone = scopes.attention_knockout(model, one, int(queries[row]), int(keys[row]))
-        assert torch.allclose(logits[row], tll.run(model, one, alone)[0], atol=1e-5)
+        prompt = tokens[row : row + 1]
+        alone = methods.attention_knockout(model, prompt, int(queries[row]), int(keys[row]))
+        assert torch.allclose(logits[row], tll.run(model, prompt, alone)[0], atol=1e-5)
     cached = tll.generate(model, tokens, hooks, 4, stop_at_eos=False)
     assert torch.equal(cached, tll.generate(model, tokens, hooks, 4, stop_at_eos=False, use_cache=False))
 
@@ -376,7 +376,7 @@ def _parts(model):
 
 def test_multihop_of_the_whole_query_equals_the_direct_computation(model):
     whole, m, n = _parts(model)
-    hops = scopes.multihop(model, FIRST, SECOND)
+    hops = methods.multihop(model, FIRST, SECOND)
     result = tll.patchscope(model, **hops, pairs=[(2, 1), (1, 2)], max_new_tokens=3)
     for c, (a, b) in enumerate(result.pairs):
         put = _put(model, b, m - 1, _state(model, whole, a)[0, n - 1])
@@ -386,7 +386,7 @@ def test_multihop_of_the_whole_query_equals_the_direct_computation(model):
 
 def test_multihop_with_masks_equals_the_direct_computation(model):
     whole, m, n = _parts(model)
-    result = tll.patchscope(model, **scopes.multihop(model, FIRST, SECOND, masked=True), pairs=[(2, 1), (3, 0)])
+    result = tll.patchscope(model, **methods.multihop(model, FIRST, SECOND, masked=True), pairs=[(2, 1), (3, 0)])
     masks = _masked_scores(model, range(m, n), slice(1, m), range(3))
     for c, (a, b) in enumerate(result.pairs):
         put = _put(model, b, m - 1, _state(model, whole, a, *masks)[0, n - 1])
@@ -395,9 +395,9 @@ def test_multihop_with_masks_equals_the_direct_computation(model):
 
 def test_the_target_of_the_masked_form_is_the_query_with_its_first_part_hidden(model):
     whole, m, n = _parts(model)
-    hops = scopes.multihop(model, FIRST, SECOND, masked=True)
+    hops = methods.multihop(model, FIRST, SECOND, masked=True)
     masked = tll.patchscope(model, **hops, pairs=[(2, 1)])
-    hidden = scopes.attention_knockout(model, whole, None, slice(m, n - 1))
+    hidden = methods.attention_knockout(model, whole, None, slice(m, n - 1))
     explicit = hops | {"target": tll.Target(whole[0], pos=m - 1), "target_hooks": hidden, "read": m - 1}
     assert torch.allclose(masked.logits, tll.patchscope(model, **explicit, pairs=[(2, 1)]).logits, atol=1e-4)
 
@@ -407,26 +407,28 @@ def _source_vector(model, hops, layer=2):
     return _state(model, tokens, layer, *hops["source_hooks"])[0, pos]
 
 
-def test_each_mask_hides_what_it_says_and_only_the_mask_makes_the_two_statements_one(model):
+@pytest.mark.parametrize("masked", [False, True])
+def test_only_the_masked_source_does_not_see_the_second_question(model, masked):
     whole, m, n = _parts(model)
     second_ids = whole.clone()
     second_ids[:, 1:m] = zoo.tokens(1, m - 1)
-    for masked in (False, True):
-        hops = scopes.multihop(model, FIRST, SECOND, masked=masked)
-        other = hops | {"source": tll.Source(second_ids[0], pos=n - 1)}
-        same = torch.allclose(_source_vector(model, hops), _source_vector(model, other), atol=1e-5)
-        assert same == masked  # does the source's first part see the second?
-    # with a vector that is the same in both, does the target's answer see the tokens of the first part?
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    answers = {}
-    for masked in (False, True):
-        for first in (FIRST, "the king of France"):
-            target = scopes.multihop(model, first, SECOND, masked=masked)["target"]
-            answers[masked, first] = tll.patchscope(model, tll.Source(vector), target, target_layers=[1]).logits
-    assert torch.equal(answers[True, FIRST], answers[True, "the king of France"])
-    assert not torch.allclose(answers[False, FIRST], answers[False, "the king of France"], atol=1e-3)
-    # so they are not equivalent
-    forms = [scopes.multihop(model, FIRST, SECOND, masked=masked) for masked in (False, True)]
+    hops = methods.multihop(model, FIRST, SECOND, masked=masked)
+    other = hops | {"source": tll.Source(second_ids[0], pos=n - 1)}
+    assert torch.allclose(_source_vector(model, hops), _source_vector(model, other), atol=1e-5) == masked
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_only_the_masked_target_does_not_see_the_first_question(model, masked):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))  # the same in both
+    answers = []
+    for first in (FIRST, "the king of France"):
+        target = methods.multihop(model, first, SECOND, masked=masked)["target"]
+        answers.append(tll.patchscope(model, tll.Source(vector), target, target_layers=[1]).logits)
+    assert torch.equal(*answers) if masked else not torch.allclose(*answers, atol=1e-3)
+
+
+def test_the_two_statements_of_multihop_are_not_equivalent(model):
+    forms = [methods.multihop(model, FIRST, SECOND, masked=masked) for masked in (False, True)]
     whole_query, masked_query = (tll.patchscope(model, **form, pairs=[(2, 1)]).logits for form in forms)
     assert not torch.allclose(whole_query, masked_query, atol=1e-2)
 
@@ -436,20 +438,20 @@ def test_each_mask_hides_what_it_says_and_only_the_mask_makes_the_two_statements
 
 def test_refusals(model, unchecked):
     cases = [
-        (lambda: scopes.logit_lens_as_patchscope(model, PROMPT, 9), "no layer 9"),
-        (lambda: scopes.logit_lens_as_patchscope(model, PROMPT, 1, "dog"), "'dog' is not in the prompt"),
-        (lambda: scopes.activation_patching(model, PROMPT, OTHER, [], pos=1), "empty list of layers"),
-        (lambda: scopes.activation_patching(model, PROMPT, "a cat", 1), "positions of the clean prompt and"),
-        (lambda: scopes.activation_patching(model, PROMPT, OTHER, 1, pos="cat"), "'cat' is not in the prompt"),
-        (lambda: scopes.causal_tracing(model, PROMPT, "dog"), "'dog' is not in the prompt"),
-        (lambda: scopes.causal_tracing(model, PROMPT, "cat", noise=0.0), "must be positive, got 0"),
-        (lambda: scopes.attention_knockout(model, PROMPT, 1, [3]), "no edge to cut"),
-        (lambda: scopes.attention_knockout(model, PROMPT, 2, [0, 1, 2]), "position 2 would see no key"),
-        (lambda: scopes.attention_knockout(model, PROMPT, -1, 1, blocks=[]), "empty list of blocks"),
-        (lambda: scopes.attention_knockout(model, PROMPT, -1, 1, blocks=3), "this model has blocks 0..2"),
-        (lambda: scopes.multihop(model, FIRST, " "), "needs two questions"),
+        (lambda: methods.logit_lens(model, PROMPT, 9), "no layer 9"),
+        (lambda: methods.logit_lens(model, PROMPT, 1, "dog"), "'dog' is not in the prompt"),
+        (lambda: methods.activation_patching(model, PROMPT, OTHER, [], pos=1), "empty list of layers"),
+        (lambda: methods.activation_patching(model, PROMPT, "a cat", 1), "positions of the clean prompt and"),
+        (lambda: methods.activation_patching(model, PROMPT, OTHER, 1, pos="cat"), "'cat' is not in the prompt"),
+        (lambda: methods.causal_tracing(model, PROMPT, "dog"), "'dog' is not in the prompt"),
+        (lambda: methods.causal_tracing(model, PROMPT, "cat", noise=0.0), "noise must be positive and finite, got 0"),
+        (lambda: methods.attention_knockout(model, PROMPT, 1, [3]), "no edge to cut"),
+        (lambda: methods.attention_knockout(model, PROMPT, 2, [0, 1, 2]), "position 2 would see no key"),
+        (lambda: methods.attention_knockout(model, PROMPT, -1, 1, blocks=[]), "empty list of blocks"),
+        (lambda: methods.attention_knockout(model, PROMPT, -1, 1, blocks=3), "this model has blocks 0..2"),
+        (lambda: methods.multihop(model, FIRST, " "), "needs two questions"),
         (
-            lambda: tll.run(model, "a cat", scopes.attention_knockout(model, PROMPT, -1, 1)),
+            lambda: tll.run(model, "a cat", methods.attention_knockout(model, PROMPT, -1, 1)),
             "make the hooks for the prompt that runs",
         ),
     ]
@@ -465,19 +467,53 @@ def test_a_seam_inside_a_token_is_refused(model, monkeypatch):
         batch = prepare(model, prompt, prepend_bos=prepend_bos)
         return batch if prompt == SECOND else batch._replace(tokens=batch.tokens.roll(1))
 
-    assert scopes.multihop(model, FIRST, SECOND)["source_hooks"] == []
-    monkeypatch.setattr("tl_lenses.patchscopes.methods.prepare", merging)
+    assert methods.multihop(model, FIRST, SECOND)["source_hooks"] == []
+    monkeypatch.setattr("tl_lenses.methods.prepare", merging)
     with pytest.raises(ValueError, match="word it so that it ends with a token"):
-        scopes.multihop(model, FIRST, SECOND)
+        methods.multihop(model, FIRST, SECOND)
 
 
-def test_every_scope_is_documented_and_returns_what_is_promised(model):
-    assert set(scopes.__all__) == {
-        "activation_patching", "attention_knockout", "attribute", "causal_tracing", "entity_description", "future_lens",
-        "logit_lens_as_patchscope", "multihop", "next_token", "relations", "selfie", "token_identity",
-        "tuned_lens_as_patchscope",
-    }  # fmt: skip
-    for name in scopes.__all__:
-        text = inspect.getdoc(getattr(scopes, name))
-        assert text and "Source: " in text, name
-        assert len(text.splitlines()[0]) < 130 and text.splitlines()[1] == "", name
+@pytest.mark.parametrize(
+    "name",
+    [f"scopes.{name}" for name in scopes.__all__ if name != "RELATIONS"]
+    + [f"methods.{name}" for name in methods.__all__],
+)
+def test_every_scope_and_method_names_its_source(name):
+    module, _, function = name.partition(".")
+    text = inspect.getdoc(getattr({"scopes": scopes, "methods": methods}[module], function))
+    assert text and "Source: " in text
+    assert len(text.splitlines()[0]) < 130 and text.splitlines()[1] == ""
+
+
+READERS = ("activation_oracle", "latent_qa", "nla")  # arguments of a call; test_readers.py
+
+
+@pytest.mark.parametrize("name", [name for name in scopes.__all__ if name not in ("RELATIONS", *READERS)])
+def test_a_scope_is_a_target(name):
+    arguments = ("company_ceo",) if name == "attribute" else ()
+    assert isinstance(getattr(scopes, name)(*arguments), tll.Target)
+
+
+def test_a_published_readers_scope_is_what_patchscope_takes():
+    for asked in (scopes.activation_oracle("Who?", 2), scopes.latent_qa("Who?", 1)):
+        assert isinstance(asked["target"], tll.Target) and asked["target_layers"]
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("logit_lens_as_patchscope", "logit_lens"),
+        ("tuned_lens_as_patchscope", "tuned_lens"),
+        *((name, name) for name in ("activation_patching", "attention_knockout", "causal_tracing", "multihop")),
+    ],
+)
+def test_old_names_of_methods_say_the_new_one(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"tll\.scopes\.{old} is tll\.methods\.{new} now"):
+        assert getattr(tll.scopes, old) is getattr(tll.methods, new)
+
+
+def test_the_old_listing_of_relations_says_the_new_one():
+    with pytest.warns(DeprecationWarning, match=r"is tll\.scopes\.RELATIONS now"):
+        assert tll.scopes.relations() == list(tll.scopes.RELATIONS)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tll.scopes.nothing

@@ -1,22 +1,24 @@
 """The step of tuned-lens training: products in bf16, a teacher made chunk by chunk, a layer's own positions; against autograd."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_lenses as tll
-import tl_lenses.fit.step
 import tl_lenses.hooks
 from tl_lenses import divergence as D
-from tl_lenses.data import Batch
 from tl_lenses.divergence import fused_ce, fused_kl
 from tl_lenses.edits import scale
 from tl_lenses.fit.common import rows_for
-from tl_lenses.fit.optim import default_lr, map_sizes, optimizer_step, optimizers_of, rate_scales, set_scales
+from tl_lenses.fit.optim import map_sizes, optimizer_step, optimizers_of, rate_scales, set_scales
+from tl_lenses.fit.settings import Settings, default_lr
 from tl_lenses.fit.step import PASS, head_of, loss_and_gradient, narrowed, pieces, scored_pairs, summed_losses
 from tl_lenses.fit.stop import Watch
+from tl_lenses.tokens import Batch
 from tl_lenses.unembed import Readout
 
 KIND = zoo.FEW_KINDS[0]
@@ -45,14 +47,14 @@ def _autograd(hidden, teacher, w, b, transform):
 
 @pytest.mark.parametrize("transform", [None, _cap], ids=["plain", "soft-cap"])
 @pytest.mark.parametrize("chunk_size", [None, 7])
-def test_a_teacher_of_hidden_states_equals_its_logits_in_float64(transform, chunk_size, monkeypatch):
-    monkeypatch.setitem(D.BLOCK, "cpu", 4 * 300 * 3)  # blocks of three positions
-    hidden, final, w, b = _problem()
+def test_a_teacher_of_hidden_states_equals_its_logits_in_float64(transform, chunk_size):
+    n = 2 + D.BLOCK["cpu"] // (4 * 30_000) * torch.get_num_threads()  # more positions than are worked on at once
+    hidden, final, w, b = _problem(rows=2, n=n, d=8, d_vocab=30_000)
     f = transform or (lambda z: z)
     expected, grad = _autograd(hidden, f(final @ w + b), w, b, f)
-    for teacher, own in ((final, True), (f(final @ w + b), False)):
+    for teacher, by_layer in ((final, True), (f(final @ w + b), False)):
         y = hidden.clone().requires_grad_()
-        got = fused_kl(y, teacher, w, b, transform=transform, chunk_size=chunk_size, teacher_hidden=own)
+        got = fused_kl(y, teacher, w, b, transform=transform, chunk_size=chunk_size, teacher_hidden=by_layer)
         (got_grad,) = torch.autograd.grad(got.sum(), y)
         assert torch.allclose(got, expected, rtol=1e-12) and torch.allclose(got_grad, grad, rtol=1e-9, atol=1e-13)
     assert grad.abs().max() > 1e-3
@@ -71,28 +73,36 @@ def test_bfloat16_products_keep_the_loss_and_the_direction():
     assert got_grad.dtype == torch.float32
 
 
-def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right(monkeypatch):
+def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right():
     _, final, w, _ = _problem(n=200, d=64, d_vocab=2000)
     generator = torch.Generator().manual_seed(5)
     hidden = final + 0.03 * torch.randn(1, 200, 64, generator=generator, dtype=torch.float64)
     expected, _ = _autograd(hidden, final @ w, w, torch.zeros(2000), lambda z: z)
     narrow = w.bfloat16()
-    found = {}
+    losses = {}
     for exact in (True, False):
         teacher = D.teacher_of(final.float(), narrow, None, None, hidden=True, exact=exact)
-        found[exact] = D.score(hidden.float(), teacher, narrow, None, None)
-    errors = {exact: float((losses / 200 - expected).abs() / expected) for exact, (losses, _) in found.items()}
+        losses[exact] = D.score(hidden.float(), teacher, narrow, None, None)
+    errors = {exact: float((losses / 200 - expected).abs() / expected) for exact, (losses, _) in losses.items()}
     assert expected < 0.01 and errors[True] < 0.06 < errors[False], (expected, errors)  # measured 0.035 and 0.41
-    assert torch.equal(found[True][1], found[False][1])  # the gradient is the same
+    assert torch.equal(losses[True][1], losses[False][1])  # the gradient is the same
 
-    asked = []
-    real = D.teacher_of
-    monkeypatch.setattr(D, "teacher_of", lambda *a, exact, **k: (asked.append(exact), real(*a, exact=exact, **k))[1])
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(2, 8)
-    pairs = _step(model, tokens)[0]
-    rows, d = len(pairs.states), int(model.cfg.d_model)
-    summed_losses(pairs, torch.zeros(rows, d, d), torch.zeros(rows, d), head_of(Readout(model), "bfloat16"))
-    assert asked == [False, True]
+
+def test_held_out_losses_are_the_exact_ones():
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(6, 16)
+    pairs, resid, depth = _step(model, tokens)[0], {}, int(model.cfg.n_layers)
+    tll.run(model, tokens, [tll.read(tll.site(model, depth), resid, key=depth)])
+    final = resid[depth].flatten(0, 1)
+    noise = 0.01 * torch.randn(final.shape, generator=torch.Generator().manual_seed(5))
+    pairs = dataclasses.replace(pairs, states=[final + noise])
+    maps = torch.zeros(1, *[final.shape[1]] * 2), torch.zeros(1, final.shape[1])
+    losses = {
+        name: float(summed_losses(pairs, *maps, head_of(Readout(model), name))) for name in ("bfloat16", "float32")
+    }
+    grads = torch.zeros_like(maps[0]), torch.zeros_like(maps[1])
+    rough = float(loss_and_gradient(pairs, *maps, head_of(Readout(model), "bfloat16"), *grads))
+    errors = [abs(loss - losses["float32"]) / losses["float32"] for loss in (losses["bfloat16"], rough)]
+    assert errors[0] < errors[1] / 3, errors
 
 
 def test_what_all_logits_have_in_common_does_not_cost_bfloat16_its_digits():
@@ -115,62 +125,86 @@ def test_what_all_logits_have_in_common_does_not_cost_bfloat16_its_digits():
     assert worse_loss > 2 * loss and worse_angle > 2 * angle  # what it is for
 
 
-def test_tiles_cover_every_position_of_every_layer_once_and_fit(monkeypatch):
-    monkeypatch.setitem(D.CHUNK, "cpu", 60_000)
-    cpu = torch.device("cpu")
-    for rows, n, size in ((1, 1, None), (12, 100, None), (13, 7, 3), (80, 50, None), (5, 0, None)):
-        count = torch.zeros(rows, n)
-        for part, groups in D.tiles(rows, n, 300, torch.bfloat16, cpu, size):
-            for group in groups:
-                count[group, part] += 1
-                held = (part.stop - part.start) * (group.stop - group.start) * 300 * 2
-                assert held <= 60_000 or part.stop - part.start == 1 or size
-        assert bool((count == 1).all())
+TILES = [(1, 1, None), (12, 100, None), (6, 1700, None), (13, 7, 3), (80, 50, None), (5, 0, None)]
+WIDE = 200_000  # a vocabulary of which 104 rows of logits in bf16 are all that may exist at a time
+
+
+def _tiles(rows, n, size):
+    return list(D.tiles(rows, n, WIDE, torch.bfloat16, torch.device("cpu"), size))
+
+
+@pytest.mark.parametrize("rows,n,size", TILES)
+def test_tiles_cover_every_position_of_every_layer_once(rows, n, size):
+    count = torch.zeros(rows, n)
+    for part, groups in _tiles(rows, n, size):
+        for group in groups:
+            count[group, part] += 1
+    assert bool((count == 1).all())
+
+
+@pytest.mark.parametrize("rows,n,size", [case for case in TILES if case[2] is None])
+def test_logits_of_a_tile_fit_in_their_bytes(rows, n, size):
+    for part, groups in _tiles(rows, n, size):
+        for group in groups:
+            held = (part.stop - part.start) * (group.stop - group.start) * WIDE * 2
+            assert held <= D.CHUNK["cpu"] or part.stop - part.start == 1
 
 
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
-def test_many_tiles_equal_one_and_scoring_alone_gives_the_same_losses(subsample, monkeypatch):
+def test_many_tiles_equal_one(subsample, monkeypatch):
     model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
-    one = _step(model, tokens, subsample=subsample, chunk_size=1000)
+    whole = _step(model, tokens, subsample=subsample, chunk_size=1000)
     monkeypatch.setattr(D, "LAYERS", 1)
     many = _step(model, tokens, subsample=subsample, chunk_size=1000)
-    for a, b in zip(one[1:], many[1:], strict=True):
+    for a, b in zip(whole[1:], many[1:], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
     if subsample == 1:
         small = _step(model, tokens, chunk_size=7)
-        for a, b in zip(one[1:], small[1:], strict=True):
+        for a, b in zip(whole[1:], small[1:], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
-        rows = len(one[1])
-        g, d = torch.Generator().manual_seed(2), int(model.cfg.d_model)
-        maps = torch.randn(rows, d, d, generator=g) / d, torch.randn(rows, d, generator=g) / d
-        alone = summed_losses(one[0], *maps, head_of(Readout(model), "float32"), chunk_size=5)
-        assert torch.allclose(alone / len(one[0]), one[1], rtol=1e-5)
+
+
+def test_scoring_alone_gives_the_losses_of_a_step():
+    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+    pairs, losses, *_ = _step(model, tokens, chunk_size=1000)
+    alone = summed_losses(pairs, *_maps(model, len(losses)), head_of(Readout(model), "float32"), chunk_size=5)
+    assert torch.allclose(alone / len(pairs), losses, rtol=1e-5)
+
+
+class _Logits(TorchDispatchMode):
+    """Notes the largest number of rows of logits, `[..., d_vocab]`, in a tensor that is made inside."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.ndim > 1 and made.shape[-1] == zoo.D_VOCAB:
+            if made.shape[0] != zoo.D_MODEL:  # the unembedding itself
+                self.most = max(self.most, made.numel() // zoo.D_VOCAB)
+        return made
 
 
 def test_memory_of_a_step_does_not_grow_with_a_smaller_share(monkeypatch):
-    rows = []
-    real = tl_lenses.fit.step._room
-    monkeypatch.setattr(tl_lenses.fit.step, "_room", lambda room, n, head: (rows.append(n), real(room, n, head))[1])
     monkeypatch.setitem(D.CHUNK, "cpu", 4 * zoo.D_VOCAB * 12)  # twelve rows of logits
     model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
     for share in (1.0, 0.5, 0.1):
-        rows.clear()
-        _step(model, tokens, subsample=share)
-        assert max(rows) <= 12 + 3, (share, max(rows))  # rounding of a share, per layer
+        with _Logits() as seen:
+            _step(model, tokens, subsample=share)
+        assert 0 < seen.most <= 12 + 3, (share, seen.most)  # rounding of a share, per layer
 
 
 def test_cross_entropy_of_a_float64_model_with_a_bias():
     model = copy.deepcopy(zoo.build("phi", KIND)).double()
     model.cfg.dtype = torch.float64  # HookedTransformer's norms cast to it
     tokens = zoo.tokens(2, 8)
-    found = _step(model, tokens, loss="ce")
-    assert all(part.isfinite().all() for part in found[1:]) and found[2].abs().max() > 0
+    step = _step(model, tokens, loss="ce")
+    assert all(part.isfinite().all() for part in step[1:]) and step[2].abs().max() > 0
 
 
 def test_a_fit_under_an_edited_pattern_has_its_own_teacher():
     model, tokens = zoo.build("gpt2", KIND), zoo.tokens(3, 12)
     hook = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
-    tl_lenses.hooks._PATTERNS.pop(model, None)  # as at first use, when the check of patterns makes passes of its own
+    tl_lenses.effects._LEADS.pop(model, None)  # as at first use, when the check of patterns makes a pass of its own
     first, second = (_step(model, tokens, hooks=[hook]) for _ in range(2))
     assert first[0].hidden and torch.equal(first[0].teacher, second[0].teacher) and torch.equal(first[1], second[1])
 
@@ -222,12 +256,16 @@ def test_a_layers_own_positions_are_unbiased_and_exact():
     assert torch.allclose(got, expected)
 
 
+def _maps(model, n_rows):
+    """Deltas and biases that are the same in every test."""
+    g, d = torch.Generator().manual_seed(2), int(model.cfg.d_model)
+    return torch.randn(n_rows, d, d, generator=g) / d, torch.randn(n_rows, d, generator=g) / d
+
+
 def _step(model, tokens, *, precision="float32", hooks=(), loss="kl", **kwargs):
     rows = rows_for(model, None)
     head = head_of(Readout(model), precision)
-    d = int(model.cfg.d_model)
-    g = torch.Generator().manual_seed(2)
-    delta, biases = torch.randn(len(rows), d, d, generator=g) / d, torch.randn(len(rows), d, generator=g) / d
+    delta, biases = _maps(model, len(rows))
     grad_w, grad_b = torch.zeros_like(delta), torch.zeros_like(biases)
     pairs = scored_pairs(model, Batch(tokens), rows, list(hooks), True, 0 if loss == "kl" else 1, loss, head.readout)
     losses = loss_and_gradient(pairs, delta, biases, head, grad_w, grad_b, **kwargs)
@@ -236,7 +274,7 @@ def _step(model, tokens, *, precision="float32", hooks=(), loss="kl", **kwargs):
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("kind", zoo.FEW_KINDS)
-def test_the_models_logits_are_not_made_and_the_step_is_the_same(arch, kind, monkeypatch):
+def test_a_step_is_the_same_without_the_models_logits(arch, kind):
     model = zoo.build(arch, kind)
     tokens = zoo.tokens(4, 16)
     lean = _step(model, tokens, chunk_size=13)
@@ -269,9 +307,9 @@ def test_subsampling_has_the_right_expectation():
     model = zoo.build("gpt2", KIND)
     tokens = zoo.tokens(4, 16)
     _, losses, grad_w, grad_b = _step(model, tokens)
-    found = [_step(model, tokens, subsample=0.25, seed=seed, chunk_size=20)[1:] for seed in range(200)]
-    mean = [torch.stack(part).mean(0) for part in zip(*found, strict=True)]
-    error = [torch.stack(part).std(0) / 200**0.5 for part in zip(*found, strict=True)]
+    steps = [_step(model, tokens, subsample=0.25, seed=seed, chunk_size=20)[1:] for seed in range(200)]
+    mean = [torch.stack(part).mean(0) for part in zip(*steps, strict=True)]
+    error = [torch.stack(part).std(0) / 200**0.5 for part in zip(*steps, strict=True)]
     for got, expected, e in zip(mean, (losses, grad_w, grad_b), error, strict=True):
         # About one standard error off; a mean of wrong weights is off everywhere.
         assert ((got - expected).abs() / e.clamp_min(1e-9)).mean() < 1.3
@@ -279,14 +317,22 @@ def test_subsampling_has_the_right_expectation():
     assert torch.equal(*same) and not torch.equal(same[0], _step(model, tokens, subsample=0.25, seed=4)[1])
 
 
-def test_precision_is_chosen_by_the_hardware_and_refused_when_unknown(unchecked, monkeypatch):
+def test_precision_is_chosen_by_the_hardware():
     w = torch.zeros(4, 5)
-    monkeypatch.setattr(D, "has_bfloat16", lambda device: True)
-    assert D.product_dtype("auto", w) == torch.bfloat16
+    assert D.product_dtype("auto", w) == (torch.bfloat16 if D.has_bfloat16(w.device) else torch.float32)
+    nowhere = w.to("meta")  # a device without bf16 hardware
+    assert D.product_dtype("auto", nowhere) == torch.float32
+
+
+def test_precision_is_what_is_asked_for_and_never_more_than_the_weights_have():
+    w = torch.zeros(4, 5)
+    assert D.product_dtype("bfloat16", w.to("meta")) == torch.bfloat16
     assert D.product_dtype("auto", w.double()) == torch.float64 and D.product_dtype("float32", w) == torch.float32
     assert D.product_dtype("float32", w.half()) == torch.float16
-    monkeypatch.setattr(D, "has_bfloat16", lambda device: False)
-    assert D.product_dtype("auto", w) == torch.float32 and D.product_dtype("bfloat16", w) == torch.bfloat16
+
+
+def test_refusals_of_the_loss(unchecked):
+    w = torch.zeros(4, 5)
     with pytest.raises(ValueError, match="precision must be"):
         D.product_dtype("int8", w)
     with pytest.raises(ValueError, match="teacher of width 5"):
@@ -315,7 +361,7 @@ def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stre
     for source in (batches, iter(batches)):  # a source that can be read only once will do
         got = tll.fit_tuned(model, source, steps=3, init_tokens=160, optimizer="sgd")
         assert torch.allclose(got.weights, expected.weights, atol=1e-6)
-        assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240
+        assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240 + 150
     # A short text is used once for the start, and a second time only by training.
     short = tll.fit_tuned(model, batches, steps=0, init_tokens=10_000)
     assert torch.allclose(short.weights, tll.fit_regression(model, batches).weights, atol=1e-6)
@@ -389,7 +435,7 @@ def test_refusals_of_held_out(unchecked):
     tokens = zoo.tokens(8, 8)
     for kwargs, message in (
         (dict(steps="auto"), "'auto' with held_out= text"),
-        (dict(steps="soon", held_out=0.5), "steps must be a number"),
+        (dict(steps="soon", held_out=0.5), "steps must be a whole number, or 'auto'"),
         (dict(steps=1, held_out=1.5), "leaves -4 to train on"),
         (dict(steps=1, held_out=0.5, tokens=[tokens]), "needs tokens"),
         (dict(steps=1, held_out=0.5, patience=0), "at least 1"),
@@ -404,9 +450,8 @@ def test_a_layers_rate_follows_its_loss():
     assert rate_scales([4.0, 0.1], 0.0, [1.0, 5.0]) == [1.0, 5.0]
     leaves = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
     biases = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
-    settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "bias_only": False}
     for name, device in (("sgd", None), ("muon", None), ("muon", torch.device("cpu")), ("adam", None)):
-        optimizers = optimizers_of(name, leaves, biases, settings)
+        optimizers = optimizers_of(leaves, biases, Settings(optimizer=name, lr=1.0, weight_decay=0.0, momentum=0.0))
         set_scales(optimizers, [1.0, 0.25], [1.0, 1.0], 0.0)
         for parameter in (*leaves, *biases):
             torch.nn.init.zeros_(parameter)
@@ -418,8 +463,7 @@ def test_a_layers_rate_follows_its_loss():
 
 def test_decay_takes_the_same_share_of_a_large_map():
     leaves, biases = ([torch.nn.Parameter(torch.ones(*shape)) for _ in range(2)] for shape in ((4, 4), (4,)))
-    settings = {"lr": 1.0, "weight_decay": 0.5, "momentum": 0.0, "bias_only": False}
-    optimizers = optimizers_of("muon", leaves, biases, settings)
+    optimizers = optimizers_of(leaves, biases, Settings(lr=1.0, weight_decay=0.5, momentum=0.0))
     set_scales(optimizers, [8.0, 1.0], [8.0, 1.0], 0.5)
     for parameter in (*leaves, *biases):
         parameter.grad = torch.zeros_like(parameter)
@@ -443,8 +487,8 @@ def test_a_step_of_muon_is_as_large_beside_the_map_at_any_width():
     sizes = []
     for d in (64, 256):
         leaf = torch.nn.Parameter(torch.zeros(d, d))
-        settings = {"lr": default_lr("muon", d), "weight_decay": 0.0, "momentum": 0.0, "bias_only": False}
-        optimizers = optimizers_of("muon", [leaf], [torch.nn.Parameter(torch.zeros(d))], settings)
+        settings = Settings(weight_decay=0.0, momentum=0.0).at_width(d)
+        optimizers = optimizers_of([leaf], [torch.nn.Parameter(torch.zeros(d))], settings)
         leaf.grad = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
         optimizer_step(optimizers, default_lr("muon", d))
         sizes.append(torch.linalg.svdvals(leaf.detach()).mean().item())
@@ -469,16 +513,29 @@ def test_a_fit_does_not_depend_on_the_scale_that_its_start_has(unchecked):
     assert (fits[0].bias - fits[1].bias / 16).norm() < 0.05 * (fits[0].bias - 1).norm()
 
 
-def test_the_watch_keeps_the_best_of_each_layer_and_cools_down():
+def _watch():
+    """A watch without an end that has looked three times at two layers."""
     watch = Watch(None, every=2, patience=2)
     maps = lambda value: (torch.full((2, 3, 3), value), torch.full((2, 3), value))
     for step, losses in ((0, [1.0, 0.5]), (2, [0.9, 0.6]), (4, [0.95, 0.6])):
         assert watch.rate(step) == 1.0 and watch.due(step) and not watch.ended(step)
         watch.look(step, torch.tensor(losses), *maps(float(step)))
+    return watch
+
+
+def test_the_watch_keeps_the_best_of_each_layer():
+    watch = _watch()
     assert watch.best.tolist() == pytest.approx([0.9, 0.5]) and watch.delta[:, 0, 0].tolist() == [2.0, 0.0]
+
+
+def test_without_an_end_the_watch_cools_down_when_the_loss_no_longer_falls():
+    watch = _watch()
     assert (start := watch.cooling_from) == 4
     assert watch.rate(start) == 1.0 and watch.rate(start + 1) == 0.5 and watch.rate(start + 2) == 0.0
     assert watch.ended(start + 2) and not watch.ended(start + 1)
+
+
+def test_a_fixed_number_of_steps_cools_down_to_its_end_or_stops_before():
     fixed = Watch(10, every=2, patience=1)
     assert [fixed.rate(step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0] and fixed.ended(10)
     for step, loss in ((0, 1.0), (2, 1.1)):

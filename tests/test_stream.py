@@ -15,10 +15,11 @@ import pytest
 import torch
 from test_data import TEXTS, make_tokenizer
 
-import tl_lenses.texts
-from tl_lenses.checkpoint import load_state, save_state
-from tl_lenses.data import Batch, positions, token_batches
-from tl_lenses.stream import Position, ahead
+import tl_lenses.text.sources
+from tl_lenses.files import load_state, save_state
+from tl_lenses.text.batches import Text, token_batches
+from tl_lenses.text.stream import Bookmark, ahead
+from tl_lenses.tokens import Batch
 
 TOKENIZER = make_tokenizer(bos_token="<bos>", eos_token="<eos>")
 LONG = [f"{text} " * (1 + n % 7) for n, text in enumerate(TEXTS * 3)]
@@ -39,11 +40,11 @@ def _source(kind, folder):
     if kind == "generator":
         return (text for text in LONG)
     if kind in ("dataset", "stream", "stream-shuffled"):
-        found = datasets.Dataset.from_dict({"text": LONG})
+        dataset = datasets.Dataset.from_dict({"text": LONG})
         if kind == "dataset":
-            return found
-        found = found.to_iterable_dataset(num_shards=5)
-        return found.shuffle(seed=3, buffer_size=7) if kind == "stream-shuffled" else found
+            return dataset
+        dataset = dataset.to_iterable_dataset(num_shards=5)
+        return dataset.shuffle(seed=3, buffer_size=7) if kind == "stream-shuffled" else dataset
     if kind == "jsonl":
         return _lines(folder / "a.jsonl", LONG)
     if kind == "json":
@@ -90,13 +91,13 @@ def test_a_stream_goes_on_where_it_stood(kind, shuffle, tmp_path):
         shuffle_seed=None if shuffle is None else 2,
         shuffle_buffer=shuffle or 1,
     )
-    whole = list(positions(make(), endless=False))
+    whole = list(Text.of(make()).stream(endless=False))
     assert len(whole) > 20 and [p.index for _, p in whole] == list(range(1, len(whole) + 1))
     for at in (0, 1, len(whole) // 2, len(whole) - 2):
         save_state(tmp_path / "state", whole[at][1].state())  # as a checkpoint keeps it
-        position = Position.load(load_state(tmp_path / "state"))
+        position = Bookmark.load(load_state(tmp_path / "state"))
         again = make()
-        rest = list(positions(again, at=position, endless=False))
+        rest = list(Text.of(again).stream(at=position, endless=False))
         assert len(rest) == len(whole) - at - 1
         for (a, p), (b, q) in zip(rest, whole[at + 1 :], strict=True):
             assert _same(a, b) and (p.epoch, p.index, p.rows) == (q.epoch, q.index, q.rows)
@@ -105,12 +106,12 @@ def test_a_stream_goes_on_where_it_stood(kind, shuffle, tmp_path):
 
 def test_an_endless_stream_goes_on_in_its_second_pass():
     make = lambda: token_batches(LONG, TOKENIZER, seq_len=33, batch_size=3, shuffle_seed=1, limit_tokens=900)
-    stream = positions(make())
+    stream = Text.of(make()).stream()
     first = [next(stream) for _ in range(25)]
     assert {p.epoch for _, p in first} == {0, 1, 2}  # 27 rows, 9 batches
     assert not torch.equal(first[0][0].tokens, first[9][0].tokens)
     for at in (8, 9, 13, 17):
-        rest = positions(make(), at=first[at][1])
+        rest = Text.of(make()).stream(at=first[at][1])
         assert all(torch.equal(next(rest)[0].tokens, batch.tokens) for batch, _ in first[at + 1 :])
 
 
@@ -118,27 +119,27 @@ def test_an_endless_stream_goes_on_in_its_second_pass():
 def test_tensors_and_lists_of_batches_have_positions_too(kind):
     tokens = torch.arange(60).reshape(20, 3)
     made = tokens if kind == "tensor" else [tokens[:7], tokens[7:9], Batch(tokens[9:])]
-    stream = positions(made, seed=4)
+    stream = Text.of(made).stream(seed=4)
     first = [next(stream)[0] for _ in range(9)]
-    stream = positions(made, seed=4)
+    stream = Text.of(made).stream(seed=4)
     position = [next(stream)[1] for _ in range(4)][-1]
-    rest = positions(made, seed=4, at=Position.load(position.state()))
+    rest = Text.of(made).stream(seed=4, at=Bookmark.load(position.state()))
     assert all(torch.equal(next(rest)[0].tokens, batch.tokens) for batch in first[4:])
 
 
 def test_going_on_tokenises_one_group_and_reads_no_text_before_it(tmp_path, monkeypatch):
     path = _lines(tmp_path / "a.jsonl", LONG)
     make = lambda: token_batches(path, TOKENIZER, seq_len=33, batch_size=3)
-    whole = list(positions(make(), endless=False))
+    whole = list(Text.of(make()).stream(endless=False))
     _, position = whole[-4]
-    offsets, lines = [], tl_lenses.texts._lines
+    offsets, lines = [], tl_lenses.text.sources._lines
 
     def counting(path, offset=0):
         offsets.append(offset)
         return lines(path, offset)
 
-    monkeypatch.setattr(tl_lenses.texts, "_lines", counting)
-    next(positions(make(), at=position))
+    monkeypatch.setattr(tl_lenses.text.sources, "_lines", counting)
+    next(Text.of(make()).stream(at=position))
     assert len(offsets) == 1 and offsets[0] > 0.7 * path.stat().st_size
 
 
@@ -157,20 +158,20 @@ def test_a_stream_of_datasets_is_not_read_from_its_start():
         seq_len=33,
         batch_size=3,
     )
-    whole = list(positions(make(), endless=False))
+    whole = list(Text.of(make()).stream(endless=False))
     _, position = whole[-2]
     read.clear()
-    assert _same(next(positions(make(), at=position))[0], whole[-1][0])
+    assert _same(next(Text.of(make()).stream(at=position))[0], whole[-1][0])
     assert {shard for shard, _ in read} == {3}
 
 
 def test_a_text_that_has_changed_is_refused(tmp_path):
     path = _lines(tmp_path / "a.jsonl", LONG)
     make = lambda: token_batches(path, TOKENIZER, seq_len=33, batch_size=3)
-    position = list(positions(make(), endless=False))[20][1]
+    position = list(Text.of(make()).stream(endless=False))[20][1]
     _lines(path, LONG[1:])
     with pytest.raises(ValueError, match="the text has changed since its place was noted: file 0 was 'a.jsonl'"):
-        next(positions(make(), at=position))
+        next(Text.of(make()).stream(at=position))
 
 
 # --- the thread that is ahead
@@ -185,15 +186,15 @@ def _equal(a, b):
 def test_worker_processes_give_the_same_batches_and_positions():
     settings = dict(seq_len=9, batch_size=2, shuffle_seed=1, shuffle_buffer=5)
     alone, shared = (token_batches(list(LONG) * 4, TOKENIZER, workers=workers, **settings) for workers in (0, 2))
-    expected = list(positions(alone, endless=False))
-    got = list(positions(shared, endless=False))
+    expected = list(Text.of(alone).stream(endless=False))
+    got = list(Text.of(shared).stream(endless=False))
     assert len(got) == len(expected) > 20
     for (batch, place), (other, there) in zip(got, expected, strict=True):
         assert torch.equal(batch.tokens, other.tokens) and batch.bytes_per_token == other.bytes_per_token
         assert _equal(place.state(), there.state())
     assert shared.n_tokens == alone.n_tokens and shared.counted == alone.counted
     middle = len(got) // 2
-    on = [batch.tokens for batch, _ in positions(shared, at=got[middle][1], endless=False)]  # the same pool
+    on = [batch.tokens for batch, _ in Text.of(shared).stream(at=got[middle][1], endless=False)]  # the same pool
     assert torch.equal(torch.cat(on), torch.cat([batch.tokens for batch, _ in expected[middle + 1 :]]))
 
     assert shared.pool is not None
@@ -219,6 +220,29 @@ def test_worker_processes_give_the_same_batches_and_positions():
         next(iter(token_batches(LONG, stuck, seq_len=9, batch_size=2, workers=1)))
 
 
+_NO_GUARD = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_stream import TOKENIZER, LONG
+import tl_lenses as tll
+TOKENIZER.ballast = b"x" * 2**20  # more than a pipe takes
+next(iter(tll.token_batches(LONG, TOKENIZER, seq_len=9, batch_size=2, workers=2)))
+"""
+
+
+@pytest.mark.parametrize("how", ["no guard", "killed"])
+def test_workers_that_die_while_they_start_are_an_error_and_no_hang(tmp_path, how):
+    code = _NO_GUARD.format(tests=str(Path(__file__).parent))
+    if how == "killed":  # a worker runs the script again, under another name
+        code = code.replace(
+            "import sys\n", "import os, sys\nif __name__ != '__main__':\n    os.kill(os.getpid(), 9)\n", 1
+        )
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "RuntimeError: a worker process of the tokenizer ended" in done.stderr.splitlines()[-1]
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = """
 import os, sys, tl_lenses as tll
@@ -231,7 +255,7 @@ if __name__ == "__main__":
     os.kill(os.getpid(), 9)
 """
     (tmp_path / "script.py").write_text(script.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": str(Path(tl_lenses.texts.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tl_lenses.text.sources.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True
     )

@@ -1,5 +1,6 @@
 """Statistics of prompts and texts against the naive computation on the full tensor."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from test_lens import _random
 import tl_lenses as tll
 from tl_lenses import edits
 from tl_lenses import stats as S
-from tl_lenses.trajectory import STATISTICS
+from tl_lenses.trajectories import STATISTICS
 
 KINDS = zoo.FEW_KINDS
 TOKENS = zoo.tokens(2, 10)
@@ -33,8 +34,8 @@ def test_every_statistic_equals_the_naive_one(model):
     lens = tll.Lens(model, _random(model))
     anti = TOKENS.roll(3, 1)
     traj = tll.trajectory(model, lens, TOKENS, anti_targets=anti)
-    z, own = _naive(model, lens, TOKENS, lens.layers)
-    logp, teacher = z.log_softmax(-1), own.log_softmax(-1)
+    z, final = _naive(model, lens, TOKENS, lens.layers)
+    logp, teacher = z.log_softmax(-1), final.log_softmax(-1)
     assert traj.layers == (0, 1, 2, 3) and set(traj.stats) == set(STATISTICS)
     assert torch.allclose(traj.kl, S.kl(teacher.expand_as(logp), logp), atol=1e-5)
     assert torch.allclose(traj.entropy, S.entropy(logp), atol=1e-5)
@@ -128,8 +129,8 @@ def test_under_intervention(model):
     # an intervention on the final norm reaches the last row, which is the model
     scaled = tll.trajectory(model, lens, TOKENS, hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
     with torch.no_grad():
-        own = model.run_with_hooks(TOKENS, fwd_hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
-    assert torch.allclose(scaled.entropy[-1], S.entropy(own.log_softmax(-1)), atol=1e-5)
+        final = model.run_with_hooks(TOKENS, fwd_hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
+    assert torch.allclose(scaled.entropy[-1], S.entropy(final.log_softmax(-1)), atol=1e-5)
     # at a site that both use, the user's hook runs first
     zeroed = tll.trajectory(model, lens, TOKENS, hooks=[tll.patch(2, edits.zero)])
     assert zeroed.kl[2, :, 1:].var() >= 0 and torch.allclose(
@@ -163,9 +164,9 @@ def test_text_pads_and_targets(model):
     assert (traj.targets[1][~traj.mask[1]] == -1).all() and (traj.targets[:, -1] == -1).all()
     bare = tll.trajectory(model, tll.Lens(model), prompts[1], prepend_bos=False)
     assert torch.equal(bare.tokens, alone.tokens[:, 1:])
-    one = tll.trajectory(model, tll.Lens(model), prompts[0], targets=" the", anti_targets=7)
-    wanted = model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
-    assert (one.targets == wanted).all() and (one.anti_targets == 7).all() and one.logprob_diff.isfinite().all()
+    scored = tll.trajectory(model, tll.Lens(model), prompts[0], targets=" the", anti_targets=7)
+    token = model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
+    assert (scored.targets == token).all() and (scored.anti_targets == 7).all() and scored.logprob_diff.isfinite().all()
     with pytest.raises(ValueError, match=r"logprob_diff needs anti_targets"):
         _ = traj.logprob_diff
     with pytest.raises(ValueError, match="is .* tokens, expected one"):
@@ -189,44 +190,95 @@ def test_refusals(model, unchecked):
     fitted = tll.Lens(model, _random(model).select([1]))
     other = tll.Lens(model, _random(model).select([2]))
     cases = [
-        (dict(lens=lens, prompt=TOKENS, layers=[]), "empty list of layers"),
-        (dict(lens=lens, prompt=TOKENS, layers=[1, 1]), "given twice"),
-        (dict(lens=lens, prompt=TOKENS, layers=[9]), "no layer 9: this model has layers 0..3"),
-        (dict(lens=lens, prompt=TOKENS, layers=["blocks.1.hook_nope"]), "no hook 'blocks.1.hook_nope'"),
-        (dict(lens={}, prompt=TOKENS), "empty mapping"),
-        (dict(lens={"a": fitted, "b": other}, prompt=TOKENS), "different layers"),
-        (dict(lens=lens, prompt=TOKENS, teacher="dirty"), "teacher must be"),
+        (dict(lens=lens, tokens=TOKENS, layers=[]), "empty list of layers"),
+        (dict(lens=lens, tokens=TOKENS, layers=[1, 1]), "given twice"),
+        (dict(lens=lens, tokens=TOKENS, layers=[9]), "no layer 9: this model has layers 0..3"),
+        (dict(lens=lens, tokens=TOKENS, layers=["blocks.1.hook_nope"]), "no hook 'blocks.1.hook_nope'"),
+        (dict(lens={}, tokens=TOKENS), "empty mapping"),
+        (dict(lens={"a": fitted, "b": other}, tokens=TOKENS), "different layers"),
+        (dict(lens=lens, tokens=TOKENS, teacher="dirty"), "teacher must be"),
         (
-            dict(lens=lens, prompt=TOKENS, targets=TOKENS[:, :4]),
+            dict(lens=lens, tokens=TOKENS, targets=TOKENS[:, :4]),
             r"targets has shape \[2, 4\], expected that of the tokens, \[2, 10\]",
         ),
-        (dict(lens=lens, prompt=TOKENS, targets=TOKENS.float()), "must be token ids"),
-        (dict(lens=lens, prompt=TOKENS, anti_targets=TOKENS + 400), "ids outside -1..319"),
-        (dict(lens=lens, prompt=TOKENS.float()), "integer|int64|token ids"),
-        (dict(lens=lens, prompt=TOKENS[None]), "shape"),
-        (dict(lens=lens, prompt=TOKENS[:, :0]), "empty"),
-        (dict(lens=lens, prompt=TOKENS + 320), "320"),
-        (dict(lens=lens, prompt=zoo.tokens(1, 65)), "64"),
-        (dict(lens=lens, prompt=[]), "empty|at least one"),
-        (dict(lens=lens, prompt=3), "expected text"),
-        (dict(lens=lens, prompt=TOKENS, attention_mask=torch.ones(2, 3).long()), r"attention_mask has shape \[2, 3\]"),
-        (dict(lens=lens, prompt=TOKENS, attention_mask=torch.zeros(2, 10).long()), "hides every token"),
-        (dict(lens=lens, prompt="the cat", attention_mask=torch.ones(1, 3).long()), "text makes its own mask"),
+        (dict(lens=lens, tokens=TOKENS, targets=TOKENS.float()), "must be token ids"),
+        (dict(lens=lens, tokens=TOKENS, anti_targets=TOKENS + 400), "ids outside -1..319"),
+        (dict(lens=lens, tokens=TOKENS.float()), "integer|int64|token ids"),
+        (dict(lens=lens, tokens=TOKENS[None]), "shape"),
+        (dict(lens=lens, tokens=TOKENS[:, :0]), "empty"),
+        (dict(lens=lens, tokens=TOKENS + 320), "320"),
+        (dict(lens=lens, tokens=zoo.tokens(1, 65)), "64"),
+        (dict(lens=lens, tokens=[]), "empty|at least one"),
+        (dict(lens=lens, tokens=3), "expected text"),
+        (
+            dict(lens=lens, tokens=TOKENS, attention_mask=torch.ones(2, 3).long()),
+            r"attention_mask .* should be a tensor of shape .*, got \(2, 3\)",
+        ),
+        (dict(lens=lens, tokens=TOKENS, attention_mask=torch.zeros(2, 10).long()), "hides every token"),
+        (dict(lens=lens, tokens="the cat", attention_mask=torch.ones(1, 3).long()), "text makes its own mask"),
     ]
     for kwargs, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             tll.trajectory(model, **kwargs)
-    with pytest.raises(ValueError, match="no divergence 'l2'; there are kl, js, tv"):
+    bad_values = [
+        (dict(lens=None), "expected a Lens or a mapping {name: Lens}, got None: make one with"),
+        (dict(lens={"a": lens, "b": 3}), "got a int at 'b'"),
+        (dict(layers=3), r"layers must be a list of layers and sites or a slice, got 3: pass layers=\[3\]"),
+        (dict(layers="blocks.1.hook_resid_mid"), "layers must be a list"),
+        (dict(layers=[1.5]), "a layer must be a whole number, got 1.5"),
+        (dict(layers=[True]), "a layer must be a whole number, got True"),
+        (dict(hooks=None), r"hooks must be a list of pairs \(name, function\), got NoneType"),
+        (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
+        (dict(chunk_size=2.5), "chunk_size must be a whole number"),
+    ]
+    for kwargs, message in bad_values:
+        for call in (tll.trajectory, tll.evaluate):
+            with pytest.raises((ValueError, TypeError), match=message):
+                call(model, **{"lens": lens, "tokens": TOKENS, **kwargs})
+    for kwargs, message in [
+        (dict(top_k=1.5), "top_k must be a whole number, got 1.5"),
+        (dict(top_k=-1), "top_k must be at least 0, got -1"),
+        (dict(targets=1.5), "targets must be token ids"),
+        (dict(targets=object()), "targets must be token ids or the text of one token"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            tll.trajectory(model, lens, TOKENS, **kwargs)
+    with pytest.raises(ValueError, match="bytes_per_token must be positive and finite, got 0"):
+        tll.evaluate(model, lens, TOKENS, bytes_per_token=0)
+    with pytest.raises(ValueError, match="empty mapping"):
+        tll.evaluate(model, {}, TOKENS)
+    with pytest.raises(ValueError, match="another model object"):
+        tll.evaluate(zoo.build("llama", KINDS[0]), lens, TOKENS)
+    with pytest.raises(ValueError, match="kind must be 'kl', 'js' or 'tv', got 'l2'"):
         tll.trajectory(model, {"a": lens, "b": lens}, TOKENS).divergence("a", "b", "l2")
     with pytest.raises(ValueError, match="another model object"):
         tll.trajectory(zoo.build("llama", KINDS[0]), lens, TOKENS)
+
+
+def test_the_old_name_of_tokens_says_the_new_one(model):
+    lens = tll.Lens(model)
+    with pytest.warns(DeprecationWarning, match=r"trajectory\(prompt=...\) is called tokens now"):
+        old = tll.trajectory(model, lens, prompt=TOKENS)
+    assert torch.equal(old.kl, tll.trajectory(model, lens, TOKENS).kl)
+
+
+def test_the_top_tokens_are_as_many_as_asked_for_in_any_integer_type(model, unchecked):
+    traj = tll.trajectory(model, tll.Lens(model), TOKENS, top_k=torch.tensor(3))
+    assert traj.top_ids.shape[-1] == 3 and tll.trajectory(model, tll.Lens(model), TOKENS, top_k=0).top_ids.numel() == 0
+
+
+def test_evaluate_takes_the_last_row_from_the_model_under_each_of_its_names(model):
+    scale = [tll.patch("ln_final.hook_normalized", lambda x: 1.5 * x)]
+    last = f"blocks.{tll.Lens(model).n_layers - 1}.hook_resid_post"
+    scores = tll.evaluate(model, tll.Lens(model), TOKENS, layers=[last], hooks=scale)
+    assert scores.rows[0]["kl"] == 0 and scores.rows[0]["top1"] == 1
 
 
 def test_values_that_are_not_finite_name_the_layer(model):
     broken = [tll.patch(1, lambda x: x * torch.inf)]
     with pytest.raises(ValueError, match="residual at 'blocks.1.hook_resid_pre' has values that are not finite"):
         tll.trajectory(model, tll.Lens(model), TOKENS, hooks=broken)
-    with pytest.raises(ValueError, match="layer 1 has values that are not finite"):
+    with pytest.raises(ValueError, match="residual at 'blocks.1.hook_resid_pre' has values that are not finite"):
         tll.evaluate(model, tll.Lens(model), TOKENS, hooks=broken)
     with pytest.raises(ValueError, match="activation at 'blocks.1.hook_resid_pre' has values that are not finite"):
         tll.fit_regression(model, zoo.tokens(8, 20), hooks=broken)
@@ -240,8 +292,8 @@ def test_values_that_are_not_finite_name_the_layer(model):
 def test_evaluate_equals_the_naive_computation(model, skip_first):
     tokens = zoo.tokens(6, 12)
     lens = tll.Lens(model, _random(model))
-    z, own = _naive(model, lens, tokens, lens.layers)
-    logp, teacher = z.log_softmax(-1), own.log_softmax(-1)
+    z, final = _naive(model, lens, tokens, lens.layers)
+    logp, teacher = z.log_softmax(-1), final.log_softmax(-1)
     first = 1 if skip_first else 0
     scores = tll.evaluate(model, {"x": lens}, [tokens[:4], tokens[4:]], skip_first=skip_first, chunk_size=5)
     assert scores.tokens == 6 * (12 - first)
@@ -276,3 +328,66 @@ def test_evaluate_does_not_depend_on_batches_or_pads(model):
 def test_evaluate_refuses_rows_without_a_position(model):
     with pytest.raises(ValueError, match="skip_first=False"):
         tll.evaluate(model, tll.Lens(model), zoo.tokens(3, 1))
+
+
+def test_results_say_which_bos_was_put_before_the_text(model):
+    lens, bos, prompt = tll.Lens(model), model.tokenizer.decode([zoo.BOS]), "the cat sat on the mat"
+    bos_of = lambda tokens, **kwargs: tll.trajectory(model, lens, tokens, **kwargs).settings["bos"]
+    assert bos_of(prompt) == bos_of([prompt]) == bos
+    assert bos_of(TOKENS) is bos_of(prompt, prepend_bos=False) is None
+    assert json.loads(tll.views.to_json(tll.trajectory(model, lens, prompt)))["trajectories"][0]["settings"] == {
+        "bos": bos,
+        "lens": "logit",
+    }
+    batches = lambda **kwargs: tll.token_batches([prompt] * 4, model.tokenizer, seq_len=6, batch_size=2, **kwargs)
+    scored = lambda tokens: tll.evaluate(model, lens, tokens).settings["bos"]
+    assert scored(batches()) == bos
+    assert scored(batches(prepend_bos=False)) is scored(TOKENS) is None
+    settings = tll.patchscope(model, tll.Source(prompt), layers=[1]).settings
+    assert settings["bos"] == settings["target_bos"] == bos
+    assert tll.patchscope(model, tll.Source(prompt), layers=[1], prepend_bos=False).settings["bos"] is None
+    report = tll.experiments.quality(model, {"logit": lens}, batches(), layers=[1])
+    assert report.settings["bos"] == bos
+    assert tll.experiments.quality(model, {"logit": lens}, TOKENS, layers=[1]).settings["bos"] is None
+
+
+def test_tracked_tokens_have_the_ranks_and_probabilities_of_the_logits(model):
+    lens, tokens = tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20))), zoo.tokens(2, 10)
+    traj = tll.trajectory(model, lens, tokens, track=[7, 11])
+    assert traj.tracked.ids.tolist() == [[7, 11]] * 2 and traj.tracked.ranks.shape == (len(traj.layers), 2, 10, 2)
+    said = {}
+    tll.run(model, tokens, lens.hooks(said))
+    for i, layer in enumerate(traj.layers):
+        logp = said[layer].float().log_softmax(-1)
+        for j, word in enumerate((7, 11)):
+            assert torch.equal(traj.tracked.ranks[i, ..., j], 1 + (logp > logp[..., word, None]).sum(-1))
+            assert torch.allclose(traj.tracked.probs[i, ..., j], logp[..., word].exp(), atol=1e-6)
+    cut = traj[1:, 1, 3:]
+    assert torch.equal(cut.tracked.ranks, traj.tracked.ranks[1:, 1:, 3:]) and len(cut.tracked.ids) == 1
+    assert json.loads(tll.views.to_json(cut))["trajectories"][0]["tracked"]["ids"] == [[7, 11]]
+
+
+def test_by_default_the_models_own_top_tokens_are_tracked(model):
+    tokens = zoo.tokens(3, 10)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    traj = tll.trajectory(model, tll.Lens(model), tokens, attention_mask=mask)
+    for b in range(3):
+        own = [i for i in traj.top_ids[-1, b, :, 0].flip(0).tolist() if i >= 0]
+        assert [i for i in traj.tracked.ids[b].tolist() if i >= 0] == list(dict.fromkeys(own))[:8]
+    assert (traj.tracked.ranks[:, 1, :4] == -1).all()
+    assert tll.trajectory(model, tll.Lens(model), tokens, track=()).tracked is None
+    assert tll.trajectory(model, tll.Lens(model), zoo.tokens(60, 20)).tracked is None  # over 1,024 tokens
+    with pytest.raises(ValueError, match=r"track=.* is 4 tokens, expected one"):
+        tll.trajectory(model, tll.Lens(model), tokens, track=["the cat sat"])
+
+
+def test_a_trajectory_knows_its_lens_and_what_its_fit_left_out(model):
+    tokens = zoo.tokens(2, 6)
+    both = {"a": tll.Lens(model), "b": tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20)))}
+    a, b = tll.trajectory(model, both, tokens).values()
+    assert (a.settings["lens"], b.settings["lens"]) == ("logit", "regression")
+    assert not a.left_out.any() and b.left_out[:, 0].all() and not b.left_out[:, 1:].any()
+    assert not b[:, :, 1:].left_out.any()  # cut off, and no other position takes its place
+    whole = tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20), skip_first=False))
+    assert not tll.trajectory(model, whole, tokens).left_out.any()

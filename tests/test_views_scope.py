@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tl_lenses import views
 from tl_lenses.patchscopes import PatchscopeResult
-from tl_lenses.views.scope import _distinct, _shorten
+from tl_lenses.views.glyphs import distinct, shorten
 
 VOCAB = {0: " Tokyo", 1: "\n", 2: "<0xE2>", 3: "日本", 4: "[red]", 5: "</td>", 6: '"', 7: " is"}
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
@@ -119,7 +119,7 @@ def test_golden_text_of_generated_text():
     assert plain(fake(["one", "two"], text=texts, mode="add", do_sample=True, seed=3, when="every_step")) == [
         'patchscope into "cat -> cat↵1135 -> 1135↵hello -> hello↵?"',
         "mode add, patched at every step, sampled, seed 3",
-        "in each cell: what the prompt goes on with",
+        "in each cell: the continuation of the prompt",
         "",
         "layer  one                    two",
         '    0  " Tokyo -> Tokyo↵sur"  "' + "x" * 47 + '…"',
@@ -179,11 +179,14 @@ def test_sources_become_rows_where_there_are_many():
     assert all(f"number {i} " in line for i, line in enumerate(lines[4:]))  # cut where all of them say the same
 
 
-def test_cutting_labels():
-    assert _shorten("abcdefghij", 5) == "ab…ij" and _shorten("abc", 3) == "abc" and _shorten("日本日本", 5) == "日…本"
-    assert all(cell_len(_shorten("ab日本cd", n)) <= n for n in range(1, 9))
-    assert _distinct(["the city of A is", "the city of B is"], 10) == ["…of A is", "…of B is"]
-    assert _distinct(["same" * 9, "same" * 9], 9) == _distinct(["same" * 9], 9) * 2
+def test_labels_are_cut_in_the_middle():
+    assert shorten("abcdefghij", 5) == "ab…ij" and shorten("abc", 3) == "abc" and shorten("日本日本", 5) == "日…本"
+    assert all(cell_len(shorten("ab日本cd", n)) <= n for n in range(1, 9))
+
+
+def test_labels_are_cut_where_they_are_equal():
+    assert distinct(["the city of A is", "the city of B is"], 10) == ["…of A is", "…of B is"]
+    assert distinct(["same" * 9, "same" * 9], 9) == distinct(["same" * 9], 9) * 2
 
 
 def test_nothing_to_show():

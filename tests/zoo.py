@@ -207,6 +207,30 @@ def build(arch: str, kind: str = FEW_KINDS[0], dtype: torch.dtype = torch.float3
         return bridge.eval()
 
 
+def boot(config: Any, dtype: torch.dtype = torch.float32, *, family: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
+    """A bridge of a random model of any config, and the plain transformers model with the same weights.
+
+    Skips the test where the installed versions have no bridge or no adapter for it.
+    """
+    if not HAS_BRIDGE:
+        pytest.skip(f"TransformerLens {version('transformer-lens')} has no bridge")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(0)
+        plain = getattr(transformers, family).from_config(config, attn_implementation="eager")
+        plain.config.architectures = [type(plain).__name__]
+        _randomise(plain)
+        plain = plain.to(dtype).eval()
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                "tiny", hf_model=copy.deepcopy(plain), tokenizer=tokenizer(), device="cpu", dtype=dtype
+            )
+        except ValueError as error:
+            pytest.skip(f"no adapter: {error}")
+    return bridge.eval(), plain
+
+
 def tokens(batch: int = 2, pos: int = 12, *, seed: int = 1) -> Tensor:
     """Random token ids [batch, pos], special tokens left out."""
     return torch.randint(PAD + 1, D_VOCAB, (batch, pos), generator=torch.Generator().manual_seed(seed))

@@ -36,9 +36,6 @@ def product_dtype(precision: Precision, w_u: Tensor) -> torch.dtype:
     """The type of the vocabulary products. "auto" is bf16 where the hardware multiplies it, and the weights' own elsewhere.
 
     Half-precision weights keep their type: a wider copy would cost memory and add nothing.
-
-    Raises:
-        ValueError: an unknown precision.
     """
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}")
@@ -60,60 +57,39 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def tiles(
-    rows: int,
-    n: int,
-    d_vocab: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    size: int | None = None,
+    rows: int, n: int, d_vocab: int, dtype: torch.dtype, device: torch.device, size: int | None = None,
     share: float = 1.0,
-) -> Iterator[tuple[slice, list[slice]]]:
+) -> Iterator[tuple[slice, list[slice]]]:  # fmt: skip
     """Slices of positions (of `size`), and for each the slices of layers whose student logits fit in `CHUNK` bytes together.
 
     Where each layer has but a `share` of the positions, more layers make a product.
     """
-    groups = list(_evenly(rows, round(LAYERS / share)))
+    groups = list(S.evenly(rows, round(LAYERS / share)))
     if size is None:
         room = CHUNK.get(device.type, CHUNK["cuda"]) / (dtype.itemsize * d_vocab)
         size = max(1, int(room / max(1, groups[0].stop * share)))  # the teacher of no more positions than that either
-    return ((part, groups) for part in _evenly(n, size))
-
-
-def _evenly(n: int, most: int) -> Iterator[slice]:
-    """Slices of about equal size, at most `most` long: no small one at the end."""
-    size = -(-n // max(1, -(-n // most))) or 1
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+    return ((part, groups) for part in S.evenly(n, size))
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What all layers are scored against at some positions.
+    """What all layers are scored against at some positions."""
 
-    Attributes:
-        p: the model's probabilities, or the target ids of a cross entropy.
-        negentropy: `sum p log p` less what of `sum p z` does not depend on the layer; 0 for ids.
-        mean: `W_U p`, to take `sum p z` from; None where that comes from the logits.
-        state: what the unembedding read, where `negentropy` leaves out `state . mean`: a layer that is nearly right then loses nothing
-            to the difference of two large numbers.
-    """
-
-    p: Float[Tensor, "n d_vocab"] | Int[Tensor, " n"]
+    p: Float[Tensor, "n d_vocab"] | Int[Tensor, " n"]  # the model's probabilities, or the target ids of a cross entropy
+    # `sum p log p`, minus the part of `sum p z` that is the same for every layer; 0 for target ids
     negentropy: Float[Tensor, " n"]
+    # `W_U p`, to take `sum p z` from; None where that comes from the logits
     mean: Float[Tensor, "n d_model"] | None = None
+    # if given, the loss is computed from `h - state`, which avoids cancellation when a layer is nearly right;
+    # `negentropy` then leaves out `state . mean`.
     state: Float[Tensor, "n d_model"] | None = None
 
 
 def teacher_of(
-    t: Tensor,
-    w_u: Float[Tensor, "d_model d_vocab"],
-    b_u: Float[Tensor, " d_vocab"] | None,
-    transform: Transform | None,
-    *,
-    wide: torch.dtype = torch.float32,
-    hidden: bool = False,
-    exact: bool = True,
+    t: Tensor, w_u: Float[Tensor, "d_model d_vocab"], b_u: Float[Tensor, " d_vocab"] | None,
+    transform: Transform | None, *, wide: torch.dtype = torch.float32, hidden: bool = False, exact: bool = True,
     room: Tensor | None = None,
-) -> Teacher:
+) -> Teacher:  # fmt: skip
     """The teacher of target ids `[n]`, logits `[n, d_vocab]` or, with `hidden`, what the unembedding reads, `[n, d_model]`.
 
     Args:
@@ -126,8 +102,8 @@ def teacher_of(
         return Teacher(t, torch.zeros(len(t), dtype=wide, device=t.device))
     linear = transform is None and not exact
     t = t.to(w_u.dtype) if hidden else t
-    own = None if room is None else room[: len(t)]
-    z = torch.mm(t, w_u, out=own) if hidden else t
+    buffer = None if room is None else room[: len(t)]
+    z = torch.mm(t, w_u, out=buffer) if hidden else t
     p = torch.empty(z.shape, dtype=wide, device=z.device)
     negentropy = torch.empty(len(z), dtype=wide, device=z.device)
     bias = None if b_u is None else b_u.to(wide)
@@ -145,28 +121,22 @@ def teacher_of(
                 negentropy[block] -= S.expectation(p[block], bias.expand_as(s))
     mean = None
     if linear:
-        narrow = p.to(w_u.dtype) if own is None or own.dtype == wide else own.copy_(p)
+        narrow = p.to(w_u.dtype) if buffer is None or buffer.dtype == wide else buffer.copy_(p)
         mean = (narrow @ w_u.mT).to(wide)
     return Teacher(p, negentropy, mean, t.to(wide) if hidden and linear else None)
 
 
 def score(
-    hidden: Float[Tensor, "rows n d_model"],
-    teacher: Teacher,
-    w_u: Float[Tensor, "d_model d_vocab"],
-    b_u: Float[Tensor, " d_vocab"] | None,
-    transform: Transform | None,
-    *,
-    picks: Int[Tensor, "rows n"] | None = None,
-    gradient: bool = True,
-    room: Tensor | None = None,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows n d_model"] | None]:
+    hidden: Float[Tensor, "rows n d_model"], teacher: Teacher, w_u: Float[Tensor, "d_model d_vocab"],
+    b_u: Float[Tensor, " d_vocab"] | None, transform: Transform | None, *, picks: Int[Tensor, "rows n"] | None = None,
+    gradient: bool = True, room: Tensor | None = None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows n d_model"] | None]:  # fmt: skip
     """Sum over positions of each row's loss, and its gradient with respect to `hidden`, all rows in one product.
 
     Args:
         picks: for each row the teacher's position of each of its states; the teacher's own positions in order if None.
         gradient: False leaves it out, and half of the cost.
-        room: memory for the logits, `[at least rows n, d_vocab]` in the type of `w_u`: used again and again, its pages are there already.
+        room: a reusable buffer for the logits, `[at least rows n, d_vocab]` in the type of `w_u`: saves allocating it at every call.
     """
     rows, n, d = hidden.shape
     wide = teacher.negentropy.dtype
@@ -175,12 +145,12 @@ def score(
     bias = None if b_u is None else b_u.to(wide)
     losses = torch.empty(rows, dtype=wide, device=hidden.device)
     for row in range(rows):
-        own = slice(0, n) if picks is None else picks[row]
-        each = teacher.negentropy[own]
+        positions = slice(0, n) if picks is None else picks[row]
+        each = teacher.negentropy[positions]
         if teacher.mean is not None:
             h = narrow[row * n : row * n + n].to(wide)
-            h = h if teacher.state is None else h - teacher.state[own]
-            each = each - torch.linalg.vecdot(h, teacher.mean[own])
+            h = h if teacher.state is None else h - teacher.state[positions]
+            each = each - torch.linalg.vecdot(h, teacher.mean[positions])
         losses[row] = each.sum()
         for block in _blocks(n, w_u):
             p = teacher.p[block] if picks is None else teacher.p[picks[row, block]]
@@ -195,24 +165,19 @@ def _blocks(n: int, w_u: Tensor) -> Iterator[slice]:
     """Rows worked on at once; on a CPU as many for each thread, since each core has a cache of its own."""
     kind = w_u.device.type
     size = max(1, BLOCK.get(kind, BLOCK["cuda"]) // (4 * w_u.shape[1]))
-    return _evenly(n, size * torch.get_num_threads() if kind == "cpu" else size)
+    return S.evenly(n, size * torch.get_num_threads() if kind == "cpu" else size)
 
 
 def _residual(
-    out: Tensor,
-    p: Tensor,
-    bias: Tensor | None,
-    transform: Transform | None,
-    wide: torch.dtype,
-    said: bool,
+    out: Tensor, p: Tensor, bias: Tensor | None, transform: Transform | None, wide: torch.dtype, without_target: bool,
     gradient: bool,
-) -> Tensor:
-    """Of a block of logits: `sum logsumexp z`, less `sum p z` unless that is `said` already. The logits become `p - q`."""
+) -> Tensor:  # fmt: skip
+    """Sum of `logsumexp z`, minus `sum p z` unless `without_target`. Overwrites the logits with `p - q`."""
     raw = out.to(wide) if bias is None else out + bias  # in fp32 at once, without a pass for the cast
     z = raw if transform is None else transform(raw)
     largest = z.amax(-1, keepdim=True)
     loss = largest.sum()
-    if not said:
+    if not without_target:
         loss = loss - (S.expectation(p, z) if p.ndim == 2 else z.gather(-1, p[:, None])).sum()
     z = (z.sub_ if transform is None else z.sub)(largest).exp_()  # in place where no transform needs `raw` again
     total = z.sum(-1, keepdim=True)
@@ -253,18 +218,11 @@ class _Fused(torch.autograd.Function):
         # Where logits are rounded, or nothing else is asked for, the loss is worth the pass.
         exact = not needed or w_u.dtype.itemsize < 4
         for part, groups in tiles(rows, n, w_u.shape[1], w_u.dtype, w_u.device, n if picks is not None else chunk_size):
-            one = teacher_of(
-                teacher[part if picks is None else slice(None)],
-                w_u,
-                b_u,
-                transform,
-                wide=wide,
-                hidden=teacher_hidden,
-                exact=exact,
-            )
+            positions = part if picks is None else slice(None)
+            at_part = teacher_of(teacher[positions], w_u, b_u, transform, wide=wide, hidden=teacher_hidden, exact=exact)
             for group in groups:
-                own = None if picks is None else picks[group]
-                each, back = score(hidden[group, part], one, w_u, b_u, transform, picks=own, gradient=needed)
+                picked = None if picks is None else picks[group]
+                each, back = score(hidden[group, part], at_part, w_u, b_u, transform, picks=picked, gradient=needed)
                 losses[group] += each
                 if back is not None:
                     grad[group, part] = back
@@ -279,23 +237,18 @@ class _Fused(torch.autograd.Function):
 
 def _check(hidden: Tensor, n: int, picks: Tensor | None) -> None:
     if n == 0 or hidden.shape[1] != (n if picks is None else picks.shape[1]):
-        wanted = "teacher or target" if picks is None else "pick"
+        kind = "teacher or target" if picks is None else "pick"
         raise ValueError(
-            f"expected one {wanted} per position, at least one: got {n if picks is None else picks.shape[1]} for {hidden.shape[1]} positions"
+            f"expected one {kind} per position, at least one: got {n if picks is None else picks.shape[1]} for {hidden.shape[1]} positions"
         )
 
 
 def fused_kl(
-    hidden: Float[Tensor, "rows n d_model"],
-    teacher: Float[Tensor, "n_teacher d_teacher"],
-    w_u: Float[Tensor, "d_model d_vocab"],
-    b_u: Float[Tensor, " d_vocab"] | None = None,
-    *,
-    transform: Transform | None = None,
-    chunk_size: int | None = None,
-    teacher_hidden: bool = False,
+    hidden: Float[Tensor, "rows n d_model"], teacher: Float[Tensor, "n_teacher d_teacher"],
+    w_u: Float[Tensor, "d_model d_vocab"], b_u: Float[Tensor, " d_vocab"] | None = None, *,
+    transform: Transform | None = None, chunk_size: int | None = None, teacher_hidden: bool = False,
     picks: Int[Tensor, "rows n"] | None = None,
-) -> Float[Tensor, " rows"]:
+) -> Float[Tensor, " rows"]:  # fmt: skip
     """Mean `KL(softmax(teacher) || softmax(transform(hidden W_U + b_U)))` over positions, per row, nats.
 
     Differentiable with respect to `hidden` only (the model is frozen). Products run in the type of `w_u` and accumulate in
@@ -313,25 +266,20 @@ def fused_kl(
     Source: Belrose et al. 2023 (Tuned Lens), equation 5; gradient as in the module's docstring.
     """
     _check(hidden, len(teacher), picks)
-    wanted = w_u.shape[0] if teacher_hidden else w_u.shape[1]
-    if teacher.shape[1] != wanted:
+    width = w_u.shape[0] if teacher_hidden else w_u.shape[1]
+    if teacher.shape[1] != width:
         raise ValueError(
-            f"expected a teacher of width {wanted} ({'d_model' if teacher_hidden else 'd_vocab'}), got {teacher.shape[1]}: "
+            f"expected a teacher of width {width} ({'d_model' if teacher_hidden else 'd_vocab'}), got {teacher.shape[1]}: "
             "pass logits, or hidden states with teacher_hidden=True"
         )
     return _Fused.apply(hidden, teacher, w_u, b_u, transform, chunk_size, teacher_hidden, picks)  # type: ignore[return-value]
 
 
 def fused_ce(
-    hidden: Float[Tensor, "rows n d_model"],
-    targets: Int[Tensor, " n_teacher"],
-    w_u: Float[Tensor, "d_model d_vocab"],
-    b_u: Float[Tensor, " d_vocab"] | None = None,
-    *,
-    transform: Transform | None = None,
-    chunk_size: int | None = None,
+    hidden: Float[Tensor, "rows n d_model"], targets: Int[Tensor, " n_teacher"], w_u: Float[Tensor, "d_model d_vocab"],
+    b_u: Float[Tensor, " d_vocab"] | None = None, *, transform: Transform | None = None, chunk_size: int | None = None,
     picks: Int[Tensor, "rows n"] | None = None,
-) -> Float[Tensor, " rows"]:
+) -> Float[Tensor, " rows"]:  # fmt: skip
     """Mean cross entropy with target ids over positions, per row, nats. As `fused_kl` otherwise."""
     _check(hidden, len(targets), picks)
     return _Fused.apply(hidden, targets, w_u, b_u, transform, chunk_size, False, picks)  # type: ignore[return-value]

@@ -1,7 +1,6 @@
 """What to put in place of an activation: functions from the selected `[batch, k, d]` to the same shape.
 
-Each name here is a factory (called with its settings, returns the edit), except `zero`, which has none. Edits
-compose as
+Each name here is a factory (called with its settings, returns the edit), except `zero`, which has none. Edits compose as
 functions do; none writes in place.
 """
 
@@ -76,7 +75,7 @@ def mean(value: Float[Tensor, "*shape"] | None = None, over: str = "batch") -> E
     tensor([[[2.],
              [2.]]])
     """
-    if over not in ("batch", "all"):
+    if not isinstance(over, str) or over not in ("batch", "all"):
         raise ValueError(f"over must be 'batch' or 'all', got {over!r}")
     if value is not None:
         return replace(value)
@@ -158,6 +157,9 @@ def project(
         <BLANKLINE>
                 [[4., 6.]]])
     """
+    if not isinstance(directions, Tensor) or directions.ndim not in (1, 2) or not directions.is_floating_point():
+        got = list(directions.shape) if isinstance(directions, Tensor) else type(directions).__name__
+        raise ValueError(f"directions must be a floating-point tensor [d] or [k, d], got {got}")
     rows = directions[None] if directions.ndim == 1 else directions
     if orthonormal:
         error = (rows.double() @ rows.double().T - torch.eye(len(rows), dtype=torch.float64, device=rows.device)).abs()

@@ -1,8 +1,9 @@
 """How good is a lens? Per layer, on held-out text, streamed."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,22 +11,26 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_lenses import stats as S
-from tl_lenses.data import Batch, as_batches
-from tl_lenses.hooks import Hook, residual_reads, run
-from tl_lenses.lens import Lens
-from tl_lenses.model import LensModel, check_model, n_layers, prepare
+from tl_lenses.checks import entry, finite_number, whole_number
+from tl_lenses.decode import Chunk, decode, read_run
+from tl_lenses.files import csv_text, json_text, versions
+from tl_lenses.hooks import Hook, checked_hooks
+from tl_lenses.layers import LayerOrSite
+from tl_lenses.lens import Lens, common_layers, decoders_of, named_lenses, printable
+from tl_lenses.model import LensModel, check_model, n_layers, prepared
 from tl_lenses.progress import progress
-from tl_lenses.sites import LayerOrSite
-from tl_lenses.trajectory import layers_of, next_tokens
+from tl_lenses.text.batches import Text
+from tl_lenses.tokens import Batch, next_tokens, used_positions
+
+_SUMS = ("kl", "cross_entropy", "top1", "entropy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """One row per lens and layer: `lens, layer, kl, cross_entropy, bits_per_byte, top1, entropy, bias`.
 
     `kl` is KL(model || lens) and `bias` KL of the two marginals, nats; `cross_entropy` nats per token with the next
-    token; `top1` the share
-    of positions where the lens' top token is the model's. The row of layer `n_layers` is the model itself.
+    token; `top1` the share of positions where the lens' top token is the model's. The row of layer `n_layers` is the model itself.
     """
 
     rows: list[dict[str, Any]]
@@ -41,10 +46,13 @@ class Scores:
 
     def value(self, lens: str, layer: int | str, name: str = "kl") -> float:
         """One number."""
-        found = [row for row in self.rows if row["lens"] == lens and row["layer"] == layer]
-        if not found or name not in found[0]:
-            raise KeyError(f"no {name!r} of lens {lens!r} at layer {layer!r}")
-        return found[0][name]
+        row = entry({(row["lens"], row["layer"]): row for row in self.rows}, "row", (printable(lens), layer))
+        return entry(row, "value", name)
+
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(repr(str(row["lens"])) for row in self.rows))
+        layers = len(dict.fromkeys(row["layer"] for row in self.rows))
+        return f"Scores({names}, {layers} layers, {self.tokens} tokens)"
 
     def __str__(self) -> str:
         from tl_lenses import views
@@ -62,18 +70,46 @@ class Scores:
         return views.scores_html(self.rows)
 
     def figure(self, value: str = "kl") -> Any:
-        """Lines over layers, one per lens (extra `plot`)."""
+        """Lines over layers, one per lens: a matplotlib figure (extra `plot`)."""
         from tl_lenses import views
 
         return views.scores_figure(self.rows, value)
 
+    def save(
+        self, path: str | Path, *, value: str = "kl", overwrite: bool = True, about: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write `.csv` (a row per lens and layer), `.json`, `.html` (the table), or `.svg` and `.png` (extra `plot`).
 
-def used_positions(batch: Batch, skip_first: bool) -> Bool[Tensor, "batch pos"]:
-    """Real positions; without each row's first one (usually BOS, of outsized norm) where asked."""
-    mask = (
-        torch.ones_like(batch.tokens, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
-    )
-    return mask & (mask.cumsum(1) > 1) if skip_first else mask
+        Args:
+            path: the file; missing folders are made.
+            value: which numbers a picture shows.
+            overwrite: replace an existing file, in one step.
+            about: what else `.json` should say, such as the model and the text.
+
+        Raises:
+            ValueError: another suffix or an unknown value.
+            FileExistsError: the file is there, with `overwrite=False`.
+
+        Example:
+            >>> scores.save("scores.csv")      # doctest: +SKIP
+        """
+        from tl_lenses import views
+
+        if about is not None and not isinstance(about, Mapping):
+            raise TypeError(f"about must be a mapping, got {type(about).__name__}")
+        lines = lambda: views.scores_lines(self.rows, value)
+        writers: dict[str, Callable[[], str | bytes]] = {
+            ".csv": lambda: csv_text(self.rows),
+            ".json": lambda: json_text(self._content(about or {})) + "\n",
+            ".html": lambda: views.page_of("scores", views.scores_html(self.rows)),
+            ".svg": lambda: lines().svg(),
+            ".png": lambda: lines().png(),
+        }
+        return views.save_as(path, writers, example="scores.csv", overwrite=overwrite)
+
+    def _content(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token}
+        return {**about, **numbers, **self.settings, "versions": versions(), "rows": self.rows}
 
 
 @torch.no_grad()
@@ -93,7 +129,7 @@ def evaluate(
 
     Args:
         lens: a `Lens`, or `{name: Lens}`; all share one pass over the text.
-        tokens: `[n, seq]`, a `Batch`, `token_batches(...)`, or an iterable of those.
+        tokens: `[n, seq]`, a `Batch`, `token_batches(...)`, an iterable of those, or the path of stored states (`capture`).
         layers: by default all that the lenses have.
         skip_first: leave out real position 0 of each row and nothing else.
         hooks: your interventions; the teacher is the same hooked run.
@@ -103,6 +139,7 @@ def evaluate(
         `Scores`. Means are over positions; bits per byte is `cross_entropy / (ln 2 * bytes per token)`.
 
     Raises:
+        TypeError: something else than lenses, layers, tokens or numbers; the error says what was expected.
         ValueError: no tokens; activations that are not finite (the layer is named).
 
     Source: Belrose et al. 2023 (Tuned Lens), section 3 (bias: section 3.1; bits per byte: Gao et al. 2020).
@@ -111,73 +148,111 @@ def evaluate(
         >>> print(tll.evaluate(model, {"logit": tll.Lens(model), "tuned": lens}, heldout))      # doctest: +SKIP
     """
     check_model(model, what="an evaluation")
-    lenses = dict(lens) if isinstance(lens, Mapping) else {"lens": lens}
-    depth = n_layers(model)
-    rows = layers_of(lenses, layers, depth)
-    decoders = {name: [one[row] for row in rows] for name, one in lenses.items()}
-    hooks = list(hooks)
-    d_vocab = int(model.cfg.d_vocab)
-    sums = {
-        (name, i): dict.fromkeys(("kl", "cross_entropy", "top1", "entropy"), 0.0)
-        for name in lenses
-        for i in range(len(rows))
-    }
-    marginals: dict[Any, Tensor] = {}
-    n = n_targets = n_bytes = n_counted = 0
-    ratio = bytes_per_token
+    lenses = named_lenses(model, lens, alone="lens")
+    hooks = checked_hooks(model, hooks)
+    if bytes_per_token is not None:
+        bytes_per_token = finite_number("bytes_per_token", bytes_per_token, above=0)
+    if chunk_size is not None:
+        chunk_size = whole_number("chunk_size", chunk_size, least=1)
+    rows = common_layers(lenses, layers, n_layers(model))
+    decoders = decoders_of(lenses, rows)
+    readout = next(iter(lenses.values())).readout
+    totals = _Totals({(name, i): dict.fromkeys(_SUMS, 0.0) for name in lenses for i in range(len(rows))})
+    size = BytesPerToken(model, bytes_per_token)
 
-    for batch in progress(as_batches(tokens), desc="evaluating", show=show_progress):
-        ratio = batch.bytes_per_token if bytes_per_token is None and batch.bytes_per_token is not None else ratio
-        batch = prepare(model, batch.tokens, batch.attention_mask)
+    text = Text.of(tokens)
+    for batch in progress(text, desc="evaluating", show=show_progress):
+        known_ratio = batch.bytes_per_token
+        batch = prepared(model, batch)
         used = used_positions(batch, skip_first)
         if not used.any():
+            size.add(known_ratio, batch, used)
             continue
-        resid: dict[Any, Tensor] = {}
-        logits = run(
-            model, batch.tokens, [*hooks, *residual_reads(model, rows, resid)], attention_mask=batch.attention_mask
-        )
-        goal = next_tokens(batch.tokens, used_positions(batch, False))[used]
-        if ratio is None and getattr(model, "tokenizer", None) is not None:
-            text = [model.tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.tokens, used, strict=True)]  # type: ignore[attr-defined]
-            n_bytes, n_counted = n_bytes + sum(len(t.encode()) for t in text), n_counted + int(used.sum())
-        own = logits[used]
-        hidden = {row: resid[row][used] for row in rows}
-        for row in rows:
-            if not hidden[row].isfinite().all():
-                raise ValueError(
-                    f"the residual at layer {row!r} has values that are not finite: the model overflows there (try float32 or bfloat16)"
-                )
-        for part in S.chunks(len(own), d_vocab, chunk_size):
-            logp_model = S.log_probs(own[part])
-            p_model, top = logp_model.exp(), logp_model.argmax(-1)
-            marginals["model"] = marginals.get("model", 0) + p_model.sum(0, dtype=torch.float64)
-            for name in lenses:
-                for i, row in enumerate(rows):
-                    # The last row is the model's own output, interventions on the final norm included.
-                    logp = logp_model if row == depth else S.log_probs(decoders[name][i](hidden[row][part]))
-                    q, total = logp.exp(), sums[name, i]
-                    total["kl"] += float(S.kl(logp_model, logp, p_model).double().sum())
-                    total["entropy"] += float(S.entropy(logp, q).double().sum())
-                    total["top1"] += int((logp.argmax(-1) == top).sum())
-                    total["cross_entropy"] -= float(S.target_logprob(logp, goal[part]).double().nansum())
-                    marginals[name, i] = marginals.get((name, i), 0) + q.sum(0, dtype=torch.float64)
-        n, n_targets = n + len(own), n_targets + int((goal >= 0).sum())
+        reading = read_run(model, batch, rows, hooks, used)
+        goal = next_tokens(batch.tokens, used_positions(batch, False))
+        size.add(known_ratio, batch, used)
+        for chunk in decode(reading, decoders, readout, chunk_size):
+            totals.add(chunk, goal.flatten()[chunk.at])
+        totals.n, totals.n_targets = totals.n + int(used.sum()), totals.n_targets + int((goal[used] >= 0).sum())
 
-    if n == 0:
+    if totals.n == 0:
         raise ValueError(
             "no position to score: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
         )
-    if ratio is None and n_counted:
-        ratio = n_bytes / n_counted
-    logp_marginal = (marginals["model"] / n).log()
-    table = []
-    for name in lenses:
-        for i, row in enumerate(rows):
-            total = sums[name, i]
-            entry: dict[str, Any] = {"lens": name, "layer": row, "kl": total["kl"] / n}
-            entry["cross_entropy"] = total["cross_entropy"] / n_targets if n_targets else math.nan
-            entry["bits_per_byte"] = entry["cross_entropy"] / math.log(2) / ratio if ratio else math.nan
-            entry["top1"], entry["entropy"] = total["top1"] / n, total["entropy"] / n
-            entry["bias"] = float(S.kl(logp_marginal, (marginals[name, i] / n).log()))
-            table.append(entry)
-    return Scores(table, n, ratio, {"skip_first": skip_first, "hooks": len(hooks)})
+    ratio = size.ratio
+    table = [
+        {"lens": name, "layer": rows[i], **totals.means(name, i, ratio)} for name in lenses for i in range(len(rows))
+    ]
+    return Scores(table, totals.n, ratio, {"skip_first": skip_first, "hooks": len(hooks), "bos": text.bos})
+
+
+@dataclass
+class _Totals:
+    """Running sums over positions, by lens and row; `marginals` are sums of probabilities in fp64."""
+
+    sums: dict[tuple[str, int], dict[str, float]]
+    marginals: dict[Any, Tensor] = field(default_factory=dict)
+    n: int = 0
+    n_targets: int = 0
+
+    def add(self, chunk: Chunk, target: Tensor) -> None:
+        """Some positions of one batch; `target` are the next tokens there, -1 where there is none."""
+        top = S.likeliest(chunk.logp)
+        if chunk.first:
+            self._add_marginal("model", chunk.p)
+        for i, by_name in chunk.logits.items():
+            for name, logits in by_name.items():
+                logp = S.log_probs(logits)
+                q, total = logp.exp(), self.sums[name, i]
+                total["kl"] += float(S.kl(chunk.logp, logp, chunk.p).double().sum())
+                total["entropy"] += float(S.entropy(logp, q).double().sum())
+                total["top1"] += int((S.likeliest(logp) == top).sum())
+                total["cross_entropy"] -= float(S.target_logprob(logp, target).double().nansum())
+                self._add_marginal((name, i), q)
+
+    def _add_marginal(self, key: Any, p: Tensor) -> None:
+        if key not in self.marginals:
+            self.marginals[key] = p.new_zeros(p.shape[-1], dtype=torch.float64)
+        self.marginals[key] += p.sum(0)  # a few rows; a sum that widens each number takes five times as long
+
+    def means(self, name: str, i: int, bytes_per_token: float | None) -> dict[str, float]:
+        """The numbers of one lens at one row."""
+        total = self.sums[name, i]
+        loss = total["cross_entropy"] / self.n_targets if self.n_targets else math.nan
+        marginal, of_model = ((self.marginals[key] / self.n).log() for key in ((name, i), "model"))
+        return {
+            "kl": total["kl"] / self.n,
+            "cross_entropy": loss,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan,
+            "top1": total["top1"] / self.n,
+            "entropy": total["entropy"] / self.n,
+            "bias": float(S.kl(of_model, marginal)),
+        }
+
+
+class BytesPerToken:
+    """Mean bytes of text per token: what the user says, what the batches know, or what the tokenizer decodes.
+
+    >>> size = BytesPerToken(model, None)                      # doctest: +SKIP
+    >>> size.add(batch.bytes_per_token, batch, used); size.ratio      # doctest: +SKIP
+    """
+
+    def __init__(self, model: LensModel, given: float | None):
+        self.tokenizer = getattr(model, "tokenizer", None)
+        self.given = given
+        self.known = given
+        self.n_bytes = self.n_tokens = 0
+
+    def add(self, known: float | None, batch: Batch, used: Bool[Tensor, "batch pos"]) -> None:
+        """One batch; `known` is the ratio that the batch brings along."""
+        if self.given is None and known is not None:
+            self.known = known
+        if self.known is None and self.tokenizer is not None:
+            texts = [self.tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.tokens, used, strict=True)]
+            self.n_bytes += sum(len(text.encode()) for text in texts)
+            self.n_tokens += int(used.sum())
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes per token; None where nobody knows."""
+        return self.known if self.known is not None or not self.n_tokens else self.n_bytes / self.n_tokens

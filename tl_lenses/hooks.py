@@ -1,33 +1,31 @@
-"""The one primitive: read or replace part of one activation. Hooks are plain `(name, fn)` pairs; lists compose with
-`+`.
+"""The one primitive: read or replace part of one activation. Hooks are plain `(name, fn)` pairs; lists compose with `+`.
 
-`activation[pos] = edit(activation[pos])`: activation patching, ablation, steering and every patchscope are this hook
-with
+`activation[pos] = edit(activation[pos])`: activation patching, ablation, steering and every patchscope are this hook with
 another `edit`. Nothing is written in place: a cached `resid_pre[l]` shares its storage with `resid_post[l-1]`.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.data import Batch
-from tl_lenses.model import Decoder, LensModel, device_of, forward, n_layers, prepare
-from tl_lenses.sites import LayerOrSite, check_names, resolve_layer, site
+from tl_lenses.checks import finite_number, one_of, whole_number
+from tl_lenses.decoding import Decoder
+from tl_lenses.effects import check_edits
+from tl_lenses.layers import LayerOrSite, as_layer, resolve_layer
+from tl_lenses.model import LensModel, Prompt, eos_ids, forward, lock_of, n_layers, prepare
+from tl_lenses.sites import check_names, site
 
 Hook = tuple[Any, Callable[..., Any]]
 Edit = Callable[[Tensor], Tensor]
 Pos = int | slice | Sequence[int] | Tensor | None
 
-# Where the running forward pass lies: (index of its first column, columns of the prompt). `run` and `generate` set
-# it; None means
-# that somebody else runs the model, and then every forward pass is a prompt.
+# The running forward pass: (index of its first column, columns of the prompt). `run` and `generate` set it. None means that
+# other code runs the model; then every forward pass is a prompt.
 _MARK: ContextVar[tuple[int, int] | None] = ContextVar("tl_lenses_mark", default=None)
 
 # Hook points that TransformerLens computes only when asked: suffix -> (flag in cfg, setter).
@@ -44,8 +42,7 @@ _GATED = {
 def _hook_name(site: LayerOrSite) -> str:
     if isinstance(site, str):
         return site
-    if isinstance(site, bool) or not isinstance(site, int):
-        raise TypeError(f"expected a hook name or a layer, got {site!r}")
+    site = as_layer(site)
     if site < 0:
         raise ValueError(f"layer {site} needs a model to count from: use tll.site(model, {site})")
     return f"blocks.{site}.hook_resid_pre"
@@ -65,13 +62,16 @@ def _columns(pos: Pos, n_pos: int, batch: int, name: str) -> Int[Tensor, "batch 
     if isinstance(pos, Tensor):
         if pos.is_floating_point() or pos.dtype == torch.bool:
             raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
-        index = (pos[:, None] if pos.ndim == 1 else pos).cpu()
+        index = (pos.expand(batch, 1) if pos.ndim == 0 else pos[:, None] if pos.ndim == 1 else pos).cpu()
         if index.ndim != 2 or index.shape[0] != batch:
             raise ValueError(
                 f"positions of shape {list(pos.shape)} do not fit a batch of {batch} at {name!r}: expected [{batch}] or [{batch}, k]"
             )
     else:
-        index = torch.tensor([pos] if isinstance(pos, int) else list(pos), dtype=torch.long).expand(batch, -1)
+        given_positions = [pos] if not hasattr(pos, "__iter__") else list(pos)  # type: ignore[arg-type]
+        index = torch.tensor([whole_number("pos", position) for position in given_positions], dtype=torch.long).expand(
+            batch, -1
+        )
     if not index.numel():
         raise ValueError(f"an empty list of positions selects nothing at {name!r}")
     if index.min() < -n_pos or index.max() >= n_pos:
@@ -105,13 +105,13 @@ def _position_axis(name: str) -> int:
 
 
 def _prompt_part(x: Tensor, axis: int) -> int:
-    """How many of the pass's positions belong to the prompt."""
+    """The number of positions of this pass that belong to the prompt."""
     mark = _MARK.get()
     return x.shape[axis] if mark is None else max(min(mark[1] - mark[0], x.shape[axis]), 0)
 
 
 def _prompt(x: Tensor, axis: int, n: int) -> Tensor:
-    """The first n positions; of a pattern, their keys too: in a pass that goes on behind the prompt they see no others."""
+    """The first n positions; for a pattern the first n keys too, since these queries see no later ones."""
     if n == x.shape[axis]:
         return x
     return x[:, :n] if axis == 1 else x[:, :, :n, :n]
@@ -128,7 +128,7 @@ def read(
 ) -> Hook:
     """One hook that stores `fn(activation[pos])` and changes nothing.
 
-    In generation the prompt's pass is what is read.
+    In generation only the prompt's pass is read.
 
     Args:
         site: hook name, or a layer `0 <= l < n_layers` (`blocks.l.hook_resid_pre`).
@@ -136,7 +136,10 @@ def read(
         fn: applied inside the hook, so that only its result is kept.
         pos: int, slice, list (the same in each row), LongTensor `[batch]` or `[batch, k]` (per row), or None for all.
             With `pos` the value is `[batch, k, ...]`.
-        detach: store without the graph; False keeps gradients.
+        detach: store without the graph; False keeps gradients: the stored tensor lies on the path to the logits.
+
+    Raises:
+        RuntimeError (when it runs, with `detach=False`): a site whose values do not lead to the logits.
 
     Example:
         >>> seen = {}
@@ -147,17 +150,21 @@ def read(
     name = _hook_name(site)
     key = site if key is None else key
 
-    def hook_fn(x: Tensor, hook: Any = None) -> None:
+    def hook_fn(x: Tensor, hook: Any = None) -> Tensor | None:
         axis = _position_axis(name)
         n = _prompt_part(x, axis)
         if n == 0:  # a generated step
-            return
+            return None
         value: Any = _select(_prompt(x, axis, n), _columns(pos, n, x.shape[0], name))
         if detach:
             value = value.detach()
         value = value if fn is None else fn(value)
         into[key] = value.detach() if detach and isinstance(value, Tensor) else value
+        # A bridge shows some sites in another shape than it computes with. It uses the tensor that a hook returns, so that
+        # the stored tensor lies on the path to the logits.
+        return None if detach else x
 
+    hook_fn.keeps = not detach  # type: ignore[attr-defined]
     return (name, hook_fn)
 
 
@@ -168,11 +175,9 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
         site: hook name, or a layer `0 <= l < n_layers` (`blocks.l.hook_resid_pre`); for the final residual
             `tll.site(model, -1)`.
         edit: gets the selected `[batch, k, ...]` (everything for `pos=None`) and returns that shape; see `tll.edits`.
-        pos: int, slice, list (the same in each row), LongTensor `[batch]` or `[batch, k]` (per row), or None for
-            all. Counted in the
-            prompt's columns as it runs, pads included; `tll.positions` gives them for substrings and padded batches.
-        when: "prompt" patches the prompt's forward pass only; "every_step" also edits each generated position, one
-            by one.
+        pos: int, slice, list (the same in each row), LongTensor `[batch]` or `[batch, k]` (per row), or None for all. Counted
+            in the prompt's columns as it runs, pads included; `tll.positions` gives them for substrings and padded batches.
+        when: "prompt" patches the prompt's forward pass only; "every_step" also edits each generated position, one by one.
 
     Raises:
         ValueError (when it runs): a position that is not there, an edit that returns another shape.
@@ -183,8 +188,7 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
         >>> tll.run(model, "Hello", [tll.patch(3, tll.edits.zero, pos=-1)])      # doctest: +SKIP
     """
     name = _hook_name(site)
-    if when not in ("prompt", "every_step"):
-        raise ValueError(f"when must be 'prompt' or 'every_step', got {when!r}")
+    one_of("when", when, ("prompt", "every_step"))
     if not callable(edit):
         raise TypeError(
             f"edit must be a function of the selected activation, got {type(edit).__name__}; for a tensor use tll.edits.replace(tensor)"
@@ -193,11 +197,8 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
     def apply(part: Tensor) -> Tensor:
         new = edit(part)
         if not isinstance(new, Tensor):
-            hint = (
-                "did you forget to call the factory, as in edits.scale(2.0)?"
-                if callable(new)
-                else "it must return the new value"
-            )
+            forgot = "did you forget to call the factory, as in edits.scale(2.0)?"
+            hint = forgot if callable(new) else "it must return the new value"
             raise ValueError(f"the edit at {name!r} returned {type(new).__name__}: {hint}")
         if new.shape != part.shape:
             raise ValueError(f"the edit at {name!r} returned shape {list(new.shape)}, expected {list(part.shape)}")
@@ -211,7 +212,7 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
         columns = _columns(pos, n, x.shape[0], name) if n else None
         if n == length:
             return _spread(x, columns, apply(_select(x, columns)))
-        # The pass holds generated positions: nothing else (with a cache), or behind the prompt (without).
+        # The pass holds generated positions: alone (with a cache) or after the prompt (without).
         out = x.clone()
         if n:
             prompt = _prompt(x, axis, n)
@@ -229,94 +230,52 @@ def patch(site: LayerOrSite, edit: Edit, pos: Pos = None, when: Literal["prompt"
     return (name, hook_fn)
 
 
-# Whether a model uses an edited attention pattern; found once per model.
-_PATTERNS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-def check_patterns(model: LensModel) -> None:
-    """Refuse a model whose attention ignores what a hook does to its pattern.
-
-    Some bridged attentions (GPT-Neo, GPT-J and OPT in TransformerLens 3.9 to 4.3) compute their output before the hook
-    point sees the pattern, so an edit there changes nothing. Told by behaviour: a uniform pattern in block 0 must
-    change the logits.
-
-    Raises:
-        RuntimeError: edits of patterns have no effect in this model.
-    """
-    if model not in _PATTERNS:
-        first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) or 0
-        other = (torch.arange(3, device=device_of(model)) * 7 + first) % int(model.cfg.d_vocab)
-        batch = Batch(other[None], None)
-        name, plain = "blocks.0.attn.hook_pattern", None
-        uniform = lambda pattern, hook: (
-            torch.ones_like(pattern).tril() / torch.ones_like(pattern).tril().sum(-1, keepdim=True)
-        )
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = forward(model, batch)
-            with model.hooks(fwd_hooks=[(name, uniform)]):
-                _PATTERNS[model] = not torch.equal(plain, forward(model, batch))
-    if not _PATTERNS[model]:
-        raise RuntimeError(
-            "this model's attention ignores edits of hook_pattern (a bridge that delegates attention to Hugging Face code): "
-            "the patch would change nothing. Patch hook_z or hook_attn_out instead, or load a HookedTransformer"
-        )
-
-
-def check_edits(model: LensModel, hooks: Iterable[Hook]) -> None:
-    """`check_patterns` where a hook edits one. It makes passes of its own, once per model."""
-    if any(isinstance(name, str) and getattr(fn, "edits", False) and _position_axis(name) == 2 for name, fn in hooks):
-        check_patterns(model)
-
-
 @contextmanager
 def installed(model: LensModel, hooks: Iterable[Hook]) -> Iterator[None]:
-    """Put hooks on the model, check that each fired, take them off whatever happens.
+    """Add hooks to the model, check that each fired, and always remove them.
 
-    Hooks that are already on the model stay and run first.
+    Hooks that are already on the model stay and run first. Other threads wait for the model until the block ends.
 
     Raises:
         ValueError: a hook name that the model does not have.
         RuntimeError: hooks that are switched off, or that never fired.
     """
-    pairs = checked_hooks(model, hooks)
-    fired = [False] * len(pairs)
+    with lock_of(model):
+        pairs = checked_hooks(model, hooks)
+        check_edits(model, pairs)
+        setters = [(name, _switched_off(model, name)) for name, _ in pairs]
+        off = [f"{name!r} is switched off; call model.{setter}(True)." for name, setter in setters if setter]
+        if off:
+            raise RuntimeError(f"{len(off)} of {len(pairs)} hooks never fired: {' '.join(off)}")
+        if not pairs:
+            yield
+            return
+        fired = [False] * len(pairs)
 
-    def counted(i: int, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def hook_fn(x: Tensor, hook: Any) -> Any:
-            fired[i] = True
-            return fn(x, hook=hook)
+        def counted(i: int, fn: Callable[..., Any]) -> Callable[..., Any]:
+            def hook_fn(x: Tensor, hook: Any) -> Any:
+                fired[i] = True
+                return fn(x, hook=hook)
 
-        return hook_fn
+            return hook_fn
 
-    check_edits(model, pairs)
-    off = [
-        f"{name!r} is switched off; call model.{setter}(True)."
-        for name, _ in pairs
-        if (setter := _switched_off(model, name))
-    ]
-    if off:
-        raise RuntimeError(f"{len(off)} of {len(pairs)} hooks never fired: {' '.join(off)}")
-    if not pairs:
-        yield
-        return
-    with model.hooks(fwd_hooks=[(name, counted(i, fn)) for i, (name, fn) in enumerate(pairs)]):
-        yield
-    silent = sorted({repr(name) for (name, _), hit in zip(pairs, fired, strict=True) if not hit})
-    if silent:
-        raise RuntimeError(
-            f"{fired.count(False)} of {len(pairs)} hooks never fired: {', '.join(silent)}. The model has the name but did not pass "
-            "through it (rotary models have no hook_pos_embed, parallel blocks no hook_resid_mid)."
-        )
+        with model.hooks(fwd_hooks=[(name, counted(i, fn)) for i, (name, fn) in enumerate(pairs)]):
+            yield
+        silent = sorted({repr(name) for (name, _), hit in zip(pairs, fired, strict=True) if not hit})
+        if silent:
+            raise RuntimeError(
+                f"{fired.count(False)} of {len(pairs)} hooks never fired: {', '.join(silent)}. The model has the name but did not "
+                "pass through it (rotary models have no hook_pos_embed, parallel blocks no hook_resid_mid)."
+            )
 
 
 def checked_hooks(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
-    """Hooks as pairs of a name and a function, filters of names resolved.
-
-    Raises:
-        TypeError: something that is no hook.
-        ValueError: a name that the model does not have.
-    """
+    """Hooks as pairs of a name and a function, filters of names resolved."""
+    if hooks is None or isinstance(hooks, (str, Mapping)) or not hasattr(hooks, "__iter__"):
+        raise TypeError(
+            f"hooks must be a list of pairs (name, function), got {type(hooks).__name__}: leave it out for none, and put a single "
+            "pair in a list"
+        )
     pairs: list[Hook] = []
     for hook in hooks:
         if not (isinstance(hook, (tuple, list)) and len(hook) == 2 and callable(hook[1])):
@@ -328,23 +287,13 @@ def checked_hooks(model: LensModel, hooks: Iterable[Hook]) -> list[Hook]:
             names = [n for n in model.hook_dict if name(n)]
             if not names:
                 raise ValueError("a hook's name filter matches no hook of this model")
-            points: dict[int, str] = {
-                id(model.hook_dict[n]): n for n in reversed(names)
-            }  # a bridge has aliases: one name per point
+            # a bridge has aliases: one name per point
+            points: dict[int, str] = {id(model.hook_dict[n]): n for n in reversed(names)}
             pairs += [(n, fn) for n in names if points[id(model.hook_dict[n])] == n and not _switched_off(model, n)]
         else:
             pairs.append((name, fn))
     check_names(model, [name for name, _ in pairs])
     return pairs
-
-
-def hooked(model: LensModel) -> bool:
-    """Whether somebody's hooks are on the model already (bridges put some of their own on, OPT's for one)."""
-    handles = (handle for point in set(model.hook_dict.values()) for handle in getattr(point, "fwd_hooks", []))
-    own = lambda handle: str(getattr(getattr(handle, "user_hook", None), "__module__", "")).startswith(
-        "transformer_lens"
-    )
-    return not all(own(handle) for handle in handles)
 
 
 def _switched_off(model: LensModel, name: str) -> str | None:
@@ -357,6 +306,7 @@ def _switched_off(model: LensModel, name: str) -> str | None:
 
 @contextmanager
 def marked(start: int, prompt: int) -> Iterator[None]:
+    """Inside, passes begin at column `start`, and the prompt has `prompt` columns."""
     token = _MARK.set((start, prompt))
     try:
         yield
@@ -365,28 +315,28 @@ def marked(start: int, prompt: int) -> Iterator[None]:
 
 
 def pass_start() -> int:
-    """Index of the running pass's first column: 0 for a prompt, and in every pass that somebody else runs."""
+    """Index of the running pass's first column; 0 for a prompt, and where other code runs the model."""
     mark = _MARK.get()
     return 0 if mark is None else mark[0]
 
 
 def run(
     model: LensModel,
-    tokens: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+    tokens: Prompt,
     hooks: Iterable[Hook] = (),
     return_type: str | None = "logits",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     *,
     prepend_bos: bool = True,
 ) -> Any:
-    """One forward pass with hooks, refusing unknown names and hooks that never fired.
+    """One forward pass with hooks; unknown names and hooks that never fired are errors.
 
-    Differentiable; grad mode is left alone, hooks are removed whatever happens, hooks already on the model stay.
+    Differentiable; grad mode is left alone, the hooks are always removed, hooks already on the model stay.
 
     Args:
-        tokens: text (BOS is prepended), or token ids, which are never changed.
+        tokens: text (BOS is prepended); token ids, a tokenizer's output or messages, which are never changed (see `prepare`).
         hooks: `(name, fn)` pairs; at one site they run in the order of the list.
-        return_type: as TransformerLens takes it: "logits", "loss", "both" or None.
+        return_type: of TransformerLens: "logits", "loss", "both" or None.
         attention_mask: 0/1 `[batch, pos]` for padded token ids.
         prepend_bos: for text; ids are never changed.
 
@@ -400,6 +350,8 @@ def run(
     Example:
         >>> logits = tll.run(model, "Hello", [tll.patch(3, tll.edits.scale(0.5))])      # doctest: +SKIP
     """
+    if return_type is not None:
+        one_of("return_type", return_type, ("logits", "loss", "both", "predictions"))
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     with installed(model, hooks), marked(0, batch.tokens.shape[1]):
         return forward(model, batch, return_type)
@@ -407,7 +359,7 @@ def run(
 
 def generate(
     model: LensModel,
-    tokens: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+    tokens: Prompt,
     hooks: Iterable[Hook] = (),
     max_new_tokens: int = 20,
     *,
@@ -420,14 +372,13 @@ def generate(
     prepend_bos: bool = True,
     first_logits: list[Tensor] | None = None,
 ) -> Int[Tensor, "batch pos_plus_new"]:
-    """Continue prompts under hooks: greedy unless asked, the prompt's pass marked so that patches know it.
-
-    With and without the key-value cache the tokens are the same.
+    """Continue prompts under hooks, greedily by default. The tokens are the same with and without a key-value cache.
 
     Args:
-        tokens: text (BOS is prepended; several prompts are padded on the left), or token ids.
-        max_new_tokens: how many tokens to add; a row that has met EOS goes on with EOS.
-        do_sample: draw from `softmax(logits / temperature)` with a generator seeded by `seed`.
+        tokens: text (BOS is prepended; several prompts are padded on the left); token ids, a tokenizer's output or messages.
+        max_new_tokens: how many tokens to add, at least 1; a row that has met EOS continues with EOS.
+        do_sample: draw from `softmax(logits / temperature)`, temperature > 0, with a generator seeded by `seed`.
+        stop_at_eos: at the tokenizer's EOS and those of the model's generation settings.
         use_cache: keep keys and values rather than run the whole sequence each step.
         prepend_bos: for text; ids are never changed.
         first_logits: a list that receives the logits `[batch, d_vocab]` after the prompt.
@@ -438,16 +389,19 @@ def generate(
     Raises:
         ValueError: as `run`; a continuation longer than the context.
     """
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    temperature = finite_number("temperature", temperature, above=0)
+    seed = whole_number("seed", seed)
+    if first_logits is not None and not isinstance(first_logits, list):
+        raise TypeError(f"first_logits must be a list that receives them, got {type(first_logits).__name__}")
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     n_prompt = batch.tokens.shape[1]
     context = getattr(model.cfg, "n_ctx", None)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if context and n_prompt + max_new_tokens > context:
         raise ValueError(
             f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {context}: shorten one of them"
         )
-    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None) if stop_at_eos else None
+    ends = torch.tensor(eos_ids(model) if stop_at_eos else [], dtype=torch.long, device=batch.tokens.device)
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(model, use_cache=use_cache)
     sequence = batch.tokens
@@ -463,11 +417,11 @@ def generate(
                 chosen = torch.multinomial(probs, 1, generator=generator)[:, 0].to(sequence)
             else:
                 chosen = logits.argmax(-1)
-            if eos is not None:
-                chosen = torch.where(done, torch.full_like(chosen, eos), chosen)
-                done = done | (chosen == eos)
+            if len(ends):
+                chosen = torch.where(done, ends[0], chosen)
+                done = done | torch.isin(chosen, ends)
             sequence = torch.cat([sequence, chosen[:, None]], 1)
-            if eos is not None and bool(done.all()):
+            if bool(done.all()):
                 break
     return sequence
 
@@ -475,5 +429,5 @@ def generate(
 def residual_reads(model: LensModel, layers: Iterable[LayerOrSite], into: MutableMapping[Any, Any]) -> list[Hook]:
     """Reads of layers `0..n_layers` (negative ones resolved) and sites, under those keys."""
     depth = n_layers(model)
-    keys = [resolve_layer(layer, depth) if isinstance(layer, int) else layer for layer in layers]
+    keys = [layer if isinstance(layer, str) else resolve_layer(as_layer(layer), depth) for layer in layers]
     return [read(site(model, key), into, key=key) for key in keys]

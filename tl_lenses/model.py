@@ -1,23 +1,33 @@
 """What the library asks of a model: a Protocol over TransformerLens' portable surface, and nothing about architectures.
 
-`HookedTransformer` (2.16 to 3.9) and `TransformerBridge` (3.9 to 4.x) both satisfy it. Differences between versions
-that
-cannot be avoided (key-value caches, see `Decoder`) are told apart by the signature of `forward`, never by class.
+`HookedTransformer` (2.16 to 3.9) and `TransformerBridge` (3.9 to 4.x) both satisfy it. Differences that cannot be avoided
+(key-value caches, left padding) are told apart by the signature of `forward` or by a tiny pass, never by class.
 """
 
-import copy
-import functools
-import importlib
-import inspect
+import threading
 import warnings
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.data import Batch, check_tokens, tokenize
+from tl_lenses.files import readable
+from tl_lenses.tokens import (
+    Batch,
+    as_batch,
+    bos_text,
+    chat_ids,
+    check_mask,
+    check_tokens,
+    is_conversation,
+    padded,
+    special_id,
+    tokenize,
+)
 
 
 @runtime_checkable
@@ -37,6 +47,16 @@ class LensModel(Protocol):
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(model: LensModel) -> Any:
+    """The lock that a thread holds while it runs the model or has hooks on it: hooks belong to the model, not to a thread."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
 def n_layers(model: LensModel) -> int:
     """Number of blocks; layer `n_layers` is the final residual."""
     return int(model.cfg.n_layers)
@@ -48,16 +68,12 @@ def d_model(model: LensModel) -> int:
 
 
 def name_of(model: LensModel) -> str:
-    """The model's name for people; never used to decide anything."""
-    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    """The model's name for people, as every file and terminal can hold it; never used to decide anything."""
+    return readable(str(getattr(model.cfg, "model_name", None) or type(model).__name__))
 
 
 def tokenizer_of(model: LensModel) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ValueError: the model was loaded without one.
-    """
+    """The model's tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("this model has no tokenizer, so text cannot be read: pass token ids, or set model.tokenizer")
@@ -74,19 +90,30 @@ def dtype_of(model: LensModel) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())  # type: ignore[attr-defined]
 
 
-def check_model(model: LensModel, *, what: str = "this") -> None:
-    """Refuse a model that `what` cannot read: not TransformerLens, in train mode, or with quantised weights.
-
-    Raises:
-        TypeError: not a TransformerLens model.
-        ValueError: train mode (dropout would make every number random), or an unembedding that is not floating point.
-    """
-    missing = [m for m in ("cfg", "hook_dict", "run_with_hooks", "hooks", "unembed") if not hasattr(model, m)]
-    if missing:
+def check_kind(model: LensModel) -> None:
+    """Refuse what cannot run: no TransformerLens model, weights that are not there, or blocks that are no decoder's."""
+    missing = [name for name in ("cfg", "run_with_hooks", "hooks", "unembed") if not hasattr(model, name)]
+    if missing and not (missing == ["unembed"] and not hasattr(model, "blocks")):
         raise TypeError(
             f"expected a TransformerLens model (HookedTransformer or TransformerBridge), got {type(model).__name__} "
             f"without {', '.join(missing)}; wrap a Hugging Face model with TransformerBridge.boot_transformers"
         )
+    if not hasattr(model, "blocks") and hasattr(model, "named_children"):
+        others = [name for name, _ in model.named_children() if name.endswith("blocks")]  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name_of(model)!r} has no decoder stack blocks.*{' but ' + ', '.join(others) if others else ''}: layers are read at "
+            "blocks.0..n, so encoder-decoders and encoders are not supported; use a decoder-only model"
+        )
+    if hasattr(model, "parameters") and device_of(model).type == "meta":
+        raise ValueError(
+            f"the weights of {name_of(model)!r} are on the meta device, so there is nothing to compute with: load them "
+            "(without device='meta', init_empty_weights or offloading)"
+        )
+
+
+def check_model(model: LensModel, *, what: str = "this") -> None:
+    """Refuse a model that `what` cannot read: as `check_kind`, in train mode, or with quantised weights."""
+    check_kind(model)
     if model.training:  # type: ignore[attr-defined]
         raise ValueError(f"the model is in train mode, so {what} would see dropout: call model.eval() first")
     unembedding = getattr(model, "W_U", None)
@@ -97,272 +124,199 @@ def check_model(model: LensModel, *, what: str = "this") -> None:
         )
 
 
+def eos_ids(model: LensModel) -> list[int]:
+    """The ids that end a text: the tokenizer's EOS first, then those of the model's generation settings; may be empty."""
+    tokenizer = getattr(model, "tokenizer", None)
+    of_tokenizer = None if tokenizer is None else special_id(tokenizer, "eos")
+    settings = getattr(getattr(model, "original_model", None), "generation_config", None)
+    more = getattr(settings, "eos_token_id", None)
+    listed = more if isinstance(more, (list, tuple)) else [more]
+    d_vocab = int(model.cfg.d_vocab)
+    return [i for i in dict.fromkeys([of_tokenizer, *listed]) if isinstance(i, int) and 0 <= i < d_vocab]
+
+
+# Text, several texts, token ids, what a tokenizer returns (`input_ids`, `attention_mask`), or the messages of a conversation.
+Prompt = str | list[Any] | tuple[Any, ...] | Mapping[str, Any] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
+
+
 def prepare(
     model: LensModel,
-    prompt: str | list[str] | Tensor,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    prompt: Any,
+    attention_mask: Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | None = None,
     *,
     prepend_bos: bool = True,
 ) -> Batch:
-    """Text or token ids as the batch that will run: checked, on the model's device, BOS prepended to text.
+    """Text, messages or token ids as the batch that will run: checked, on the model's device, BOS prepended to text.
+
+    Args:
+        prompt: a text or several; token ids `[pos]` or `[batch, pos]`; a mapping with `input_ids` and perhaps
+            `attention_mask`, as a tokenizer returns it; a list of messages, or several, where the tokenizer has a template.
+        attention_mask: with token ids only.
+        prepend_bos: of text. Ids and messages are taken as they are.
 
     Raises:
-        ValueError, TypeError: empty, too long for the context, ids out of range, wrong dtype or shape, a mask of
-        another
-            shape or with a row of pads only.
+        ValueError, TypeError: empty, too long for the context, ids out of range, wrong dtype or shape, a mask of another
+            shape, with other values than 0 and 1 or with a row of pads only; a model that cannot run.
     """
+    check_kind(model)
+    if not isinstance(prompt, Tensor) and attention_mask is not None:
+        raise ValueError(
+            "attention_mask goes with token ids; text makes its own mask, and what a tokenizer returns has one"
+        )
     if isinstance(prompt, Tensor):
         tokens = prompt
-    elif isinstance(prompt, (str, list, tuple)) and attention_mask is not None:
-        raise ValueError("attention_mask goes with token ids; text makes its own mask")
-    elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt)):
+    elif isinstance(prompt, Mapping):
+        tokens, attention_mask, _ = as_batch(prompt, "the prompt")
+    elif _is_text(prompt):
         texts = prompt if isinstance(prompt, str) else list(prompt)
         tokens, attention_mask, _ = tokenize(tokenizer_of(model), texts, prepend_bos=prepend_bos)
+    elif is_conversation(prompt) or (isinstance(prompt, (list, tuple)) and all(is_conversation(p) for p in prompt)):
+        several = [prompt] if is_conversation(prompt) else prompt
+        rows = [chat_ids(tokenizer_of(model), messages) for messages in several]
+        tokens, attention_mask, _ = padded(tokenizer_of(model), rows)
     else:
-        raise TypeError(f"expected text, a list of texts or a LongTensor [batch, pos], got {type(prompt).__name__}")
+        raise TypeError(
+            "expected text, a list of texts, a LongTensor [batch, pos], what a tokenizer returns, or a list of messages, "
+            f"got {type(prompt).__name__}"
+        )
     tokens = check_tokens(tokens, int(model.cfg.d_vocab), getattr(model.cfg, "n_ctx", None)).to(device_of(model))
-    if attention_mask is not None:
-        if attention_mask.ndim == 1:
-            attention_mask = attention_mask[None]
-        if attention_mask.shape != tokens.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, the tokens {list(tokens.shape)}: they must agree"
-            )
-        if not attention_mask.bool().any(1).all():
-            raise ValueError("attention_mask hides every token of a row: drop that row")
-        attention_mask = attention_mask.to(tokens)
-    return Batch(tokens, attention_mask)
+    return Batch(tokens, None if attention_mask is None else check_mask(attention_mask, tokens))
 
 
-def forward(model: LensModel, batch: Batch, return_type: str | None = "logits") -> Any:
+def prepared(model: LensModel, batch: Batch) -> Batch:
+    """A batch as it will run: `prepare`, with the states that it may bring along."""
+    ids, mask, _ = prepare(model, batch.tokens, batch.attention_mask)
+    return batch.with_ids(ids, mask)
+
+
+def bos_before(model: LensModel, prompt: Any, prepend_bos: bool = True) -> str | None:
+    """The text of the BOS that `prepare` puts before a prompt; None before ids and messages, and where there is none."""
+    return bos_text(getattr(model, "tokenizer", None), prepend_bos) if _is_text(prompt) else None
+
+
+def _is_text(prompt: Any) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(p, str) for p in prompt))
+
+
+def forward(model: LensModel, batch: Batch, return_type: str | None = "logits", **kwargs: Any) -> Any:
     """One plain forward pass. The mask is always passed where there is one, since a bridge does not infer it."""
-    kwargs = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-    return model(batch.tokens, return_type=return_type, **kwargs)  # type: ignore[operator]
+    tokens, mask, _ = batch
+    with lock_of(model):
+        if mask is None:
+            return model(tokens, return_type=return_type, **kwargs)  # type: ignore[operator]
+        if has_left_pads(mask):
+            way = padding_of(model)
+            if way == "rows":
+                return _row_by_row(model, batch, return_type)
+            if way == "positions":
+                kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        return model(tokens, return_type=return_type, attention_mask=mask, **kwargs)  # type: ignore[operator]
 
 
-@functools.cache
-def _parameters(forward_method: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(forward_method).parameters)
+# --- pads on the left
+
+# How a model takes left-padded rows; found once per model.
+_PADDING: WeakKeyDictionary[Any, Literal["mask", "positions", "rows"]] = WeakKeyDictionary()
 
 
-def _fewer_logits(model: LensModel, last: int) -> dict[str, Any]:
-    """What makes a forward pass unembed its last columns only (0: as few as it can); empty where it unembeds all.
+def has_left_pads(mask: Int[Tensor, "batch pos"]) -> bool:
+    """Whether a pad comes before a real token in some row."""
+    return bool((mask[:, :-1] < mask[:, 1:]).any())
 
-    Hugging Face models take `logits_to_keep`, which a bridge hands on (0 would mean all there); HookedTransformer leaves
-    the unembedding out with `return_type=None`.
+
+def padding_of(model: LensModel) -> Literal["mask", "positions", "rows"]:
+    """What makes a left-padded batch right: the mask alone, the mask with explicit positions, or a pass per row.
+
+    Tried once on two rows of seven tokens: some models do not derive positions from the mask (OpenAI GPT), and recurrent
+    ones read pads as text (RWKV). Hooks of others do not see these passes.
     """
-    wrapped = getattr(model, "original_model", None)
-    if wrapped is None:
-        return {"return_type": None} if last == 0 else {}
-    return {"logits_to_keep": max(last, 1)} if "logits_to_keep" in _parameters(type(wrapped).forward) else {}
+    if model not in _PADDING:
+        ids = probe_tokens(model, 2, 7)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        extra: dict[str, Any] = {"mask": {}, "positions": {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}}
+        with torch.no_grad(), without_hooks(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alone = model(ids[:1, 3:], return_type="logits")[0], model(ids[1:], return_type="logits")[0]  # type: ignore[operator]
+            for way in ("mask", "positions"):
+                try:
+                    got = model(ids, return_type="logits", attention_mask=mask, **extra[way])  # type: ignore[operator]
+                except Exception:  # whatever a model does with an argument that it does not know
+                    continue
+                # Inside `Readout.without_logits` each pass has logits of its last position only.
+                if all(near(row[-len(logits) :], logits) for row, logits in zip(got, alone, strict=True)):
+                    _PADDING[model] = way
+                    break
+            else:
+                _PADDING[model] = "rows"
+    return _PADDING[model]
 
 
-class Decoder:
-    """Decoding one forward pass at a time, with or without a key-value cache that rows of a batch can share.
+def _row_by_row(model: LensModel, batch: Batch, return_type: str | None) -> Tensor:
+    """Logits of left-padded rows, each run alone without its pads; pads get zeros."""
+    tokens, mask, _ = batch
+    assert mask is not None
+    if hooked(model) or return_type != "logits":
+        raise RuntimeError(
+            f"{name_of(model)!r} reads pads on the left as text, so padded rows run one by one, which hooks and return_type="
+            f"{return_type!r} do not allow: pass one prompt at a time, or prompts of the same length"
+        )
+    rows = [model(ids[real][None], return_type=return_type)[0] for ids, real in zip(tokens, mask.bool(), strict=True)]  # type: ignore[operator]
+    logits = rows[0].new_zeros(*tokens.shape, rows[0].shape[-1])
+    for i, row in enumerate(rows):
+        logits[i, mask[i].bool()] = row
+    return logits
 
-    `logits = decoder.start(batch)` runs the prompt; `logits = decoder.step(next_tokens)` adds one column. Both
-    return the
-    logits `[batch, d_vocab]` of the last column. `feed` adds several columns and returns the logits of each, or of the
-    last ones only; `repeated(n)` goes on with n copies of a single row, `select(rows)` with some of the rows,
-    `cut(row, n)` with the first n columns of one row.
+
+# --- trying a model out
+
+
+def probe_tokens(model: LensModel, rows: int, n: int) -> Int[Tensor, "rows n"]:
+    """A few different ids `[rows, n]` to try a model out on, the first row from BOS on."""
+    first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) or 0
+    ids = torch.arange(rows * n, device=device_of(model)) * 7 + first
+    return (ids % int(model.cfg.d_vocab)).reshape(rows, n)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    """Whether two ways to the same logits agree: their root mean square difference is rounding beside the spread.
+
+    Rounding is 1e-6 of the spread in fp32, 0.02 in bf16; what reads other tokens or positions is off by the order of the
+    spread, and a cached state that was rounded (Zamba 2) by 1e-3.
     """
-
-    def __init__(self, model: LensModel, *, use_cache: bool = True):
-        self.model, self.use_cache = model, use_cache
-        self.batch: Batch | None = None
-        self.cache: Any = None
-        # HookedTransformer takes `past_kv_cache`; a bridge swallows that name in **kwargs and runs uncached, so the
-        # signature decides.
-        self.takes_own_cache = "past_kv_cache" in _parameters(type(model).forward)  # type: ignore[attr-defined]
-
-    def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
-        """Run a prompt, padded or not."""
-        self.batch = batch
-        if self.use_cache and self.takes_own_cache:
-            self.cache = _hooked_cache(self.model, batch.tokens.shape[0])
-        return self._run(batch.tokens)[:, -1]
-
-    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
-        """Add one column."""
-        return self.feed(tokens[:, None])[:, -1]
-
-    def feed(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
-        """Add columns (the first ones too, where there was no `start`) and return the logits of each.
-
-        With `last` only those of as many last columns, and the others are not computed where the model can leave them
-        out: hooks at the unembedding then see fewer columns.
-        """
-        last = tokens.shape[1] if last is None else last
-        if self.batch is None:
-            self.batch = Batch(tokens, None)
-            if self.use_cache and self.takes_own_cache:
-                self.cache = _hooked_cache(self.model, tokens.shape[0])
-        else:
-            seen, mask, _ = self.batch
-            if mask is not None:
-                mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-            self.batch = Batch(torch.cat([seen, tokens], 1), mask)
-            tokens = tokens if self.use_cache else self.batch.tokens
-        logits = self._run(tokens, last)
-        return logits[:, max(logits.shape[1] - last, 0) :]
-
-    def shareable(self) -> bool:
-        """Whether the cache holds the keys and values of every column and nothing else, so that rows can share it."""
-        if self.cache is None or self.batch is None:
-            return False
-        if self.takes_own_cache:
-            return True
-        # State-space and hybrid models keep states that cannot be repeated, sliding windows drop columns.
-        has_methods = all(hasattr(self.cache, name) for name in ("batch_repeat_interleave", "batch_select_indices"))
-        kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", [])}
-        return (
-            has_methods
-            and kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
-            and self.cache.get_seq_length() == self.batch.tokens.shape[1]
-        )
-
-    def repeated(self, n: int | list[int]) -> "Decoder":
-        """A decoder of n rows that all continue this one's single row; this one stays as it is.
-
-        A list has a number per block, for a pass that begins with one row and is joined by others: `spread` then makes
-        the rows of all blocks equal again.
-        """
-        assert self.batch is not None and len(self.batch.tokens) == 1 and self.batch.attention_mask is None
-        other = Decoder(self.model, use_cache=self.use_cache)
-        count = lambda block: n if isinstance(n, int) else 1 if block is None else n[block]
-        other.batch = Batch(self.batch.tokens.expand(count(None), -1), None)
-        if self.cache is not None:
-            expand = lambda x, block: x.expand(count(block), *x.shape[1:])
-            other.cache = _shaped(self.cache, self.takes_own_cache, expand)
-        return other
-
-    def spread(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows; a block that has not run one of them takes its row 0 for it."""
-        assert self.batch is not None and len(self.batch.tokens) == 1
-
-        def take(x: Tensor, block: int | None) -> Tensor:
-            if block is None:
-                return x.expand(len(rows), *x.shape[1:])
-            index = rows.to(x.device)
-            return x[torch.where(index < len(x), index, torch.zeros_like(index))]
-
-        self.cache = _shaped(self.cache, self.takes_own_cache, take)
-        self.batch = Batch(self.batch.tokens.expand(len(rows), -1), None)
-
-    def cut(self, row: int, n: int) -> "Decoder | None":
-        """A decoder of the first n columns of one row, or None where the cache does not allow it.
-
-        It continues as if that row had run alone: no column depends on those behind it.
-        """
-        assert self.batch is not None and self.batch.attention_mask is None
-        if not self.shareable():
-            return None
-        kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", [])}
-        if not self.takes_own_cache and kinds != {"DynamicLayer"}:
-            return None  # a sliding window may have dropped what belongs to the first n
-        other = Decoder(self.model)
-        other.batch = Batch(self.batch.tokens[row : row + 1, :n], None)
-        axis = 1 if self.takes_own_cache else -2
-        other.cache = _shaped(
-            self.cache,
-            self.takes_own_cache,
-            lambda x, block: x[row : row + 1].narrow(axis if block is not None else 1, 0, n),
-        )
-        return other
-
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows only."""
-        assert self.batch is not None
-        tokens, mask, _ = self.batch
-        self.batch = Batch(tokens[rows], None if mask is None else mask[rows])
-        if self.cache is None:
-            return
-        if not self.takes_own_cache:
-            self.cache.batch_select_indices(rows)
-            return
-        for entry in self.cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
-        self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
-
-    def _run(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
-        assert self.batch is not None
-        mask = self.batch.attention_mask
-        kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
-        if last is not None and last < tokens.shape[1]:
-            kwargs |= _fewer_logits(self.model, last)
-        if not self.use_cache or self.takes_own_cache:
-            if self.use_cache:
-                # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
-                new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
-                kwargs |= {"attention_mask": new, "past_kv_cache": self.cache}
-            logits = self.model(tokens, **kwargs)  # type: ignore[operator]
-            return tokens.new_empty(len(tokens), 0, 0, dtype=torch.float32) if logits is None else logits
-        if mask is not None:
-            # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
-            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-        logits, self.cache = self.model(  # type: ignore[operator]
-            tokens,
-            return_type="logits_and_cache",
-            use_past_kv_cache=True,
-            use_cache=True,
-            past_key_values=self.cache,
-            **kwargs,
-        )
-        if not _filled(self.cache, self.batch.tokens.shape[1]):
-            if len(self.batch.tokens[0]) > tokens.shape[1]:
-                raise RuntimeError("the key-value cache lost columns between two passes: pass use_cache=False")
-            self.use_cache, self.cache = False, None  # what follows runs whole sequences
-            _warn_unfilled()
-        return logits
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    share = 0.1 if half else 1e-4 if torch.get_float32_matmul_precision() == "highest" else 0.01
+    difference = (a.float() - b.float()).square().mean().sqrt()
+    return bool(difference <= share * b.float().std() + 1e-6)
 
 
-def _filled(cache: Any, n: int) -> bool:
-    """Whether a cache holds n columns; one that cannot be asked is taken at its word.
+@contextmanager
+def without_hooks(model: LensModel) -> Iterator[None]:
+    """In the block nobody's hooks on the model's hook points fire, but those that TransformerLens put there itself.
 
-    transformers 5.24 renamed what its layers are handed, so that many attentions of a bridge (TransformerLens 3.9 to 4.3) never see
-    the cache: it stays empty, and every later column would attend to itself alone.
+    Other threads wait: they would run without their hooks.
     """
-    layers = getattr(cache, "layers", None)
-    return not layers or not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == n
-
-
-@functools.cache
-def _warn_unfilled() -> None:
-    """Say it once."""
-    import transformers
-
-    warnings.warn(
-        f"transformers {transformers.__version__} leaves the key-value cache of a TransformerLens bridge empty: whole sequences run "
-        "at every step, right but slow. Install transformers<5.24 to have the cache",
-        stacklevel=5,
-    )
-
-
-def _shaped(cache: Any, own: bool, reshape: Callable[[Tensor, int | None], Tensor]) -> Any:
-    """A cache whose keys and values by block are other views of this one's, which stays as it is: caches grow by
-    concatenation. The mask that HookedTransformer's keeps belongs to no block (None)."""
-    other = copy.copy(cache)
-    if not own:
-        other.layers = [copy.copy(layer) for layer in cache.layers]
-        for i, layer in enumerate(other.layers):
-            layer.keys, layer.values = reshape(layer.keys, i), reshape(layer.values, i)
-        return other
-    other.entries = [copy.copy(entry) for entry in cache.entries]
-    for i, entry in enumerate(other.entries):
-        entry.past_keys, entry.past_values = reshape(entry.past_keys, i), reshape(entry.past_values, i)
-    other.previous_attention_mask = reshape(cache.previous_attention_mask, None)
-    return other
-
-
-def _hooked_cache(model: LensModel, batch_size: int) -> Any:
-    """An empty HookedTransformer key-value cache; the class moved and was renamed in 3.0."""
-    for module, name in (
-        ("transformer_lens.cache.key_value_cache", "TransformerLensKeyValueCache"),
-        ("transformer_lens.past_key_value_caching", "HookedTransformerKeyValueCache"),
-    ):
+    with lock_of(model):
+        points = [(point, point._forward_hooks) for point in _points(model) if point._forward_hooks]
         try:
-            cache_class = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-        return cache_class.init_cache(model.cfg, device_of(model), batch_size)
-    raise RuntimeError("this TransformerLens has no key-value cache that we know: pass use_cache=False")
+            for point, hooks in points:
+                kept = {handle.hook.id for handle in point.fwd_hooks if _is_own(handle)}
+                point._forward_hooks = type(hooks)((key, hook) for key, hook in hooks.items() if key in kept)
+            yield
+        finally:
+            for point, hooks in points:
+                point._forward_hooks = hooks
+
+
+def hooked(model: LensModel) -> bool:
+    """Whether somebody's hooks are on the model already (bridges put some of their own on, OPT's for one)."""
+    return not all(_is_own(handle) for point in _points(model) for handle in getattr(point, "fwd_hooks", []))
+
+
+def _points(model: LensModel) -> list[Any]:
+    return list({id(point): point for point in model.hook_dict.values()}.values())
+
+
+def _is_own(handle: Any) -> bool:
+    module = str(getattr(getattr(handle, "user_hook", None), "__module__", ""))
+    return module.startswith("transformer_lens")

@@ -50,13 +50,10 @@ class Moments:
         dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         between = self.n * share  # n_a n_b / (n_a + n_b)
         return Moments(
-            n,
-            self.mean_x + share * dx,
-            self.mean_y + share * dy,
+            n, self.mean_x + share * dx, self.mean_y + share * dy,
             self.xx + other.xx + between * dx[:, :, None] * dx[:, None, :],
-            self.yx + other.yx + between * dy[:, :, None] * dx[:, None, :],
-            self.yy + other.yy + between * dy**2,
-        )
+            self.yx + other.yx + between * dy[:, :, None] * dx[:, None, :], self.yy + other.yy + between * dy**2,
+        )  # fmt: skip
 
     def __radd__(self, other: object) -> "Moments":
         """So that `sum(shards)` works."""
@@ -89,12 +86,7 @@ def grouped_moments(
     A covariance is computed once per source and a mean once per source and target; only `yx` is per pair.
 
     Args:
-        x: the sources' samples.
-        y: the targets' samples, on the device of the sources.
         targets: for each source the targets that it is paired with, as indices of `y`.
-
-    Raises:
-        ValueError: values that are not finite.
 
     Example:
         >>> x, y = torch.randn(100, 3), torch.randn(100, 5)
@@ -107,32 +99,12 @@ def grouped_moments(
     means = [part.mean(0) for part in ys]
     ys = [part - mean for part, mean in zip(ys, means, strict=True)]
     squares = [(part**2).sum(0) for part in ys]
-    found = []
+    summed = []
     for part, chosen in zip(x, targets, strict=True):
         part = part.double()
         mean_x = part.mean(0)
         part = part - mean_x
-        found.append(
-            Moments(
-                len(part),
-                mean_x[None],
-                torch.stack([means[j] for j in chosen]),
-                (part.mT @ part)[None],
-                torch.stack([ys[j].mT @ part for j in chosen]),
-                torch.stack([squares[j] for j in chosen]),
-            )
-        )
-    return tuple(found)
-
-
-def empty(n_rows: int, d_in: int, d_out: int, device: str | torch.device = "cpu") -> Moments:
-    """Moments of nothing: the neutral element of `+`."""
-    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
-    return Moments(
-        0,
-        zeros(n_rows, d_in),
-        zeros(n_rows, d_out),
-        zeros(n_rows, d_in, d_in),
-        zeros(n_rows, d_out, d_in),
-        zeros(n_rows, d_out),
-    )
+        pick = lambda values, chosen=chosen: torch.stack([values[j] for j in chosen])
+        yx = torch.stack([ys[j].mT @ part for j in chosen])
+        summed.append(Moments(len(part), mean_x[None], pick(means), (part.mT @ part)[None], yx, pick(squares)))
+    return tuple(summed)

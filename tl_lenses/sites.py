@@ -5,7 +5,6 @@ hook name; wherever a layer is accepted a site is too.
 """
 
 import difflib
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,45 +14,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.model import LensModel, n_layers, prepare, tokenizer_of
-
-LayerOrSite = int | str
-
-
-def layer_site(layer: int, n_layers: int) -> str:
-    """Hook name of a residual layer, `0 <= layer <= n_layers`; negative layers count from `n_layers` (-1 is the
-    final one).
-
-    >>> layer_site(3, 12), layer_site(12, 12), layer_site(-1, 12)
-    ('blocks.3.hook_resid_pre', 'blocks.11.hook_resid_post', 'blocks.11.hook_resid_post')
-    """
-    resolved = resolve_layer(layer, n_layers)
-    return f"blocks.{resolved}.hook_resid_pre" if resolved < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
-
-
-def resolve_layer(layer: int, n_layers: int) -> int:
-    """A layer as `0..n_layers`; negative ones count from `n_layers`.
-
-    Raises:
-        ValueError: out of range.
-    """
-    resolved = layer + n_layers + 1 if layer < 0 else layer
-    if not 0 <= resolved <= n_layers:
-        raise ValueError(
-            f"no layer {layer}: this model has layers 0..{n_layers} (0 enters the first block, {n_layers} or -1 is the final residual)"
-        )
-    return resolved
-
-
-def site_layer(name: str, n_layers: int) -> int | None:
-    """The residual layer that a hook name reads, or None: `hook_resid_post` of block i is layer i + 1."""
-    parts = name.split(".")
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
-        if parts[2] in ("hook_resid_pre", "hook_in"):
-            return int(parts[1])
-        if parts[2] in ("hook_resid_post", "hook_out"):
-            return int(parts[1]) + 1
-    return None
+from tl_lenses.checks import whole_number
+from tl_lenses.layers import LayerOrSite, as_layer, layer_site
+from tl_lenses.model import LensModel, Prompt, check_kind, n_layers, prepare, tokenizer_of
+from tl_lenses.tokens import special_id
 
 
 def site(model: LensModel, layer_or_site: LayerOrSite) -> str:
@@ -70,27 +34,20 @@ def site(model: LensModel, layer_or_site: LayerOrSite) -> str:
 
 
 def sites(model: LensModel, layers: Iterable[LayerOrSite]) -> dict[LayerOrSite, str]:
-    """The hook names of several layers and sites: `site` for each, with one look at the model's hooks."""
+    """The hook names of several layers and sites: `site` for each, with one access to the model's hooks."""
+    check_kind(model)
     depth = n_layers(model)
-    found: dict[LayerOrSite, str] = {}
-    for one in layers:
-        if isinstance(one, bool) or not isinstance(one, (int, str)):
-            raise TypeError(f"expected a layer (int) or a hook name (str), got {one!r}")
-        found[one] = layer_site(one, depth) if isinstance(one, int) else one
-    check_names(model, found.values())
-    return found
+    names = {layer: layer if isinstance(layer, str) else layer_site(as_layer(layer), depth) for layer in layers}
+    check_names(model, names.values())
+    return names
 
 
-# Names that a model was seen to have: a bridge builds its dict of hooks anew at every look.
+# Hook names of a model that were looked up before: a bridge builds its dict of hooks anew at every access.
 _KNOWN: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def check_names(model: LensModel, names: Iterable[str]) -> None:
-    """Refuse hook names that the model does not have.
-
-    Raises:
-        ValueError: with near misses, or the blocks that there are.
-    """
+    """Refuse hook names that the model does not have."""
     seen = _KNOWN.setdefault(model, set())
     names = [name for name in names if name not in seen]
     known = model.hook_dict if names else {}
@@ -101,7 +58,8 @@ def check_names(model: LensModel, names: Iterable[str]) -> None:
         depth = n_layers(model)
         parts = name.split(".")
         if len(parts) > 2 and parts[0] == "blocks" and parts[1].isdigit() and int(parts[1]) >= depth:
-            hint = f"this model has blocks 0..{depth - 1}. For the final residual use layer {depth} or -1."
+            last = "tll.site(model, -1)" if parts[2] == "hook_resid_pre" else f"layer {depth} or -1"
+            hint = f"this model has blocks 0..{depth - 1}. For the final residual use {last}."
         else:
             near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "list(model.hook_dict) has the names."
@@ -131,11 +89,13 @@ def at(text: str, occurrence: str | int = "only", span: bool = False) -> At:
     >>> at("Wales", occurrence="last")
     At(text='Wales', occurrence='last', span=False)
     """
-    if not text:
-        raise ValueError("expected a non-empty substring")
-    if not (isinstance(occurrence, int) or occurrence in ("only", "first", "last", "all")):
-        raise ValueError(f"occurrence must be 'only', 'first', 'last', 'all' or a number, got {occurrence!r}")
-    return At(text, occurrence, span)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"expected a non-empty substring, got {text!r}")
+    if isinstance(occurrence, str):
+        if occurrence not in ("only", "first", "last", "all"):
+            raise ValueError(f"occurrence must be 'only', 'first', 'last', 'all' or a number, got {occurrence!r}")
+        return At(text, occurrence, span)
+    return At(text, whole_number("occurrence", occurrence), span)
 
 
 Position = int | str | At | slice | list | tuple | Tensor | None
@@ -143,7 +103,7 @@ Position = int | str | At | slice | list | tuple | Tensor | None
 
 def positions(
     model: LensModel,
-    tokens: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+    tokens: Prompt,
     pos: Position,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     *,
@@ -151,15 +111,13 @@ def positions(
 ) -> Int[Tensor, "batch k"]:
     """Positions as columns of the tensor that will run, one row per prompt.
 
-    Ints and slices count real tokens: pads never, BOS is 0, -1 is the last one. Substrings (and `at(...)`) are found
-    in the
+    Ints and slices count real tokens: pads never, BOS is 0, -1 is the last one. Substrings (and `at(...)`) are found in the
     decoded prompt and mean the last token that covers them. A list is several of those; a LongTensor `[batch]` or
-    `[batch, k]` gives
-    each row its own ints.
+    `[batch, k]` gives each row its own ints.
 
     Raises:
-        ValueError: a position or substring that is not there (the tokens are shown), several matches, rows of
-        different length.
+        ValueError: a position or substring that is not there (the tokens are shown), several matches, rows of different
+            length.
     """
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     rows, width = batch.tokens.shape
@@ -171,14 +129,15 @@ def positions(
             raise ValueError(
                 f"positions of shape {list(pos.shape)} do not fit {rows} prompts: expected [{rows}] or [{rows}, k]"
             )
-        wanted: list[Any] = [row.tolist() for row in per_row]
+        per_prompt: list[Any] = [row.tolist() for row in per_row]
     else:
-        wanted = [pos] * rows
+        per_prompt = [pos] * rows
     out = []
     for row in range(rows):
-        real = torch.arange(width) if batch.attention_mask is None else batch.attention_mask[row].cpu().nonzero()[:, 0]
-        indices = _row_positions(model, batch.tokens[row].cpu()[real].tolist(), wanted[row])
-        out.append(real[torch.tensor(indices, dtype=torch.long)])
+        mask = batch.attention_mask
+        real_columns = torch.arange(width) if mask is None else mask[row].cpu().nonzero()[:, 0]
+        indices = _row_positions(model, batch.tokens[row].cpu()[real_columns].tolist(), per_prompt[row])
+        out.append(real_columns[torch.tensor(indices, dtype=torch.long)])
     lengths = {len(o) for o in out}
     if len(lengths) > 1:
         raise ValueError(
@@ -193,10 +152,10 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
     if pos is None:
         return list(range(n))
     if isinstance(pos, slice):
-        found = list(range(n))[pos]
-        if not found:
+        selected = list(range(n))[pos]
+        if not selected:
             raise ValueError(f"{pos} selects none of the {n} tokens")
-        return found
+        return selected
     if isinstance(pos, (list, tuple)):
         if not pos:
             raise ValueError("an empty list of positions selects nothing")
@@ -205,10 +164,12 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
         pos = at(pos)
     if isinstance(pos, At):
         return _find(tokenizer_of(model), ids, pos)
-    if not isinstance(pos, bool) and hasattr(pos, "__index__"):
-        pos = operator.index(pos)  # numpy's integers too
-    if isinstance(pos, bool) or not isinstance(pos, int):
-        raise TypeError(f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}")
+    try:
+        pos = whole_number("pos", pos)  # numpy's integers too
+    except TypeError:
+        raise TypeError(
+            f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}"
+        ) from None
     if not -n <= pos < n:
         raise ValueError(
             f"position {pos} is not there: the prompt has {n} tokens, so -{n}..{n - 1}{_shown(model, ids)}"
@@ -224,40 +185,39 @@ def _shown(model: LensModel, ids: list[int]) -> str:
     return f"; its tokens are {pieces}{' ...' if len(ids) > 40 else ''}"
 
 
-def _find(tokenizer: Any, ids: list[int], wanted: At) -> list[int]:
-    """Tokens that cover a substring, by character offsets of decoded prefixes (works for any tokenizer, on ids
-    alone)."""
+def _find(tokenizer: Any, ids: list[int], place: At) -> list[int]:
+    """Tokens that cover a substring, by character offsets of decoded prefixes (works for any tokenizer, on ids alone)."""
     decode = lambda part: tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = decode(ids)
-    starts = [i for i in range(len(text)) if text.startswith(wanted.text, i)]
+    starts = [i for i in range(len(text)) if text.startswith(place.text, i)]
     pieces = [decode([i]) for i in ids]
-    if ids[0] == tokenizer.bos_token_id and wanted.text not in (pieces[0], text):
-        # Nobody means the x of <|endoftext|>.
+    if ids[0] == special_id(tokenizer, "bos") and place.text not in (pieces[0], text):
+        # A search for "x" does not mean the x of <|endoftext|>.
         starts = [i for i in starts if i >= len(pieces[0])]
     if not starts:
-        raise ValueError(f"{wanted.text!r} is not in the prompt; its tokens are {pieces}")
-    if wanted.occurrence == "only":
+        raise ValueError(f"{place.text!r} is not in the prompt; its tokens are {pieces}")
+    if place.occurrence == "only":
         if len(starts) > 1:
-            places = [text[max(0, s - 12) : s + len(wanted.text) + 12] for s in starts]
+            places = [text[max(0, s - 12) : s + len(place.text) + 12] for s in starts]
             raise ValueError(
-                f"{wanted.text!r} occurs {len(starts)} times ({places}): say which with tll.at({wanted.text!r}, occurrence='last') or a number"
+                f"{place.text!r} occurs {len(starts)} times ({places}): say which with tll.at({place.text!r}, occurrence='last') or a number"
             )
         chosen = starts
-    elif wanted.occurrence == "all":
+    elif place.occurrence == "all":
         chosen = starts
     else:
-        index = {"first": 0, "last": -1}.get(wanted.occurrence, wanted.occurrence)  # type: ignore[arg-type]
+        index = {"first": 0, "last": -1}.get(place.occurrence, place.occurrence)  # type: ignore[arg-type]
         if not -len(starts) <= index < len(starts):
-            raise ValueError(f"{wanted.text!r} occurs {len(starts)} times, so there is no occurrence {index}")
+            raise ValueError(f"{place.text!r} occurs {len(starts)} times, so there is no occurrence {index}")
         chosen = [starts[index]]
-    # A prefix can end inside a multi-byte character, which decodes to replacement marks: count only what agrees.
+    # A prefix can end inside a multi-byte character, which decodes to replacement marks: count only the common characters.
     ends = [_common_prefix(decode(ids[: k + 1]), text) for k in range(len(ids))]
-    found: list[int] = []
+    covering: list[int] = []
     for start in chosen:
-        last = next(k for k, e in enumerate(ends) if e >= start + len(wanted.text))
-        first = next(k for k, e in enumerate(ends) if e > start) if wanted.span else last
-        found += [k for k in range(first, last + 1) if k not in found]
-    return found
+        last = next(k for k, e in enumerate(ends) if e >= start + len(place.text))
+        first = next(k for k, e in enumerate(ends) if e > start) if place.span else last
+        covering += [k for k in range(first, last + 1) if k not in covering]
+    return covering
 
 
 def _common_prefix(a: str, b: str) -> int:

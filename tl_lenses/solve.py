@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_lenses.affine import base
+from tl_lenses.checks import finite_number, one_of
 from tl_lenses.moments import Moments
-from tl_lenses.translators import base
 
 Map = tuple[Float[Tensor, "n_rows d_out d_in"], Float[Tensor, "n_rows d_out"]]
 
@@ -28,11 +29,15 @@ def _check(m: Moments, need: int) -> None:
         )
 
 
+def _check_kind(m: Moments) -> None:
+    if not isinstance(m, Moments):
+        raise TypeError(f"expected Moments, got {type(m).__name__}: tl_lenses.moments.moments(x, y) makes them")
+
+
 def ridge_path(m: Moments, strengths: Sequence[float], toward: Literal["identity", "zero"] = "identity") -> list[Map]:
     """Ridge for several strengths from one factorisation.
 
-    `W = (B + k T) (C + k I)^-1` with `T` the identity or zero and `k = strength * trace(C) / d`, so a strength means
-    the same
+    `W = (B + k T) (C + k I)^-1` with `T` the identity or zero and `k = strength * trace(C) / d`, so a strength means the same
     on every layer and model. Strength 0 is least squares.
 
     Args:
@@ -46,20 +51,20 @@ def ridge_path(m: Moments, strengths: Sequence[float], toward: Literal["identity
     Raises:
         ValueError: no more samples than dimensions, a negative strength, identity between different widths.
     """
+    _check_kind(m)
     d_out, d_in = m.yx.shape[1:]
     _check(m, d_in + 1)
-    if any(s < 0 for s in strengths):
-        raise ValueError(f"ridge strengths must not be negative, got {list(strengths)}")
+    if isinstance(strengths, (str, bytes)) or not hasattr(strengths, "__iter__"):
+        raise TypeError(f"strengths must be a list of numbers, got {strengths!r}")
+    strengths = [finite_number("a ridge strength", strength, least=0) for strength in strengths]
+    one_of("toward", toward, ("identity", "zero"))
     if toward == "identity" and d_out != d_in:
         raise ValueError(f"ridge toward the identity needs equal widths, got {d_in} -> {d_out}: use toward='zero'")
     values, vectors = torch.linalg.eigh(m.xx / m.n)  # C = V diag(values) V^T
     values = values.clamp_min(0)
     scale = values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    target = (
-        base(d_out, d_in, dtype=torch.float64, device=m.xx.device)
-        if toward == "identity"
-        else torch.zeros_like(m.yx[0])
-    )
+    zeros = torch.zeros_like(m.yx[0])
+    target = zeros.fill_diagonal_(1.0) if toward == "identity" else zeros
     rotated = (m.yx / m.n) @ vectors  # B V
     rotated_target = target @ vectors
     maps = []
@@ -84,6 +89,7 @@ def procrustes(m: Moments, scaled: bool = False) -> Map:
 
     Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
     """
+    _check_kind(m)
     if m.yx.shape[1] != m.yx.shape[2]:
         raise ValueError(f"a rotation needs equal widths, got {m.yx.shape[2]} -> {m.yx.shape[1]}")
     _check(m, m.xx.shape[-1] + 1)
@@ -97,6 +103,7 @@ def procrustes(m: Moments, scaled: bool = False) -> Map:
 
 def shift(m: Moments) -> Map:
     """Bias only: `W = I`, `b = mean_y - mean_x`."""
+    _check_kind(m)
     if m.yx.shape[1] != m.yx.shape[2]:
         raise ValueError(f"a shift needs equal widths, got {m.yx.shape[2]} -> {m.yx.shape[1]}")
     _check(m, 1)
@@ -107,8 +114,15 @@ def shift(m: Moments) -> Map:
 def r_squared(
     m: Moments, weight: Float[Tensor, "n_rows d_out d_in"], bias: Float[Tensor, "n_rows d_out"]
 ) -> Float[Tensor, " n_rows"]:
-    """Share of y's variance that a map explains on the sample of `m` (held out, say): `1 - sum |W x + b - y|^2 / sum
-    |y - mean_y|^2`."""
+    """Share of y's variance that a map explains on the sample of `m` (held out, say).
+
+    `1 - sum |W x + b - y|^2 / sum |y - mean_y|^2`
+    """
+    _check_kind(m)
+    for name, x, shape in (("weight", weight, m.yx.shape), ("bias", bias, m.mean_y.shape)):
+        if not isinstance(x, Tensor) or x.shape != shape:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of shape {list(shape)}, got {got}")
     weight, bias = weight.double(), bias.double()
     # sum |W x + b - y|^2 = tr(W xx W^T) - 2 tr(W yx^T) + yy + n |W mean_x + b - mean_y|^2
     quadratic = ((weight @ m.xx) * weight).sum((-2, -1))

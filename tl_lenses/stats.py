@@ -1,10 +1,10 @@
 """Logits to numbers. Every function takes `[..., d_vocab]` and gives one fp32 number per position (nats, unless said).
 
-Log-probabilities are fp32 whatever the model's type. Where a probability is 0 its term is 0, so vocabularies padded
-with
+Log-probabilities are fp32 whatever the model's type. Where a probability is 0 its term is 0, so vocabularies padded with
 -inf are fine.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,11 +13,19 @@ from torch import Tensor
 
 # Bytes of one [positions, d_vocab] fp32 buffer. Up to nine are alive at a time; measured in benchmarks/trajectory.py.
 CHUNK_BYTES = 6 * 2**20
+# Neighbours in the vocabulary of which only the largest is compared with others, to find the likeliest tokens.
+GROUP = 64
 
 
 def chunks(n: int, d_vocab: int, size: int | None = None) -> Iterator[slice]:
     """Slices of positions whose logits fit in a buffer of `CHUNK_BYTES` (or `size` positions each)."""
     size = size or max(1, CHUNK_BYTES // (4 * d_vocab))
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def evenly(n: int, most: int) -> Iterator[slice]:
+    """Slices of about equal size, at most `most` long: no small one at the end."""
+    size = -(-n // max(1, -(-n // most))) or 1
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
@@ -75,13 +83,58 @@ def target_logprob(logp: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*p
 def rank(logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Int[Tensor, "*pos"]:
     """1 for the top token; ties count strictly larger logits. -1 where the target is -1."""
     picked = logits.gather(-1, targets.clamp_min(0)[..., None])
-    return torch.where(targets >= 0, (logits > picked).sum(-1) + 1, -1)
+    # Ones in fp32, exact up to 2^24 tokens: a sum of booleans takes three times as long.
+    larger = torch.gt(logits, picked, out=torch.empty_like(logits, dtype=torch.float32)).sum(-1)
+    return torch.where(targets >= 0, larger.long() + 1, -1)
 
 
 def top_k(logp: Float[Tensor, "*pos d_vocab"], k: int) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:
     """Ids and probabilities of the k likeliest tokens, best first."""
-    top = logp.topk(min(k, logp.shape[-1]), dim=-1)
-    return top.indices, top.values.exp()
+    ids, values = largest(logp, min(k, logp.shape[-1]))
+    return ids, values.exp()
 
 
-PAIRWISE = {"kl": kl, "js": js, "tv": tv}
+def largest(x: Float[Tensor, "*pos d_vocab"], k: int) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:
+    """Indices and values of the k largest, best first, as `topk` gives them; of equal values either may come first.
+
+    The k largest are among the k groups of `GROUP` neighbours whose own largest are the largest, so that one pass for the maxima
+    and a sort of few values are enough.
+    """
+    whole = x.shape[-1] // GROUP * GROUP
+    if k == 0 or x.shape[-1] < 2 * GROUP * k:
+        top = x.topk(k, dim=-1)
+        return top.indices, top.values
+    maxima = x[..., :whole].unflatten(-1, (-1, GROUP)).amax(-1)
+    groups = maxima.topk(k, dim=-1).indices
+    ids = (groups[..., None] * GROUP + torch.arange(GROUP, device=x.device)).flatten(-2)
+    rest = torch.arange(whole, x.shape[-1], device=x.device).expand(*x.shape[:-1], -1)
+    ids = torch.cat([ids, rest], -1)
+    top = x.gather(-1, ids).topk(k, dim=-1)
+    return ids.gather(-1, top.indices), top.values
+
+
+def likeliest(x: Float[Tensor, "*pos d_vocab"]) -> Int[Tensor, "*pos"]:
+    """Index of the largest."""
+    return largest(x, 1)[0][..., 0]
+
+
+def pairwise(
+    p: Float[Tensor, "*pos d_vocab"],
+    q: Float[Tensor, "*pos d_vocab"],
+    logp: Float[Tensor, "*pos d_vocab"],
+    logq: Float[Tensor, "*pos d_vocab"],
+) -> dict[str, Float[Tensor, "*pos"]]:
+    """`kl`, its `reverse` KL(q || p), `js` and `tv` of two distributions at once, with few passes over the vocabulary.
+
+    With `d = log q - log p` the mixture has `log m = log p + softplus d - log 2`, so `js = -(sum (p + q)(softplus d - log 2) - sum q d) / 2`.
+    """
+    d = logq - logp
+    forward, reverse = -expectation(p, d), expectation(q, d)
+    excess = torch.nn.functional.softplus(d).sub_(math.log(2))
+    mixed = (reverse - torch.linalg.vecdot(p, excess) - torch.linalg.vecdot(q, excess)) / 2
+    if not mixed.isfinite().all():  # a probability of 0
+        mixed = js(logp, logq)
+    return {"kl": forward, "reverse": reverse, "js": mixed, "tv": (p - q).abs_().sum(-1) / 2}
+
+
+PAIRWISE = ("kl", "js", "tv")

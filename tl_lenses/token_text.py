@@ -1,4 +1,4 @@
-"""What vocabulary entries mean as text, read from the tokenizer's own decoder and never guessed from the characters.
+"""The text of vocabulary entries, read from the tokenizer's own decoder and never guessed from the characters.
 
 "Ġ" is a space in GPT-2's vocabulary and a letter in a SentencePiece one, so which alphabet a vocabulary is written in
 comes from the tokenizer's decoder. Decoding ids one by one is not enough: decoders drop the leading space of the first
@@ -7,6 +7,7 @@ token and turn half a character into "\\ufffd".
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, SupportsInt
 
@@ -24,11 +25,11 @@ def token_text(tokenizer: Any, ids: Iterable[SupportsInt]) -> dict[int, str]:
     >>> token_text(gpt2_tokenizer, [262, 198, 50256, 50300])
     {262: ' the', 198: '\\n', 50256: '<|endoftext|>', 50300: '<50300>'}
     """
-    wanted = sorted({int(i) for i in ids})
+    needed_ids = sorted({int(i) for i in ids})
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    one = _fast(backend) if hasattr(backend, "id_to_token") else _slow(tokenizer)
-    # A negative id is nobody's token, and the Rust side overflows on it.
-    texts = ((i, one(i) if i >= 0 else None) for i in wanted)
+    text_of = _fast(backend) if hasattr(backend, "id_to_token") else _slow(tokenizer)
+    # A negative id is no token, and the Rust side overflows on it.
+    texts = ((i, text_of(i) if i >= 0 else None) for i in needed_ids)
     return {i: f"<{i}>" if text is None else text for i, text in texts}
 
 
@@ -103,7 +104,7 @@ def _replace(old: str | re.Pattern[str], new: str) -> Step:
 
 
 def _after_a_word(decoder: Any) -> Step:
-    """What the decoder writes for a piece after the word "a": "##ing" -> "ing", "walk" -> " walk", "," -> ","."""
+    """The decoder's text for a piece after the word "a": "##ing" -> "ing", "walk" -> " walk", "," -> ","."""
     return _on_text(lambda s: decoder.decode(["a", s]).removeprefix("a"))
 
 
@@ -156,3 +157,13 @@ def _slow(tokenizer: Any) -> Callable[[int], str | None]:
         return twice[len(once) :] if twice.startswith(once) else once
 
     return one
+
+
+def normalised(text: str) -> str:
+    """A text as an answer: without case, accents, runs of spaces, and punctuation around it.
+
+    >>> normalised("  São\\n Paulo. ")
+    'sao paulo'
+    """
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return " ".join(plain.casefold().split()).strip(" .,;:!?\"'()[]")

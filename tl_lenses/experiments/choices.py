@@ -9,122 +9,67 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses import stats as S
+from tl_lenses.decoding import Decoder
+from tl_lenses.experiments.subject import Subject, check_finite
 from tl_lenses.hooks import installed, residual_reads
 from tl_lenses.lens import LayerLens, Lens
-from tl_lenses.model import Decoder, LensModel, n_layers, prepare
+from tl_lenses.model import LensModel, prepare
 from tl_lenses.progress import progress
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and what may follow it.
+    """A prompt and its possible continuations."""
 
-    Attributes:
-        prompt: without a space at its end.
-        choices: continuations, with the space that they begin with; empty where there is nothing to choose from.
-        right: index of the right one, -1 where none is.
-        task: name of the task.
-        group: questions of one group stay together when they are split.
-        wanted: index of the choice that an injected instruction asks for, -1 where none is.
-    """
-
-    prompt: str
+    prompt: str  # without a space at its end
+    # continuations, with the space that they begin with; empty where there is nothing to choose from
     choices: tuple[str, ...] = ()
-    right: int = -1
-    task: str = ""
-    group: Any = None
-    wanted: int = -1
+    right: int = -1  # index of the right one, -1 where none is
+    task: str = ""  # name of the task
+    group: Any = None  # questions of one group stay together when they are split
+    instructed: int = -1  # index of the choice that an injected instruction asks for, -1 where none is
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says to questions, at layers `0..n_layers` or those that were asked for.
+    """Answers of a model to questions, at layers `0..n_layers` or those that were asked for."""
 
-    Attributes:
-        logprobs: by lens, `[question, layer, choice]`, nats, summed over a choice's tokens.
-        last: `[question, layer, d_model]`, the residual at the prompt's last token.
-    """
-
+    # by lens, `[question, layer, choice]`, nats, summed over a choice's tokens
     logprobs: dict[str, Float[Tensor, "n layer choice"]]
-    last: Float[Tensor, "n layer d_model"]
-
-
-def check_lenses(model: LensModel, lenses: Mapping[str, Lens], layers: Sequence[int]) -> None:
-    """Refuse lenses that read through another model, or that lack a layer.
-
-    Raises:
-        ValueError: names the lens.
-    """
-    for name, lens in lenses.items():
-        if lens.model is not model:
-            raise ValueError(f"the lens {name!r} reads through another model: make it with Lens(model, translators)")
-        if missing := [layer for layer in layers if layer not in lens.layers]:
-            raise ValueError(f"the lens {name!r} has no layer {missing[0]}; it has {lens.layers}: fit it there")
-
-
-def layers_asked(model: LensModel, layers: Sequence[int] | None) -> list[int]:
-    """Layers as `0..n_layers`; all by default.
-
-    Raises:
-        ValueError: one that is not there, or none.
-    """
-    depth = n_layers(model)
-    if layers is None:
-        return list(range(depth + 1))
-    if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
-        raise ValueError(f"no layer {wrong[0]}: this model has layers 0..{depth}")
-    if not layers:
-        raise ValueError("layers is empty: name at least one, or None for all")
-    return sorted({layer % (depth + 1) for layer in layers})
+    last: Float[Tensor, "n layer d_model"]  # `[question, layer, d_model]`, the residual at the prompt's last token
 
 
 def continuations(model: LensModel, question: Question) -> tuple[list[int], list[list[int]]]:
-    """Ids of the prompt, BOS included, and of each choice.
-
-    Raises:
-        ValueError: a choice that joins the prompt's last token, one without tokens, or more than the context holds.
-    """
+    """Ids of the prompt, BOS included, and of each choice."""
     prompt = prepare(model, question.prompt).tokens[0].tolist()
-    found = []
+    choices = []
     for choice in question.choices:
         whole = prepare(model, question.prompt + choice).tokens[0].tolist()
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             raise ValueError(
-                f"the choice {choice!r} is not a token or more behind {question.prompt[-20:]!r}: let choices begin with a "
+                f"the choice {choice!r} is not a token or more after {question.prompt[-20:]!r}: let choices begin with a "
                 "space and prompts end without one"
             )
-        found.append(whole[len(prompt) :])
-    return prompt, found
+        choices.append(whole[len(prompt) :])
+    return prompt, choices
 
 
 @torch.no_grad()
 def scored(
-    model: LensModel,
-    lenses: Mapping[str, Lens],
-    questions: Sequence[Question],
-    *,
-    layers: Sequence[int] | None = None,
-    batch_size: int = 16,
-    show_progress: bool | None = None,
-) -> Scored:
+    model: LensModel, lenses: Mapping[str, Lens], questions: Sequence[Question], *, layers: Sequence[int] | None = None,
+    batch_size: int = 16, show_progress: bool | None = None,
+) -> Scored:  # fmt: skip
     """Per layer and lens the log-probability of every choice; each prompt runs once, its choices continue its cache.
 
     `log p_l(choice) = sum_t log softmax(lens_l(h_l at t - 1))[choice_t]`
 
     Args:
-        lenses: by name.
         questions: with one number of choices; 0 is allowed and gives `last` alone.
-        layers: `0..n_layers` by default.
-        batch_size: prompts per pass.
-
-    Raises:
-        ValueError: no questions, different numbers of choices, a lens of another model or without a layer, a choice that
-            cannot be told from its prompt, or more tokens than the context holds.
 
     Source: Belrose et al. 2023 (Tuned Lens), section 4.3 and appendix (features of the anomaly detectors).
     """
-    rows = layers_asked(model, layers)
-    check_lenses(model, lenses, rows)
+    subject = Subject.of(model, lenses, layers, what="questions", every=True)
+    lenses, rows = subject.lenses, subject.layers
     if len({len(q.choices) for q in questions}) != 1:
         raise ValueError(f"questions need one number of choices, got {sorted({len(q.choices) for q in questions})}")
     n_choices = len(questions[0].choices)
@@ -162,19 +107,23 @@ def _states(
     decoder = Decoder(model)
     with installed(model, residual_reads(model, rows, seen)):
         decoder.start(batch)
-    states = torch.stack([seen[row][:, -1] for row in rows], 1)
+    at_end = check_finite({row: seen[row][:, -1] for row in rows})
+    states = torch.stack(list(at_end.values()), 1)
     if longest == 1:
         return states, None
     if not decoder.shareable():  # then the prompts run again with their choices
         decoder.use_cache, decoder.cache = False, None
     flat = [choice for choices in ends for choice in choices]
     columns = torch.zeros(len(flat), longest - 1, dtype=torch.long)
-    for i, choice in enumerate(flat):  # what is behind a choice is seen by nothing that is read
+    for i, choice in enumerate(flat):  # the zeros after a shorter choice are seen by nothing that is read
         columns[i, : len(choice) - 1] = torch.tensor(choice[:-1], dtype=torch.long)
     decoder.select(torch.arange(len(ends)).repeat_interleave(len(ends[0])).to(batch.tokens.device))
     with installed(model, residual_reads(model, rows, seen)):
         decoder.feed(columns.to(batch.tokens))
-    return states, torch.stack([seen[row][:, 1 - longest :] for row in rows], 2)
+    after = {row: seen[row][:, 1 - longest :] for row in rows}
+    real = torch.arange(longest - 1) < torch.tensor([[len(choice) - 1] for choice in flat])
+    check_finite({row: x[real.to(x.device)] for row, x in after.items()})
+    return states, torch.stack(list(after.values()), 2)
 
 
 def _summed(
@@ -191,9 +140,9 @@ def _summed(
     row = torch.tensor([i for i, tail in enumerate(flat) for _ in tail], device=first.device, dtype=torch.long)
     column = torch.tensor([j for tail in flat for j in range(len(tail))], device=first.device, dtype=torch.long)
     token = torch.tensor([t for tail in flat for t in tail], device=first.device, dtype=torch.long)
-    found = [
+    logprobs = [
         S.log_probs(decode(rest[row[p], column[p]])).gather(1, token[p, None])[:, 0]
         for p in S.chunks(len(token), int(decode.readout.model.cfg.d_vocab))
     ]
-    extra = torch.zeros(len(flat), device=first.device).index_add(0, row, torch.cat(found).float())
+    extra = torch.zeros(len(flat), device=first.device).index_add(0, row, torch.cat(logprobs).float())
     return (total + extra.view_as(total)).float().cpu()

@@ -1,4 +1,4 @@
-"""What every experiment needs: scores of many cells and what may be said of them, controls, and a result that prints and saves.
+"""Patchscopes experiments have in common: scores of many cells and three numbers that sum them up, controls, and a result.
 
 The best of many cells is a maximum over many tries, so three numbers always stand together: the *oracle* (an item counts where
 any cell has it), the *best fixed cell* (chosen and measured on the same items), and the *held-out cell* (chosen on one half of the
@@ -7,7 +7,7 @@ items and measured on the other, both ways, averaged). Beside them stand control
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.experiments.picture import Heat, Picture
-from tl_lenses.experiments.report import Report, Table, named
+from tl_lenses.experiments.grid import Grid, Table
+from tl_lenses.experiments.report import Report
 from tl_lenses.model import LensModel, n_layers
 from tl_lenses.patchscopes import Source
 from tl_lenses.patchscopes.sources import collect
-
-__all__ = [
-    "CONDITIONS", "MEAN", "PATCHED", "RANDOM", "SHUFFLED", "UNPATCHED", "Cells", "Pair", "Result", "Summary", "Table",
-    "named", "others", "random_like", "vectors_of",
-]  # fmt: skip
+from tl_lenses.views import Heat, Picture
 
 Pair = tuple[Any, Any]
 PATCHED, SHUFFLED, RANDOM, MEAN, UNPATCHED = (
@@ -45,21 +41,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Cells:
-    """Scores of every condition in every cell.
+    """Scores of every condition in every cell."""
 
-    Attributes:
-        pairs: the cells `(l, l*)`.
-        scores: per condition `[item, cell]`, from 0 to 1; one column for what has no cells.
-        groups: items with the same name here (prompts of one subject, say) go into the same half.
-        chosen: cells that a best one may be chosen from; all by default.
-        seed: of the halves.
-    """
-
-    pairs: list[Pair]
+    pairs: list[Pair]  # the cells `(l, l*)`
+    # per condition `[item, cell]`, from 0 to 1; one column for a condition without cells
     scores: dict[str, Float[Tensor, "item cell"]]
-    groups: list[Any]
-    chosen: list[int] | None = None
-    seed: int = 0
+    groups: list[Any]  # items with the same name here (prompts of one subject, say) go into the same half
+    chosen: list[int] | None = None  # cells that a best one may be chosen from; all by default
+    seed: int = 0  # of the halves
 
     def __post_init__(self) -> None:
         for name, x in self.scores.items():
@@ -82,25 +71,32 @@ class Cells:
             float(x[measure, int(x[choose].mean(0).argmax())].mean())
             for choose, measure in _halves(self.groups, self.seed)
         ]
-        return Summary(
-            float(x.max(1).values.mean()),
-            float(means[best]),
-            None if single else self.pairs[cells[best]],
-            sum(held) / len(held) if held else math.nan,
-        )
+        cell = None if single else self.pairs[cells[best]]
+        held_out = sum(held) / len(held) if held else math.nan
+        return Summary(float(x.max(1).values.mean()), float(means[best]), cell, held_out)
 
     def mean(self, condition: str = PATCHED) -> Float[Tensor, " cell"]:
         """Mean score of every cell."""
         return self.scores[condition].double().mean(0)
 
+    @property
+    def layers(self) -> list[Any]:
+        """Source layers."""
+        return list(dict.fromkeys(a for a, _ in self.pairs))
+
     def by_source_layer(self, condition: str = PATCHED) -> dict[Any, float]:
         """For each source layer, the share of items that any target layer has: the paper's accuracy of a layer."""
-        x = self.scores[condition].double()
-        found = {}
-        for layer in dict.fromkeys(a for a, _ in self.pairs):
-            mine = [i for i, (a, _) in enumerate(self.pairs) if a == layer]
-            found[layer] = float(x[:, mine].max(1).values.mean()) if x.shape[1] > 1 else float(x.mean())
-        return found
+        return dict(zip(self.layers, self.profile(condition)["score"][0].tolist(), strict=True))
+
+    def profile(self, *conditions: str) -> Grid:
+        """`by_source_layer` of several conditions, as the value "score" over the axes "condition" and "layer"."""
+        columns = [[i for i, (a, _) in enumerate(self.pairs) if a == layer] for layer in self.layers]
+        means = []
+        for name in conditions:
+            x = self.scores[name].double().expand(-1, len(self.pairs))
+            means.append(torch.stack([x[:, at].max(1).values for at in columns], 1).mean(0))
+        axes = {"condition": list(conditions), "layer": self.layers}
+        return Grid(axes, {"score": (("condition", "layer"), torch.stack(means))})
 
     def subset(self, items: Sequence[int]) -> "Cells":
         """Some of the items."""
@@ -114,38 +110,32 @@ class Cells:
         """A row per condition: oracle, best fixed cell, held-out cell."""
         rows = []
         for name in self.scores:
-            one = self.summary(name)
-            cell = "" if one.best_cell is None else _pair(one.best_cell)
-            rows.append([name, one.oracle, one.best, cell, one.held_out])
+            summary = self.summary(name)
+            cell = "" if summary.best_cell is None else "{}, {}".format(*summary.best_cell)
+            rows.append([name, summary.oracle, summary.best, cell, summary.held_out])
         return Table(title, ["", "oracle", "best fixed", "(l, l*)", "held-out"], rows, percent=percent)
 
     def heat(self, title: str, condition: str = PATCHED, *, high: float = 1.0) -> Heat:
         """Mean scores as a matrix: source layers down, target layers across; a single row where l* = l everywhere."""
         if all(a == b for a, b in self.pairs):
-            values = [[self.mean(name)[i].item() for i in range(len(self.pairs))] for name in self._full()]
-            return Heat(title, self._full(), [str(a) for a, _ in self.pairs], values, "", "layer", high=high)
+            full = [name for name, x in self.scores.items() if x.shape[1] == len(self.pairs)]
+            means = torch.stack([self.mean(name) for name in full])
+            grid = Grid({"": full, "layer": [a for a, _ in self.pairs]}, {"score": (("", "layer"), means)})
+            return grid.heat(title, "score", down="", across="layer", high=high)
         means = dict(zip(self.pairs, self.mean(condition).tolist(), strict=True))
         down, across = (list(dict.fromkeys(pair[i] for pair in self.pairs)) for i in (0, 1))
         values = [[means.get((a, b), math.nan) for b in across] for a in down]
         return Heat(title, list(map(str, down)), list(map(str, across)), values, high=high)
 
-    def _full(self) -> list[str]:
-        return [name for name, x in self.scores.items() if x.shape[1] == len(self.pairs)]
-
     def rows(self, **more: Any) -> list[dict[str, Any]]:
         """A row per condition and cell: mean score and number of items."""
-        found = []
-        for name, x in self.scores.items():
-            cells = self.pairs if x.shape[1] == len(self.pairs) else [(None, None)]
-            for (a, b), value in zip(cells, x.double().mean(0).tolist(), strict=True):
-                found.append(
-                    {**more, "condition": name, "layer": a, "target_layer": b, "score": value, "items": len(x)}
-                )
-        return found
-
-
-def _pair(pair: Pair) -> str:
-    return f"{pair[0]}, {pair[1]}"
+        return [
+            {**more, "condition": name, "layer": a, "target_layer": b, "score": score, "items": len(x)}
+            for name, x in self.scores.items()
+            for (a, b), score in zip(
+                self.pairs if x.shape[1] == len(self.pairs) else [(None, None)], self.mean(name).tolist(), strict=True
+            )
+        ]
 
 
 def _halves(groups: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]]]:
@@ -155,9 +145,9 @@ def _halves(groups: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]
         return []
     random.Random(seed).shuffle(names)
     first = set(names[: len(names) // 2])
-    one = [i for i, name in enumerate(groups) if name in first]
-    two = [i for i, name in enumerate(groups) if name not in first]
-    return [(one, two), (two, one)]
+    chosen = [i for i, name in enumerate(groups) if name in first]
+    rest = [i for i, name in enumerate(groups) if name not in first]
+    return [(chosen, rest), (rest, chosen)]
 
 
 # --- vectors and controls
@@ -166,8 +156,8 @@ def _halves(groups: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]
 def vectors_of(model: LensModel, sources: Sequence[Source], hooks: Sequence[Any] = ()) -> Float[Tensor, "n layer d"]:
     """Every source at every layer `0..n_layers`, one pass per prompt length."""
     layers = list(range(n_layers(model) + 1))
-    found = collect(model, sources, layers, list(hooks))
-    return torch.stack([torch.cat([one.by_layer[layer] for layer in layers]) for one in found])
+    states = collect(model, sources, layers, list(hooks))
+    return torch.stack([torch.cat([by_layer[layer] for layer in layers]) for by_layer in states])
 
 
 def random_like(vectors: Float[Tensor, "n layer d"], seed: int = 0) -> Float[Tensor, "n layer d"]:
@@ -179,27 +169,75 @@ def random_like(vectors: Float[Tensor, "n layer d"], seed: int = 0) -> Float[Ten
 def others(answers: Sequence[Any], seed: int = 0) -> list[int]:
     """For every item another one with another answer, at random: whose vector the shuffled control takes.
 
-    Raises:
-        ValueError: all answers are the same.
-
     >>> others(["a", "b"])
     [1, 0]
     """
-    rng, found = random.Random(seed), []
+    rng, chosen = random.Random(seed), []
     for answer in answers:
-        mine = [i for i, other in enumerate(answers) if other != answer]
-        if not mine:
+        different = [i for i, other in enumerate(answers) if other != answer]
+        if not different:
             raise ValueError(f"shuffled sources need two different answers, all {len(answers)} are {answer!r}")
-        found.append(rng.choice(mine))
-    return found
+        chosen.append(rng.choice(different))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Vectors of items, and the vectors of their controls."""
+
+    vectors: Float[Tensor, "n layer d"]  # of the items
+    shuffled: list[int]  # for every item the other one whose vector it takes
+    noise: Float[Tensor, "n layer d"]  # random directions, each of the length of its vector
+    mean: Float[Tensor, "1 layer d"]  # of all vectors
+
+    @staticmethod
+    def of(vectors: Float[Tensor, "n layer d"], answers: Sequence[Any], seed: int = 0) -> "Controlled":
+        """The controls of vectors whose right answers are given.
+
+        Raises:
+            ValueError: all answers are the same.
+        """
+        return Controlled(vectors, others(answers, seed), random_like(vectors, seed), vectors.mean(0, keepdim=True))
+
+    def ask(
+        self, patched: Callable[[Source], Sequence[Any]], items: Sequence[int] | None = None
+    ) -> dict[str, list[Any]]:
+        """The answers with each vector in place, in one sweep: per condition a list with an entry per item.
+
+        Args:
+            items: those that share this target prompt. All do by default; the answer with a shuffled vector is then known
+                already, from another item.
+        """
+        if items is None:
+            k = len(self.vectors)
+            answers = list(patched(Source(torch.cat([self.vectors, self.noise, self.mean]))))
+            answers[k:k] = [answers[i] for i in self.shuffled]
+        else:
+            at, swapped, k = list(items), [self.shuffled[i] for i in items], len(items)
+            x = torch.cat([self.vectors[at], self.vectors[swapped], self.noise[at], self.mean])
+            answers = list(patched(Source(x)))
+        patched_answers, shuffled, noise = (answers[i * k : (i + 1) * k] for i in range(3))
+        return {PATCHED: patched_answers, SHUFFLED: shuffled, RANDOM: noise, MEAN: [answers[-1]] * k}
+
+
+def scores_of(
+    texts: Mapping[str, Sequence[Sequence[str]]], answers: Sequence[str], score: Callable[[str, str], float]
+) -> dict[str, Float[Tensor, "item cell"]]:
+    """Scores of texts by condition, item and cell, each against the item's right answer."""
+    return {
+        name: torch.tensor(
+            [[float(score(text, answer)) for text in row] for row, answer in zip(rows, answers, strict=True)]
+        )
+        for name, rows in texts.items()
+    }
 
 
 # --- results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(Report):
-    """What an experiment over cells found.
+    """The result of an experiment over cells.
 
     Attributes:
         cells: scores by condition and cell.
@@ -209,14 +247,23 @@ class Result(Report):
 
     name = "result"
 
+    @property
+    def layers(self) -> list[Any]:
+        """Source layers."""
+        return self.cells.layers
+
     def tables(self) -> list[Table]:
-        """What is printed."""
+        """Every condition in three numbers."""
         return [self.cells.table(f"{self.name}, {self.model}: {len(self.cells.groups)} items")]
 
     def pictures(self) -> dict[str, Picture]:
-        """What is drawn, the first one by `figure()`."""
+        """Mean scores by cell (by condition and layer where l* = l)."""
         return {"heat": self.cells.heat(f"{self.name}, {self.model}")}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per condition and cell (l, l*), with the mean score and the number of items."""
         return self.cells.rows()
+
+    def __repr__(self) -> str:
+        cells = self.cells
+        return f"{type(self).__name__}({self.model!r}: {len(cells.groups)} items, {len(cells.pairs)} cells, {len(cells.scores)} conditions)"

@@ -2,7 +2,7 @@
 
     sigma(v) = E_h KL( f(h) || f(r(h, v)) ),      r(h, v) = h - v v^T (h - mu),      |v| = 1
 
-f is a lens at one layer, mu the mean state: what a direction says is replaced by what it says on average. A state moves along one
+f is a lens at one layer, mu the mean state: the ablation replaces the part along a direction by its mean. A state moves along one
 line per direction, and the norms in use (LayerNorm, RMSNorm, none) send a line into a plane: `norm(x - a u) - norm(0)` is a
 combination of `norm(x) - norm(0)` and `norm(u) - norm(0)`. So are the logits, and the product with `W_U` (d_model multiplications
 per logit) becomes two multiplications per logit, forwards and backwards. Whether a model's norm does so is measured, not looked
@@ -34,9 +34,6 @@ def ablate(
     """`r(h, v) = h - v v^T (h - mu)`, v of length 1.
 
     Args:
-        states: h.
-        v: the direction.
-        mean: mu.
         images: `W h + b` and `W v`; with them the result is `W r(h, v) + b`, without a product by W.
 
     >>> ablate(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -48,23 +45,14 @@ def ablate(
 
 @dataclass(frozen=True)
 class Energy:
-    """`sigma(v)` of a lens at one layer on given states; call it with a unit vector. Differentiable. Nats.
+    """`sigma(v)` of a lens at one layer on given states; call it with a unit vector. Differentiable. Nats."""
 
-    Attributes:
-        decode: `lens[l]`.
-        states: `[n, d_model]`, float32.
-        mean: mu.
-        translated: the states in the basis of the final residual.
-        teacher: logits of the states as they are, `[n, d_vocab]`.
-        plane: what the fast path keeps, or None.
-    """
-
-    decode: LayerLens
-    states: Float[Tensor, "n d"]
-    mean: Float[Tensor, " d"]
-    translated: Float[Tensor, "n d"]
-    teacher: Float[Tensor, "n d_vocab"]
-    plane: "Plane | None"
+    decode: LayerLens  # `lens[l]`
+    states: Float[Tensor, "n d"]  # `[n, d_model]`, float32
+    mean: Float[Tensor, " d"]  # mu
+    translated: Float[Tensor, "n d"]  # the states in the basis of the final residual
+    teacher: Float[Tensor, "n d_vocab"]  # logits of the states as they are, `[n, d_vocab]`
+    plane: "Plane | None"  # products that the fast path keeps, or None
 
     def __call__(self, v: Float[Tensor, " d"]) -> Float[Tensor, ""]:
         u = _translated(self.decode, v)
@@ -81,23 +69,14 @@ class Energy:
         return readout.transform if readout.transforms() else None
 
     def exact(self, v: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        """The same, from the lens' own logits: what is reported, and what the published procedure follows."""
+        """The same, from the lens' own logits. It is reported, and the published procedure follows it."""
         logp = S.log_probs(self.teacher)
         return S.kl(logp, S.log_probs(self.decode(ablate(self.states, v, self.mean)))).mean()
 
 
 @torch.no_grad()
 def energy_of(decode: LayerLens, states: Float[Tensor, "n d"], *, fast: bool = True) -> Energy:
-    """The energy function of a lens at one layer.
-
-    Args:
-        decode: `lens[l]`.
-        states: residuals of layer l, `[n, d_model]`, at least two.
-        fast: use the plane where the model's norm allows it.
-
-    Raises:
-        ValueError: fewer than two states, or states that are not finite.
-    """
+    """The energy function of a lens at one layer."""
     if len(states) < 2:
         raise ValueError(f"mean ablation needs at least 2 states, got {len(states)}: pass more text")
     if not states.isfinite().all():

@@ -1,7 +1,7 @@
 """Facts to ask a model for: built in, from the files of the Patchscopes paper, or from the LRE data set; and whether a text has one.
 
 A fact is a subject, an object, and a template that asks for it; where the data has one, also a sentence that the subject was
-met in. Positions and what a model knows depend on the model, so neither is taken from a file.
+met in. Positions and knowledge depend on the model, so neither is taken from a file.
 """
 
 import ast
@@ -9,16 +9,18 @@ import csv
 import json
 import random
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tl_lenses.checks import several
+from tl_lenses.files import as_path
 from tl_lenses.hooks import generate
-from tl_lenses.model import LensModel, prepare, tokenizer_of
+from tl_lenses.model import LensModel, eos_ids, prepare, tokenizer_of
 from tl_lenses.patchscopes import Source, Target
 from tl_lenses.sites import at, positions
+from tl_lenses.token_text import normalised
+from tl_lenses.tokens import up_to
 
 BUILT_IN = Path(__file__).parent / "data" / "facts.json"
 PLACEHOLDER = "x"
@@ -39,7 +41,7 @@ class Fact:
     Attributes:
         relation: name of the relation.
         subject, object: the pair.
-        template: the question, "{}" for the subject; the object is what follows, or is in it.
+        template: the question, "{}" for the subject; the object follows, or is in it.
         text: where the subject is read; the subject alone by default.
         occurrence: which occurrence of the subject in `text`.
         phrase: a noun phrase for the object with "{}" for the subject ("the country that {} comes from"), for two hops.
@@ -55,6 +57,30 @@ class Fact:
     phrase: str = ""
     description: str = ""
 
+    @property
+    def question(self) -> str:
+        """The template with the subject."""
+        return self.template.format(self.subject)
+
+    @property
+    def noun_phrase(self) -> str:
+        """The phrase with the subject."""
+        return self.phrase.format(self.subject)
+
+
+def facts_of(facts: Sequence[Fact] | str | Path | None) -> tuple[list[Fact], str]:
+    """Facts as an experiment takes them (a list, a path for `read_facts`, None for the bundled ones), and their name.
+
+    >>> facts_of(None)[1]
+    'bundled facts'
+    """
+    if facts is None or isinstance(facts, (str, Path)):
+        return read_facts(facts), "bundled facts" if facts is None else Path(facts).name
+    given = several("facts", facts, "facts")
+    if wrong := [fact for fact in given if not isinstance(fact, Fact)]:
+        raise TypeError(f"expected an experiments.Fact, got {type(wrong[0]).__name__}")
+    return given, f"{len(given)} facts"
+
 
 def read_facts(path: str | Path | None = None) -> list[Fact]:
     """Facts of a file or a folder with its subfolders; the built-in ones where none is given.
@@ -68,36 +94,33 @@ def read_facts(path: str | Path | None = None) -> list[Fact]:
     """
     if path is None:
         return _built_in()
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise ValueError(f"no file or folder {str(path)!r}: expected .tsv files of the paper or .json files of LRE")
     files = [path] if path.is_file() else sorted(path.rglob("*.tsv")) or sorted(path.rglob("*.json"))
     readers = {".tsv": _tsv, ".json": _lre}
-    found = [fact for file in files if file.suffix in readers for fact in readers[file.suffix](file)]
-    if not found:
+    facts = [fact for file in files if file.suffix in readers for fact in readers[file.suffix](file)]
+    if not facts:
         raise ValueError(f"no facts in {str(path)!r}: expected .tsv files of the paper or .json files of LRE")
-    return found
+    return facts
 
 
 def _built_in() -> list[Fact]:
-    found = []
-    for relation in json.loads(BUILT_IN.read_text(encoding="utf-8"))["relations"]:
-        for subject, answer in relation["pairs"].items():
-            described = relation["description"].format(answer)
-            found.append(
-                Fact(
-                    relation["name"], subject, answer, relation["template"], phrase=relation.get("phrase", ""),
-                    description=described,
-                )
-            )  # fmt: skip
-    return found
+    return [
+        Fact(
+            relation["name"], subject, answer, relation["template"], phrase=relation.get("phrase", ""),
+            description=relation["description"].format(answer),
+        )
+        for relation in json.loads(BUILT_IN.read_text(encoding="utf-8"))["relations"]
+        for subject, answer in relation["pairs"].items()
+    ]  # fmt: skip
 
 
 def _tsv(file: Path) -> list[Fact]:
-    """Rows of the paper's file. Its positions and what it calls known are GPT-J's, so they are made anew here."""
+    """Rows of the paper's file. Its positions, and the facts it calls known, are GPT-J's, so they are made anew here."""
     csv.field_size_limit(10**7)
     need = {"subject", "object", "prompt_target", "prompt_source"}
-    found: dict[Fact, None] = {}
+    facts: dict[Fact, None] = {}
     with file.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t")
         if not need <= set(reader.fieldnames or ()):
@@ -108,13 +131,12 @@ def _tsv(file: Path) -> list[Fact]:
                 continue
             template = prompt.removesuffix(PLACEHOLDER) + "{}"
             seen = _joined(row.get("source_cropped_toks") or "").count(subject)
-            fact = Fact(file.stem, subject, row["object"].strip(), template, text, max(seen - 1, 0))
-            found[fact] = None
-    return list(found)
+            facts[Fact(file.stem, subject, row["object"].strip(), template, text, max(seen - 1, 0))] = None
+    return list(facts)
 
 
 def _joined(tokens: str) -> str:
-    """The text of a written list of tokens; lists of numpy, without commas, read the same."""
+    """The text of a list of tokens that was printed; numpy prints lists without commas, which read the same."""
     try:
         return "".join(ast.literal_eval(tokens))
     except (ValueError, SyntaxError, TypeError):
@@ -135,21 +157,11 @@ def _lre(file: Path) -> list[Fact]:
 
 
 def _unescaped(text: str) -> str:
-    r"""`Bogot\u00e1` as it is written in the file, as the word that is meant."""
+    r"""`Bogot\u00e1` in a file, as the word that is meant."""
     return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
 
 # --- does a text have the answer?
-
-
-def normalised(text: str) -> str:
-    """Without accents, case and runs of spaces.
-
-    >>> normalised("  São\\n Paulo ")
-    'sao paulo'
-    """
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return " ".join(plain.casefold().split())
 
 
 def contains(text: str, answer: str) -> bool:
@@ -162,13 +174,7 @@ def contains(text: str, answer: str) -> bool:
 
 
 def contaminated(fact: Fact, prompt: str, unpatched: str) -> str:
-    """Why a hit would prove nothing; "" where it would.
-
-    Args:
-        fact: what is asked.
-        prompt: the target prompt.
-        unpatched: what the model says without a patch.
-    """
+    """Why a hit would prove nothing; "" where it would."""
     if contains(unpatched, fact.object):
         return "in the unpatched text"
     if contains(prompt, fact.object):
@@ -180,29 +186,16 @@ def contaminated(fact: Fact, prompt: str, unpatched: str) -> str:
 
 
 def source_of(model: LensModel, fact: Fact, text: str = "{}") -> Source:
-    """The fact's subject in its sentence, at its last token.
-
-    Args:
-        model: whose tokens count.
-        fact: with a sentence; without one the subject is put into `text`.
-        text: "{}" for the subject.
-
-    Raises:
-        ValueError: the subject is not in the text.
-    """
-    whole = fact.text or text.format(fact.subject)
-    starts = [m.start() for m in re.finditer(f"(?={re.escape(fact.subject)})", whole)]
+    """The fact's subject in its sentence, at its last token."""
+    sentence = fact.text or text.format(fact.subject)
+    starts = [m.start() for m in re.finditer(f"(?={re.escape(fact.subject)})", sentence)]
     if not starts:
-        raise ValueError(f"{fact.subject!r} is not in {whole!r}")
-    return Source(whole, position(model, whole, starts[min(fact.occurrence, len(starts) - 1)], fact.subject))
+        raise ValueError(f"{fact.subject!r} is not in {sentence!r}")
+    return Source(sentence, position(model, sentence, starts[min(fact.occurrence, len(starts) - 1)], fact.subject))
 
 
 def target_of(model: LensModel, template: str) -> Target:
-    """A template with the placeholder `x` for the subject, at the placeholder's own token.
-
-    Raises:
-        ValueError: no "{}" in the template.
-    """
+    """A template with the placeholder `x` for the subject, at the placeholder's own token."""
     start = template.find("{}")
     if start < 0:
         raise ValueError(f"expected a template with {{}} for the subject, got {template!r}")
@@ -211,52 +204,52 @@ def target_of(model: LensModel, template: str) -> Target:
 
 
 def position(model: LensModel, text: str, start: int, part: str) -> int:
-    """The column of the last token of `part`, which starts at a character of `text` (BOS is prepended).
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """The column of the last token of `part`, which starts at a character of `text` (BOS is prepended)."""
     ids = prepare(model, text).tokens
-    # Counted from the end: what BOS is called may have the part in it as well.
+    # Counted from the end: the text of BOS may have the part in it as well.
     after = len(re.findall(f"(?={re.escape(part)})", text[start + 1 :]))
     return int(positions(model, ids, at(part, -1 - after))[0, 0])
 
 
 def texts_of(model: LensModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """What the model goes on with after each prompt, greedily, up to the first newline."""
-    tokenizer, found = tokenizer_of(model), [""] * len(prompts)
+    """The model's greedy continuation of each prompt, up to the first newline."""
+    tokenizer, ends, texts = tokenizer_of(model), eos_ids(model), [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), _BATCH):
         part = order[start : start + _BATCH]
         batch = prepare(model, [prompts[i] for i in part])
         ids = generate(model, batch.tokens, (), max_new_tokens, attention_mask=batch.attention_mask)
         for i, row in zip(part, ids[:, batch.tokens.shape[1] :].tolist(), strict=True):
-            row = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-            found[i] = tokenizer.decode(row).split("\n")[0]
-    return found
+            texts[i] = tokenizer.decode(up_to(row, ends)).split("\n")[0]
+    return texts
 
 
 def known(model: LensModel, facts: Sequence[Fact], max_new_tokens: int) -> list[bool]:
     """Which facts the model knows: asked with the real subject, its text has the object."""
-    prompts = list(dict.fromkeys(fact.template.format(fact.subject) for fact in facts))
-    said = dict(zip(prompts, texts_of(model, prompts, max_new_tokens), strict=True))
-    return [contains(said[fact.template.format(fact.subject)], fact.object) for fact in facts]
+    questions = list(dict.fromkeys(fact.question for fact in facts))
+    texts = dict(zip(questions, texts_of(model, questions, max_new_tokens), strict=True))
+    return [contains(texts[fact.question], fact.object) for fact in facts]
 
 
-def drawn(facts: Iterable[Fact], limit: int, seed: int) -> dict[str, list[Fact]]:
-    """Facts by relation, in random order, at most so many of each."""
-    found: dict[str, list[Fact]] = {}
+def drawn(facts: Iterable[Fact], n: int | None, seed: int) -> dict[str, list[Fact]]:
+    """Facts by relation, in random order, at most n of each (None: all)."""
+    relations: dict[str, list[Fact]] = {}
     for fact in facts:
-        found.setdefault(fact.relation, []).append(fact)
-    for name, those in found.items():
-        random.Random(f"{seed} {name}").shuffle(those)
-        found[name] = those[:limit]
-    return found
+        relations.setdefault(fact.relation, []).append(fact)
+    for name, members in relations.items():
+        random.Random(f"{seed} {name}").shuffle(members)
+    return {name: members[:n] for name, members in relations.items()}
 
 
 def two_hops(facts: Sequence[Fact]) -> list[tuple[Fact, Fact]]:
     """Pairs of facts whose first object is the second's subject, where the first has a phrase."""
-    by_subject: dict[Any, list[Fact]] = {}
+    by_subject: dict[str, list[Fact]] = {}
     for fact in facts:
         by_subject.setdefault(fact.subject, []).append(fact)
-    return [(one, two) for one in facts if one.phrase for two in by_subject.get(one.object, ()) if two != one]
+    return [
+        (first, second)
+        for first in facts
+        if first.phrase
+        for second in by_subject.get(first.object, ())
+        if second != first
+    ]

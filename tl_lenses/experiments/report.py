@@ -1,81 +1,86 @@
-"""What an experiment found: tables that print, pictures, and files. Every experiment returns a `Report` of its own."""
+"""The result of an experiment: a grid of numbers, and how it is printed, drawn and saved. Every experiment returns a `Report`."""
 
-import json
-import math
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tl_lenses.checkpoint import check_output, versions, write_bytes
-from tl_lenses.experiments.picture import Picture, figure_of, svg_of
-from tl_lenses.model import LensModel, name_of
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows to print; numbers are shares (in percent where asked), None and NaN stay empty."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-    note: str = ""
-    percent: bool = True
-
-    def cell(self, value: Any) -> str:
-        """A cell as text."""
-        if isinstance(value, float):
-            return "–" if math.isnan(value) else f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
-        return "" if value is None else str(value)
+from tl_lenses.experiments.grid import Grid, Table
+from tl_lenses.files import as_path, check_output, csv_text, json_text, versions, write_bytes
+from tl_lenses.views import Heat, Picture, save_as
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an experiment found. `print` it, or take `to_frame()`, `figure()`, `save(folder)`.
+    """The result of an experiment. `print` it, or call `to_frame()`, `figure()`, `save(folder)`.
+
+    The values and the axes of the grid are attributes as well: `report.cosine` is `report.grid["cosine"]`, and
+    `report.layers` are the labels of its axis "layer".
 
     Attributes:
         model: name of the model.
-        settings: what it was run with.
+        grid: the numbers.
+        settings: model, text and options of the measurement; "data" is the name of the text or of the facts.
     """
 
     model: str
+    grid: Grid = field(default_factory=Grid, kw_only=True)
     settings: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     name = "report"
 
+    def __getattr__(self, name: str) -> Any:
+        grid = self.__dict__.get("grid")
+        if grid is not None and not name.startswith("_"):
+            if name in grid:
+                return grid[name]
+            for axis, labels in grid.axes.items():
+                if name in (f"{axis}s", f"{axis}es"):
+                    return list(labels)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    # --- the parts that each kind of report has of its own
+
     def tables(self) -> list[Table]:
-        """What is printed."""
+        """The tables to print."""
         raise NotImplementedError
 
     def pictures(self) -> dict[str, Picture]:
-        """What is drawn, the first one by `figure()`."""
+        """The pictures by name, the main one first."""
         raise NotImplementedError
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was measured, a dict per row of `result.csv`."""
-        raise NotImplementedError
+        """The numbers, a dict per row of `result.csv`: every cell of the grid, if a report does not say otherwise."""
+        return self.grid.rows()
+
+    # --- the same for every report
 
     def to_frame(self) -> Any:
-        """What was measured as a pandas data frame, a row each."""
+        """The rows as a pandas data frame."""
         import pandas
 
         return pandas.DataFrame(self.rows())
 
-    def figure(self) -> Any:
-        """The first picture as a plotly figure (extra `plot`)."""
-        return figure_of(next(iter(self.pictures().values())))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `result.json`, `result.csv`, and every picture as .svg (and .html where plotly is installed).
-
-        Files of an earlier run are replaced.
+    def figure(self, name: str | None = None) -> Any:
+        """A picture as a figure, the main one by default (extra `plot`): plotly's of a heat map, matplotlib's of lines.
 
         Raises:
-            ValueError: the folder is a file or cannot be written.
+            ValueError: no picture of this name.
         """
-        folder = check_output(folder, overwrite=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        return self._picture(name).figure()
+
+    def _picture(self, name: str | None) -> Picture:
+        pictures = self.pictures()
+        if name is not None and name not in pictures:
+            raise ValueError(f"no picture {name!r}: there are {', '.join(pictures)}")
+        return pictures[name or next(iter(pictures))]
+
+    def to_json(self) -> str:
+        """Settings, tables and rows as JSON; numbers that are not finite are null."""
         content = {
             "experiment": self.name, "model": self.model, "settings": self.settings, "versions": versions(),
             "tables": [
@@ -83,16 +88,42 @@ class Report:
             ],
             "pictures": list(self.pictures()), "rows": self.rows(),
         }  # fmt: skip
-        write_bytes(folder / "result.json", (json.dumps(_jsonable(content), indent=1) + "\n").encode())
-        write_bytes(folder / "result.csv", self.to_frame().to_csv(index=False).encode())
+        return json_text(content) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write one file, if the path ends in .json, .csv or .md, or .svg or .png (the main picture), or else a folder of them.
+
+        A folder gets `result.json`, `result.csv`, and every picture as .svg; heat maps also as .html where plotly is
+        installed. Files of an earlier run are replaced. Lines need matplotlib (extra `plot`): without it a warning says
+        that they were left out.
+
+        Raises:
+            ValueError: another suffix; a folder that is a file or cannot be written.
+        """
+        path = as_path(path)
+        writers: dict[str, Callable[[], str | bytes]] = {
+            ".json": self.to_json, ".csv": lambda: csv_text(self.to_frame()), ".md": self.markdown,
+            ".svg": lambda: self._picture(None).svg(), ".png": lambda: self._picture(None).png(),
+        }  # fmt: skip
+        if path.suffix.lower() in writers and not path.is_dir():
+            check_output(path.parent, overwrite=True)
+            return save_as(path, writers, example="result.json")
+        folder = check_output(path, overwrite=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "result.json", self.to_json().encode())
+        write_bytes(folder / "result.csv", csv_text(self.to_frame()).encode())
         for name, picture in self.pictures().items():
-            write_bytes(folder / f"{name}.svg", svg_of(picture).encode())
             try:
-                page = figure_of(picture).to_html(include_plotlyjs=True)
-            except ImportError:
-                continue
-            write_bytes(folder / f"{name}.html", page.encode())
+                write_bytes(folder / f"{name}.svg", picture.svg().encode())
+            except ImportError as error:
+                warnings.warn(f"{name}.svg is left out, the numbers are saved: {error}", stacklevel=2)
+            if isinstance(picture, Heat) and find_spec("plotly") is not None:
+                write_bytes(folder / f"{name}.html", picture.figure().to_html(include_plotlyjs=True).encode())
         return folder
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{len(labels)} {axis}" for axis, labels in self.grid.axes.items())
+        return f"{type(self).__name__}({self.model!r}{': ' * bool(axes)}{axes})"
 
     def __str__(self) -> str:
         from rich.console import Console, Group
@@ -111,6 +142,9 @@ class Report:
 
         return Group(*_drawn(self.tables()))
 
+    def _repr_html_(self) -> str:
+        return "\n".join(map(_html, self.tables()))
+
     def markdown(self) -> str:
         """The tables for a page of documentation."""
         out = []
@@ -123,34 +157,33 @@ class Report:
         return "\n".join(out)
 
 
+def _note(table: Table) -> str:
+    return f"{table.note}{'; ' * bool(table.note)}in percent" if table.percent else table.note
+
+
 def _drawn(tables: Iterable[Table]) -> list[Any]:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    found = []
+    drawn = []
     for table in tables:
-        note = f"{table.note}{'; ' * bool(table.note)}in percent" if table.percent else table.note
-        one = RichTable(
-            title=table.title or None, caption=note or None, title_justify="left", caption_justify="left",
+        rich = RichTable(
+            title=table.title or None, caption=_note(table) or None, title_justify="left", caption_justify="left",
             box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, int(len(table.columns) < 9)), header_style="bold", title_style="bold",
         )  # fmt: skip
         for i, column in enumerate(table.columns):
-            one.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
+            rich.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
         for row in table.rows:
-            one.add_row(*(Text(table.cell(v)) for v in row))
-        found += [*([Text("")] if found else []), one]
-    return found
+            rich.add_row(*(Text(table.cell(v)) for v in row))
+        drawn += [*([Text("")] if drawn else []), rich]
+    return drawn
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def named(model: LensModel) -> str:
-    """The model's name, as tables show it."""
-    return name_of(model)
+def _html(table: Table) -> str:
+    cells = lambda tag, row: "".join(f"<{tag}>{escape(x)}</{tag}>" for x in row)
+    body = "".join(f"<tr>{cells('td', map(table.cell, row))}</tr>" for row in table.rows)
+    return (
+        f"<p><b>{escape(table.title)}</b></p><table><thead><tr>{cells('th', table.columns)}</tr></thead>"
+        f"<tbody>{body}</tbody></table><p>{escape(_note(table))}</p>"
+    )

@@ -1,19 +1,55 @@
-"""The regression start of a tuned lens: fitted on the first batches of the stream that training then begins with."""
+"""Where training starts: a regression on the first batches of the stream, the identity, or translators that were fitted before."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from tl_lenses.data import Batch
-from tl_lenses.fit.regression import from_moments, gather
+from tl_lenses.fit.evidence import collect
+from tl_lenses.fit.regression import maps_of
+from tl_lenses.fit.settings import Settings
+from tl_lenses.fit.whiten import roots
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, d_model
 from tl_lenses.moments import Moments
-from tl_lenses.translators import Row
+from tl_lenses.text.batches import Bookmark
+from tl_lenses.tokens import Batch
+from tl_lenses.translators import Row, Translators, base
 
 Place = TypeVar("Place")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The maps that training starts from."""
+
+    # delta, biases: D `[rows, d_out, d_in]` and b `[rows, d_out]`
+    delta: Tensor
+    biases: Tensor
+    n_tokens: int = 0  # positions that the regression was fitted on
+    white: Tensor | None = None  # P of Muon's coordinates (`fit.whiten`), if it uses any
+
+
+def start_of(
+    model: LensModel, stream: Iterator[tuple[Batch, Bookmark]], rows: list[Row], settings: Settings,
+    init: Translators | None, hooks: list[Hook], show_progress: bool | None = False,
+) -> tuple[Start, Iterator[tuple[Batch, Bookmark]]]:  # fmt: skip
+    """The maps to start from, and the stream, still from its beginning."""
+    d = d_model(model)
+    if init is not None:
+        maps = [init[row] for row in rows]
+        delta = torch.stack([a.weight - base(*a.weight.shape) for a in maps])
+        return Start(delta, torch.stack([a.bias for a in maps])), stream
+    if settings.init == "identity":
+        return Start(torch.zeros(len(rows), d, d), torch.zeros(len(rows), d)), stream
+    first, stream = first_batches(stream, settings.start_tokens(d))
+    delta, biases, moments = regression_start(
+        model, first, rows, hooks, settings.skip_first, offload=settings.offload, show_progress=show_progress
+    )
+    return Start(delta, biases, moments[0].n, roots(moments) if settings.whitens else None), stream
 
 
 def first_batches(
@@ -21,18 +57,19 @@ def first_batches(
 ) -> tuple[list[Batch], Iterator[tuple[Batch, Place]]]:
     """Batches of about so many tokens, and the stream as if nothing had been taken; only their ids are kept.
 
-    A text that ends before that has no more: what comes behind its first pass is not taken twice, and a source that can be
-    read only once raises when training asks for more.
+    If the text is shorter, one pass of it is taken. Nothing is taken twice. A one-shot source raises later, when training asks for
+    more.
 
     Args:
         stream: batches, each with its epoch, or something that has one as `.epoch`.
     """
     kept: list[tuple[Batch, Place]] = []
+    epoch = lambda place: getattr(place, "epoch", place)
     n_tokens, rest = 0, stream
     try:
         while n_tokens < limit_tokens:
             item = next(stream)
-            if kept and _epoch(item[1]) != _epoch(kept[0][1]):
+            if kept and epoch(item[1]) != epoch(kept[0][1]):
                 rest = chain([item], stream)
                 break
             kept.append(item)
@@ -44,24 +81,17 @@ def first_batches(
     return [batch for batch, _ in kept], chain(kept, rest)
 
 
-def _epoch(place: object) -> object:
-    return getattr(place, "epoch", place)
-
-
 def _raising(error: ValueError) -> Iterator[Any]:
     raise error
-    yield  # a generator: it raises when it is asked
+    yield  # a generator: it raises at its first item
 
 
 def regression_start(
-    model: LensModel, batches: list[Batch], rows: list[Row], hooks: list[Hook], skip_first: bool, offload: bool = False
-) -> tuple[Tensor, Tensor, Moments]:
-    """D and b of the regression lens, and the moments that they are of (`n` positions)."""
-    found, _ = gather(model, batches, rows, skip_first=skip_first, hooks=hooks, offload=offload, show_progress=False)
-    maps = from_moments(model, found, rows)
-    return maps.delta.data, maps.biases.data, found
-
-
-def default_tokens(model: LensModel) -> int:
-    """Where more tokens help the covariance of this width little: `max(128 d_model, 8192)` (docs/log.md)."""
-    return max(128 * d_model(model), 8192)
+    model: LensModel, batches: list[Batch], rows: list[Row], hooks: list[Hook], skip_first: bool, *,
+    offload: bool = False, show_progress: bool | None = False,
+) -> tuple[Tensor, Tensor, tuple[Moments, ...]]:  # fmt: skip
+    """D and b of the regression lens, and the moments of each row's source."""
+    how: dict[str, Any] = {"offload": offload, "show_progress": show_progress, "desc": "start"}
+    evidence = collect(model, batches, rows, skip_first=skip_first, hooks=hooks, **how)
+    maps = maps_of(model, evidence)
+    return maps.delta.data, maps.biases.data, evidence.fit

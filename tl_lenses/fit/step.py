@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import divergence as D
-from tl_lenses.data import Batch
 from tl_lenses.fit.common import activations
-from tl_lenses.hooks import Hook, hooked
-from tl_lenses.model import LensModel, device_of, prepare
+from tl_lenses.hooks import Hook
+from tl_lenses.model import LensModel, device_of, hooked, prepared
+from tl_lenses.tokens import Batch
 from tl_lenses.translators import Row
 from tl_lenses.unembed import Readout
 
@@ -51,21 +51,13 @@ def narrowed(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Positions to train on, and what each is scored against. Nothing is copied before a chunk is taken.
+    """Positions to train on, and the target of each. Nothing is copied before a chunk is taken."""
 
-    Attributes:
-        states: residuals of every row's source.
-        at: which of the flattened positions are used.
-        teacher: what the unembedding read there, `[pos, d_model]` (`hidden`), logits `[pos, d_vocab]`, or ids `[pos]`.
-        scored: the teacher's position for each of `at`.
-        hidden: whether `teacher` is the unembedding's input.
-    """
-
-    states: list[Float[Tensor, "pos d_in"]]
-    at: Int[Tensor, " n"]
-    teacher: Tensor
-    scored: Int[Tensor, " n"]
-    hidden: bool
+    states: list[Float[Tensor, "pos d_in"]]  # residuals of every row's source
+    at: Int[Tensor, " n"]  # which of the flattened positions are used
+    teacher: Tensor  # the unembedding's input `[pos, d_model]` (`hidden`), logits `[pos, d_vocab]`, or ids `[pos]`
+    scored: Int[Tensor, " n"]  # the teacher's position for each of `at`
+    hidden: bool  # whether `teacher` is the unembedding's input
 
     def __len__(self) -> int:
         return len(self.at)
@@ -77,9 +69,9 @@ class Pairs:
         at, device = self.at[part], self.teacher.device
         taken = []
         for i, states in enumerate(self.states[rows]):
-            own = at if picks is None else at[picks[i]]
+            positions = at if picks is None else at[picks[i]]
             # A model that is spread over devices has its states on several.
-            taken.append(states[own.to(states.device)].float().to(device))
+            taken.append(states[positions.to(states.device)].float().to(device))
         return torch.stack(taken)
 
 
@@ -91,7 +83,7 @@ def translated(
     return y.add_(x) if x.shape == y.shape else y
 
 
-def normed(y: Float[Tensor, "rows n d_model"], head: Head) -> Float[Tensor, "rows n d_model"]:
+def normed(y: Float[Tensor, "rows n d_model"], head: Head) -> Float[Tensor, "rows n width"]:
     """By the model's own final norm."""
     return head.readout.norm(y.to(head.readout.dtype))
 
@@ -114,10 +106,9 @@ def pieces(model: LensModel, batch: Batch, hooks: list[Hook]) -> Iterator[Batch]
     if n == len(batch.tokens):
         yield batch
         return
-    prepare(model, batch.tokens, batch.attention_mask)  # what is wrong with a row is said with its number in the batch
-    masks = [None] * len(batch.tokens) if batch.attention_mask is None else batch.attention_mask.split(n)
-    for tokens, mask in zip(batch.tokens.split(n), masks, strict=False):
-        yield Batch(tokens, mask, batch.bytes_per_token)
+    prepared(model, batch)  # errors name a row by its number in the batch
+    for first in range(0, len(batch.tokens), n):
+        yield batch.take(slice(first, first + n))
 
 
 def most_passes(model: LensModel, batch: Batch, hooks: list[Hook], world: int) -> int:
@@ -127,20 +118,11 @@ def most_passes(model: LensModel, batch: Batch, hooks: list[Hook], world: int) -
 
 
 def scored_pairs(
-    model: LensModel,
-    batch: Batch,
-    rows: list[Row],
-    hooks: list[Hook],
-    skip_first: bool,
-    shift: int,
-    loss: Literal["kl", "ce"],
-    readout: Readout,
-) -> Pairs:
-    """One forward pass. Position t is scored against t + shift; positions that are not used, or have no partner, are left out."""
-    read: list[Tensor] = []
-    watched = [*hooks, *((name, None) for row in rows for name in row)]
-    with readout.without_logits(read, watched):
-        logits, seen, used, batch = activations(model, batch, rows, hooks, skip_first)
+    model: LensModel, batch: Batch, rows: list[Row], hooks: list[Hook], skip_first: bool, shift: int,
+    loss: Literal["kl", "ce"], readout: Readout,
+) -> Pairs:  # fmt: skip
+    """One forward pass, or stored states. Position t is scored against t + shift; positions that are not used, or have no partner, are left out."""
+    output, seen, used, batch = activations(model, batch, rows, hooks, skip_first, readout)
     width = batch.tokens.shape[1]
     b, t = used.nonzero(as_tuple=True)
     real = torch.ones_like(used) if batch.attention_mask is None else batch.attention_mask.bool()
@@ -148,29 +130,18 @@ def scored_pairs(
     b, t = b[there], t[there]
     there = real[b, t + shift]
     b, t = b[there], t[there]
-    teacher = batch.tokens.to(logits.device) if loss == "ce" else read[0] if read else logits
+    teacher = batch.tokens.to(output.x.device) if loss == "ce" else output.x
     return Pairs(
-        [seen[source].flatten(0, 1) for source, _ in rows],
-        b * width + t,
-        teacher.flatten(0, 1),
-        (b * width + t + shift).to(teacher.device),
-        bool(read) and loss == "kl",
-    )
+        [seen[source].flatten(0, 1) for source, _ in rows], b * width + t, teacher.flatten(0, 1),
+        (b * width + t + shift).to(teacher.device), output.hidden and loss == "kl",
+    )  # fmt: skip
 
 
 def loss_and_gradient(
-    pairs: Pairs,
-    delta: Float[Tensor, "rows d_out d_in"],
-    biases: Float[Tensor, "rows d_out"],
-    head: Head,
-    grad_w: Float[Tensor, "rows d_out d_in"],
-    grad_b: Float[Tensor, "rows d_out"],
-    *,
-    chunk_size: int | None = None,
-    subsample: float = 1.0,
-    seed: int = 0,
-    exact: bool = False,
-) -> Float[Tensor, " rows"]:
+    pairs: Pairs, delta: Float[Tensor, "rows d_out d_in"], biases: Float[Tensor, "rows d_out"], head: Head,
+    grad_w: Float[Tensor, "rows d_out d_in"], grad_b: Float[Tensor, "rows d_out"], *, chunk_size: int | None = None,
+    subsample: float = 1.0, seed: int = 0, exact: bool = False,
+) -> Float[Tensor, " rows"]:  # fmt: skip
     """Sum over positions of each layer's loss; the gradients of that sum with respect to D and b are added to `grad_w, grad_b`.
 
     Autograd sees the final norm alone. `pairs` says which loss: ids are a cross entropy's.
@@ -195,12 +166,12 @@ def loss_and_gradient(
         room = _room(room, max(size, kept * groups[0].stop), head)
         teacher = _teacher(pairs, part, head, room, exact=exact)
         for group in groups:
-            own = None if picks is None else picks[group]
-            x = pairs.take(group, part, own)
+            picked = None if picks is None else picks[group]
+            x = pairs.take(group, part, picked)
             y = translated(x, delta[group], biases[group]).requires_grad_()
             with torch.enable_grad():
                 hidden = normed(y, head)
-            each, back = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, picks=own, room=room)
+            each, back = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, picks=picked, room=room)
             assert back is not None  # asked for
             (grad,) = torch.autograd.grad(hidden, y, back.to(hidden.dtype))
             weight = size / x.shape[1]

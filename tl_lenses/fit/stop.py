@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.data import as_batches
+from tl_lenses.checks import finite_number
+from tl_lenses.text.batches import Text
 
 COOLING = 4  # the rate falls over 1/COOLING of the steps before it
 GAIN = 2e-3  # a fall of the mean loss by less than this share is none
@@ -20,22 +21,14 @@ MOST = 20_000  # steps of "auto" at most
 
 @dataclass
 class Watch:
-    """The held-out loss of every layer, the best translators so far, and what follows from it.
+    """The held-out loss of every layer, the best translators so far, and what follows from it."""
 
-    Attributes:
-        steps: steps of the fit, None for "auto".
-        every: steps between two looks.
-        patience: looks without a gain before it ends ("auto": before the rate falls).
-        cooling_from: the step at which the rate began to fall, "auto" only.
-        looks: `{"step", "loss": [nats per layer]}` of every look.
-        best: the lowest loss of each layer, nats; its translators are in `delta` and `biases`, on the CPU.
-    """
-
-    steps: int | None
-    every: int = 25
-    patience: int = 4
-    cooling_from: int | None = None
-    looks: list[dict[str, Any]] = field(default_factory=list)
+    steps: int | None  # steps of the fit, None for "auto"
+    every: int = 25  # steps between two looks
+    patience: int = 4  # looks without a gain before it ends ("auto": before the rate falls)
+    cooling_from: int | None = None  # the step at which the rate began to fall, "auto" only
+    looks: list[dict[str, Any]] = field(default_factory=list)  # `{"step", "loss": [nats per layer]}` of every look
+    # the lowest loss of each layer, nats; its translators are in `delta` and `biases`, on the CPU
     best: Tensor | None = None
     delta: Tensor | None = None
     biases: Tensor | None = None
@@ -50,14 +43,21 @@ class Watch:
         return max(0.0, 1 - (step - self.cooling_from) / self._cooling())
 
     def ended(self, step: int) -> bool:
-        """Whether there is no step after so many."""
+        """Whether the fit ends after so many steps."""
         if self.steps is not None:
             return self.stopped or step >= self.steps
         cooled = self.cooling_from is not None and step >= self.cooling_from + self._cooling()
         return cooled or step >= MOST
 
+    @property
+    def last(self) -> int | None:
+        """The step at which it ends at the latest, as far as that is known."""
+        if self.steps is not None or self.cooling_from is None:
+            return self.steps
+        return self.cooling_from + self._cooling()
+
     def due(self, step: int) -> bool:
-        """Whether to look after so many steps: at the start, now and then, and at the end."""
+        """Whether the held-out loss is due after so many steps: at the start, every `every` steps, and at the end."""
         return step % self.every == 0 or self.ended(step)
 
     def look(
@@ -67,7 +67,7 @@ class Watch:
         delta: Float[Tensor, "rows d_out d_in"],
         biases: Float[Tensor, "rows d_out"],
     ) -> None:
-        """Take note of held-out losses; keep each layer's translators where they are its best."""
+        """Note the held-out losses; keep each layer's translators where they are its best."""
         losses = losses.detach().cpu()
         if self.best is None or self.delta is None or self.biases is None:
             self.best, self.delta, self.biases = losses.clone(), delta.cpu().clone(), biases.cpu().clone()
@@ -94,32 +94,27 @@ class Watch:
         return max(self.every, (self.cooling_from or 0) // COOLING)
 
     def state(self) -> dict[str, Any]:
-        """JSON values and tensors, for `checkpoint.save_state`."""
+        """JSON values and tensors, for `files.save_state`."""
         return dict(vars(self))
 
     @staticmethod
     def load(state: dict[str, Any]) -> "Watch":
-        """What `state` gave."""
+        """The inverse of `state`."""
         return Watch(**state)
 
 
-def split_held_out(tokens: Any, held_out: Any) -> tuple[Any, Any]:
-    """What to train on, and batches of what not to, None for nothing.
-
-    Raises:
-        ValueError: a share of a text whose length is not known, or one that leaves nothing.
-    """
+def split_held_out(text: Text, held_out: Any) -> tuple[Text, Text | None]:
+    """Text to train on, and held-out text: the last rows of the same, or other text; None for None."""
     if held_out is None:
-        return tokens, None
-    if not isinstance(held_out, (int, float)):
-        return tokens, as_batches(held_out)
-    if not (isinstance(tokens, Tensor) and tokens.ndim == 2):
-        raise ValueError(
-            f"a share, held_out={held_out!r}, needs tokens [n, seq], whose number is known: give other text, such as held_out=token_batches(...)"
-        )
-    kept = round(len(tokens) * (1 - held_out))
-    if not 0 < kept < len(tokens):
-        raise ValueError(
-            f"held_out={held_out!r} of {len(tokens)} rows leaves {kept} to train on: give a share between 0 and 1"
-        )
-    return tokens[:kept], as_batches(tokens[kept:])
+        return text, None
+    return text.split(share_of(held_out)) if is_share(held_out) else (text, Text.of(held_out))
+
+
+def is_share(held_out: Any) -> bool:
+    """Whether `held_out` is a number, of any type, and not text."""
+    return isinstance(held_out, (int, float)) or getattr(held_out, "ndim", None) == 0
+
+
+def share_of(held_out: Any) -> float:
+    """`held_out` as a number."""
+    return finite_number("held_out", held_out)

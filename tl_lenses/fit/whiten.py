@@ -5,10 +5,12 @@ deviations (Ethayarajh 2019), and a few directions hold most of the variance (Su
 
     dL/dW' = dL/dW P,    dW = dW' P
 
-needs P and not W'. `P = S^(-1/4)`, of the second moment `S = E[h h^T]`, takes half of the difference away in the logarithm: of all of it
-(`S^(-1/2)`), the noise of small directions is as large as the signal of large ones. Shampoo (Gupta, Koren & Singer 2018) has that
+needs P and not W'. `P = S^(-1/4)`, of the second moment `S = E[h h^T]`, halves the spread of the directions on a log scale. Full whitening
+(`S^(-1/2)`) would amplify noise in small directions to the size of the signal in large ones. Shampoo (Gupta, Koren & Singer 2018) has that
 exponent for each side of a matrix, of gradients; K-FAC (Martens & Grosse 2015) the second moment of inputs. Measured in docs/log.md.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,20 +18,21 @@ from torch import Tensor
 
 from tl_lenses.moments import Moments
 
-# Of the mean eigenvalue of S, as the regression's of the covariance's.
+# Relative to the mean eigenvalue of S, as the regression's is to the covariance's.
 RIDGE = 1e-3
 
 
-def roots(found: Moments, power: float = 0.5) -> Float[Tensor, "rows d_in d_in"]:
-    """`P = S^(-power / 2)` of the states that a start was fitted on; of determinant 1, so that a map keeps its size (`optim.map_sizes`).
+def roots(sources: Sequence[Moments], power: float = 0.5) -> Float[Tensor, "rows d_in d_in"]:
+    """`P = S^(-power / 2)` of the states that a start was fitted on, with determinant 1, so that a map keeps its size (`optim.map_sizes`).
 
     Args:
-        found: moments with one source per row.
+        sources: the moments of each row's source.
         power: 1 makes the states white, 0 leaves them.
     """
     result = []
-    for xx, mean in zip(found.xx, found.mean_x, strict=True):
-        s = (xx / found.n + torch.outer(mean, mean)).float()  # what float32 loses is far below the ridge
+    for source in sources:
+        xx, mean = source.xx[0], source.mean_x[0]
+        s = (xx / source.n + torch.outer(mean, mean)).float()  # float32 loses far less than the ridge adds
         values, vectors = torch.linalg.eigh(s if s.is_cuda else s.cpu())
         logs = -power / 2 * (values.clamp(min=0) + RIDGE * values.mean()).log()
         result.append((vectors * (logs - logs.mean()).exp() @ vectors.mT).to(xx.device))
@@ -48,7 +51,7 @@ def whitened_step(muon: torch.optim.Optimizer, root: Float[Tensor, "d_in d_in"])
     (group,) = muon.param_groups
     (matrix,) = group["params"]
     held = matrix.data
-    matrix.data = torch.zeros_like(held)  # W' is nowhere: what the optimiser adds to nothing is its step
+    matrix.data = torch.zeros_like(held)  # run Muon on a zero matrix: what it adds is its step
     try:
         muon.step()
         step = matrix.data @ root.to(held.device)

@@ -5,14 +5,18 @@ the installation; the others are in the folder `lab/` of the repository. The mod
 folders that `path` names.
 """
 
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from tl_lenses.checks import whole_number
 
 __all__ = ["Bundled", "available", "load", "path", "steps", "text"]
 
@@ -24,6 +28,7 @@ _MODELS = {
     "lab-neox": "GPT-NeoX (Pythia) architecture, 8 layers, width 128, 3.7 M parameters; ten checkpoints along training",
     "lab-neo": "GPT-Neo architecture (local and global attention), 6 layers, width 192, 4.3 M parameters",
     "lab-gpt2-tuned": "lab-gpt2, trained on with the novels of Jane Austen",
+    "lab-gpt2-permuted": "lab-gpt2, taught other facts: the capitals, languages, currencies and head offices of others",
 }
 _IN_WHEEL = ("lab-gpt2", "lab-gpt2-small")
 _SPLITS = ("train", "heldout")
@@ -46,12 +51,12 @@ def available() -> list[Bundled]:
         >>> [model.name for model in available()][:2]
         ['lab-gpt2', 'lab-gpt2-small']
     """
-    found = []
+    models = []
     for name, description in _MODELS.items():
         folder = _find(name)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder else 0
-        found.append(Bundled(name, size, description, folder is not None))
-    return found
+        models.append(Bundled(name, size, description, folder is not None))
+    return models
 
 
 def path(name: str = "lab-gpt2", *, step: int | None = None) -> Path:
@@ -65,8 +70,9 @@ def path(name: str = "lab-gpt2", *, step: int | None = None) -> Path:
         ValueError: there is no such model, or no such checkpoint.
         FileNotFoundError: the model is not part of the installation and not at hand; says where it is.
     """
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:
         raise ValueError(f"expected a bundled model, one of {sorted(_MODELS)}, got {name!r}")
+    step = None if step is None else whole_number("step", step, least=0)
     folder = _find(name)
     if folder is None:
         raise FileNotFoundError(
@@ -108,7 +114,7 @@ def text(split: str) -> list[str]:
         >>> len(text("heldout")) > 20
         True
     """
-    if split not in _SPLITS:
+    if not isinstance(split, str) or split not in _SPLITS:
         raise ValueError(f"expected a split, one of {list(_SPLITS)}, got {split!r}")
     return (_HERE / "text" / f"{split}.txt").read_text(encoding="utf-8").removesuffix("\n").split(_SEPARATOR)
 
@@ -128,7 +134,7 @@ def load(
     Args:
         name: one of `available()`.
         step: a checkpoint along training, one of `steps(name)`; None for the finished model.
-        device: where the weights go.
+        device: where the weights and the computation are.
         dtype: their type; they are stored in half precision.
 
     Raises:
@@ -140,6 +146,10 @@ def load(
         8
     """
     folder = path(name, step=step)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {device!r}") from None
     tensors = _tensors(folder)
 
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -160,21 +170,16 @@ def load(
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError:
             return _hooked_transformer(name, folder, hf_model, tokenizer, device, dtype)
-        return TransformerBridge.boot_transformers(
-            name, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
-        ).eval()
+        model = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
+        )
+        # Moved here: a bridge around a model that exists leaves it where it is and only notes the device.
+        with contextlib.redirect_stdout(io.StringIO()):  # it says so
+            return model.to(device).eval()
 
 
 def verify(folder: Path, files: tuple[str, ...] | None = None) -> None:
-    """Compare the files of a lab model with its `checksums.json`.
-
-    Args:
-        folder: the model's folder.
-        files: their paths in the folder; None for all that the list has.
-
-    Raises:
-        ValueError: a file is missing, or its SHA-256 is another one.
-    """
+    """Compare the files of a lab model with its `checksums.json`."""
     sums: dict[str, str] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
     for file in sums if files is None else files:
         try:

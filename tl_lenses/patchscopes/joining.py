@@ -1,8 +1,8 @@
-"""One pass in which each cell's row appears at the layer where it is patched: below that, all cells are the same row.
+"""One pass in which each cell's row is added at the layer where it is patched: below that, all cells are the same row.
 
-A cell that patches layer l* needs the blocks behind l* only. So the pass begins with a single, unpatched row; the hook at layer
-l* appends a row per cell that patches there, and a block runs the rows that have come so far: half of all rows in a sweep over
-all layers. Keys and values follow suit, a block's cache holds as many rows as the block runs.
+A cell that patches layer l* needs the blocks from l* on only. So the pass begins with a single, unpatched row. The hook at
+layer l* appends a row per cell that patches there, and a block runs the rows that were added so far: half of all rows in a
+sweep over all layers. A block's cache holds as many rows as the block runs.
 """
 
 import warnings
@@ -15,58 +15,48 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
+from tl_lenses.decoding import Decoder
 from tl_lenses.hooks import Hook, installed, marked, patch
-from tl_lenses.model import Decoder, LensModel, device_of, n_layers
-from tl_lenses.sites import layer_site, site_layer
+from tl_lenses.layers import layer_site, site_layer
+from tl_lenses.model import LensModel, device_of, n_layers
 
 # site -> which cells patch there, and their vectors
 Entries = dict[str, tuple[list[int], Float[Tensor, "_ k d"]]]
 
-# Whether a model's blocks take more rows than its embedding saw; found once per model.
+# Whether a model's blocks accept more rows than its embedding saw; tried once per model.
 _JOINABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def run_joining(
-    model: LensModel,
-    start: Decoder,
-    suffix: Int[Tensor, "1 pos"],
-    entries: Entries,
-    place: Sequence[int],
-    combine: Callable[[Tensor, Tensor], Tensor],
-    *,
-    hooks: Sequence[Hook] = (),
-    last: int | None = None,
-    go_on: bool = True,
-) -> tuple[Float[Tensor, "cells returned d_vocab"], Decoder]:
-    """Logits of every cell, and a decoder that goes on with all of them.
+    model: LensModel, start: Decoder, suffix: Int[Tensor, "1 pos"], entries: Entries, place: Sequence[int],
+    combine: Callable[[Tensor, Tensor], Tensor], *, hooks: Sequence[Hook] = (), last: int | None = None,
+    continues: bool = True,
+) -> tuple[Float[Tensor, "cells returned d_vocab"], Decoder]:  # fmt: skip
+    """Logits of every cell, and a decoder that continues all of them.
 
     Args:
         model: the target model.
         start: the shared prefix.
-        suffix: what follows it.
+        suffix: the rest of the prompt.
         entries: the cells by site, residual layers only, each cell once.
         place: the columns of the suffix that are patched.
-        combine: (replaced, vectors) -> what is put there.
+        combine: (replaced, vectors) -> the new activation.
         hooks: further hooks, for the single row (a soft prompt's).
-        last: how many last columns' logits are wanted, as in `Decoder.feed`.
-        go_on: whether the decoder will be used.
+        last: how many last columns need logits, as in `Decoder.feed`.
+        continues: whether the decoder will be used afterwards.
     """
     depth = n_layers(model)
-    come = lambda name: (site_layer(name, depth) or 0, name.endswith(("hook_resid_pre", "hook_in")))
-    names = sorted(entries, key=come)
-    row_of: dict[int, int] = {}
-    ours: list[Hook] = []
-    for name in names:
-        for cell in entries[name][0]:
-            row_of[cell] = 1 + len(row_of)
-        ours.append((name, _joined(entries[name][1], place, combine)))
+    order = lambda name: (site_layer(name, depth) or 0, name.endswith(("hook_resid_pre", "hook_in")))
+    names = sorted(entries, key=order)
+    row_of = {cell: row for row, cell in enumerate((cell for name in names for cell in entries[name][0]), start=1)}
+    joining: list[Hook] = [(name, _joined(entries[name][1], place, combine)) for name in names]
     # Block i runs the unpatched row and the rows that patch layers 0..i.
-    counts = [1 + sum(len(entries[name][0]) for name in names if come(name)[0] <= block) for block in range(depth)]
+    counts = [1 + sum(len(entries[name][0]) for name in names if order(name)[0] <= block) for block in range(depth)]
     decoder = start.repeated(counts)
-    with installed(model, [*hooks, *ours]), marked(0, suffix.shape[1]):
+    with installed(model, [*hooks, *joining]), marked(0, suffix.shape[1]):
         logits = decoder.feed(suffix, last=last)
     rows = torch.tensor([row_of[cell] for cell in range(len(row_of))], device=device_of(model))
-    if go_on:
+    if continues:
         decoder.spread(rows)
     return logits[rows.to(logits.device)], decoder
 
@@ -85,15 +75,15 @@ def _joined(values: Tensor, place: Sequence[int], combine: Callable[[Tensor, Ten
 def joinable(model: LensModel) -> bool:
     """Whether rows can join a pass of this model halfway; tried once on four tokens.
 
-    Attention that builds something per row of the input (ALiBi in BLOOM) cannot take more rows later; then every cell runs all
-    blocks. Told by behaviour: the logits must be those of an ordinary patch.
+    Attention that builds something per row of the input (ALiBi in BLOOM) cannot take more rows later. Every cell then runs
+    all blocks. The test is behaviour: the logits must be those of an ordinary patch.
     """
     if model not in _JOINABLE:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 _JOINABLE[model] = _tried(model)
-            except Exception:  # whatever a model does with rows that it did not expect
+            except Exception:  # any error of a model that got rows it did not expect
                 _JOINABLE[model] = False
     return _JOINABLE[model]
 
@@ -116,12 +106,12 @@ def _tried(model: LensModel) -> bool:
     with marked(2, 2):
         after = decoder.step(ids[:, 0].expand(len(names)))
     for i, name in enumerate(names):
-        one = start.repeated(1)
+        alone = start.repeated(1)
         with installed(model, [patch(name, edits.replace(vectors[name][0, 0]), pos=0)]), marked(0, 2):
-            want = one.feed(ids[:, 2:])
+            expected = alone.feed(ids[:, 2:])
         with marked(2, 2):
-            then = one.step(ids[:, 0])
+            expected_after = alone.step(ids[:, 0])
         near = lambda a, b: float((a.float() - b.float()).abs().max()) <= 0.02 * float(b.float().std() + 1e-6)
-        if not (near(logits[i], want[0]) and near(after[i], then[0])):
+        if not (near(logits[i], expected[0]) and near(after[i], expected_after[0])):
             return False
     return True

@@ -1,13 +1,14 @@
-"""Run many cells of a patchscope on one target prompt, repeating nothing that a patch cannot change.
+"""Run many cells of a patchscope on one target prompt, computing only once what no patch can change.
 
-A cell is one target run with its own vectors at its own sites. What precedes the first patched position is the same in all
-cells: it runs once and its keys and values are shared. Only the suffix runs per cell, many cells in a batch, each row with its
-own layer; decoding goes on batched and rows leave when they are finished. With `share=False`, one cell a batch and no cache
-the same code is the naive procedure that the tests compare with.
+A cell is one run of the target prompt with its own vectors at its own sites. Before the first patched position all cells are
+the same, so that prefix runs once and its keys and values are shared. Only the suffix runs per cell, many cells in a batch,
+each row with its own layer. Texts are continued in a batch, and rows leave it when they are finished. With `share=False`, one
+cell a batch and no cache the same code is the naive procedure that the tests compare with.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -15,70 +16,94 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.hooks import Hook, hooked, installed, marked, pass_start, patch
-from tl_lenses.model import Decoder, LensModel, d_model, device_of, n_layers
+from tl_lenses.decoding import Decoder
+from tl_lenses.hooks import Hook, installed, marked, patch
+from tl_lenses.layers import site_layer
+from tl_lenses.model import LensModel, d_model, device_of, hooked, n_layers
+from tl_lenses.patchscopes.attention import blocks_before, hide_keys
+from tl_lenses.patchscopes.continuation import Continuation
 from tl_lenses.patchscopes.joining import joinable, run_joining
-from tl_lenses.sites import site_layer
+from tl_lenses.patchscopes.targets import Prompt
+from tl_lenses.stats import log_probs
 
-# What one batch of cells may take, and the most rows that still gain from being together.
-_BATCH_BYTES, _MOST_ROWS = 512 * 2**20, 512
+# Memory of one batch of cells, and the number of rows beyond which a batch gets no faster.
+_BATCH_BYTES, _MOST_ROWS = 256 * 2**20, 512
 
 # (replaced [rows, k, ...], vectors [rows, k, ...]) -> [rows, k, ...]
 Combine = Callable[[Tensor, Tensor], Tensor]
+# The vectors that one cell puts into the target run, by hook name.
+VectorsBySite = dict[str, Float[Tensor, "_places _d"]]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A target that is ready to run.
+class TargetRun:
+    """The settings that all cells of one target prompt share."""
 
-    Attributes:
-        tokens: ids; of a soft prompt, placeholders.
-        place: the columns that receive vectors.
-        read: the column whose logits are read.
-        soft: embeddings of a soft prompt, put in at `hook_embed`.
-    """
+    model: LensModel  # the target model
+    prompt: Prompt  # the target
+    combine: Combine  # (replaced activation, vector) -> the new activation
+    # continuation, when, isolate: as `patchscope` takes them
+    continuation: Continuation
+    start: Decoder | None = None  # the shared prefix, or None to run whole prompts
+    hooks: Sequence[Hook] = ()  # the user's hooks on the target run; they come before ours
+    when: Literal["prompt", "every_step"] = "prompt"
+    isolate: bool = False
+    use_cache: bool = True  # False recomputes the whole sequence at every step
 
-    tokens: Int[Tensor, "1 pos"]
-    place: tuple[int, ...]
-    read: int
-    soft: Float[Tensor, "pos d"] | None = None
+    @property
+    def n_shared(self) -> int:
+        """How many columns of the prompt are not run again."""
+        return 0 if self.start is None else min(self.prompt.place)
 
+    @property
+    def suffix(self) -> Int[Tensor, "1 pos"]:
+        """The columns that run per cell."""
+        return self.prompt.tokens[:, self.n_shared :]
 
-@dataclass(frozen=True)
-class Cell:
-    """One target run: the vectors `[k, d]` that go to each site."""
+    @property
+    def place(self) -> list[int]:
+        """The columns of the suffix that receive vectors."""
+        return [column - self.n_shared for column in self.prompt.place]
 
-    into: tuple[tuple[str, Float[Tensor, "k d"]], ...]
+    @property
+    def read_from_the_end(self) -> int:
+        """The column that is read, counted from the end: a pass may return the last columns only."""
+        return self.prompt.read - self.prompt.tokens.shape[1]
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a text is continued."""
-
-    max_new_tokens: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    eos: int | None = None
-    stopped: Callable[[list[int]], bool] | None = None
+    def n_logits(self, sites: Sequence[str]) -> int:
+        """How many last columns need logits: all where a hook may count columns at the unembedding."""
+        length = self.suffix.shape[1]
+        if self.start is None or any(name.startswith("unembed") for name in sites):
+            return length
+        return length - (self.prompt.read - self.n_shared)
 
 
 @dataclass
 class _Rows:
-    """The rows of a running batch: which cells they are, for hooks that must keep up when rows leave."""
+    """The cells of a running batch, for hooks that must keep up when rows leave."""
 
-    active: Int[Tensor, " rows"]
-    sites: dict[str, tuple[Tensor, Tensor]] = field(
-        default_factory=dict
-    )  # site -> (mask [cells], vectors [cells, k, d])
+    active: Int[Tensor, " rows"]  # which cell each row of the batch is
+    # hook name -> (which cells patch there [cells], their vectors [cells, k, d])
+    sites: dict[str, tuple[Bool[Tensor, " cells"], Float[Tensor, "cells k d"]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cells: Sequence[VectorsBySite], device: torch.device) -> "_Rows":
+        rows = cls(torch.arange(len(cells)))
+        for name in dict.fromkeys(name for cell in cells for name in cell):
+            index = [row for row, cell in enumerate(cells) if name in cell]
+            vectors = torch.stack([cells[row][name] for row in index]).to(device)
+            mask = torch.zeros(len(cells), dtype=torch.bool)
+            mask[index] = True
+            values = torch.zeros(len(cells), *vectors.shape[1:], dtype=vectors.dtype, device=device)
+            values[torch.tensor(index, device=device)] = vectors
+            rows.sites[name] = (mask, values)
+        return rows
 
 
 def why_not_shared(model: LensModel, prompt: Prompt, target_hooks: Sequence[Hook]) -> str:
     """Why the prefix of a prompt cannot be computed once; "" where it can.
 
-    Args:
-        model: the target model.
-        prompt: the target.
-        target_hooks: the user's own hooks, whose positions count from the start of the whole prompt.
+    The positions of the user's `target_hooks` count from the start of the whole prompt.
     """
     if min(prompt.place) == 0:
         return "the first position is patched"
@@ -99,107 +124,158 @@ def prefix(model: LensModel, prompt: Prompt) -> Decoder | None:
     return decoder if decoder.shareable() else None
 
 
-def rows_per_batch(model: LensModel, prompt: Prompt, first: int, n_new: int) -> int:
-    """How many cells run together: as many as fit in half a gigabyte of logits, keys, values and activations."""
-    suffix = prompt.tokens.shape[1] - first
-    d_vocab, total = int(model.cfg.d_vocab), prompt.tokens.shape[1] + n_new
-    per_row = 4 * (3 * suffix * d_vocab + 2 * n_layers(model) * total * d_model(model) + 16 * suffix * d_model(model))
+def rows_per_batch(target: TargetRun) -> int:
+    """How many cells run together: as many as fit in a quarter of a gigabyte of logits, keys, values and activations."""
+    total = target.prompt.tokens.shape[1] + target.continuation.max_new_tokens
+    fit = _rows_that_fit(target.model, target.suffix.shape[1], total)
+    return max(1, fit // target.continuation.n_samples)
+
+
+def _rows_that_fit(model: LensModel, columns: int, total: int) -> int:
+    """Rows whose pass over so many columns, of a text of `total`, fits."""
+    width = d_model(model)
+    per_row = 4 * (3 * columns * int(model.cfg.d_vocab) + 2 * n_layers(model) * total * width + 16 * columns * width)
     return int(min(max(_BATCH_BYTES // per_row, 1), _MOST_ROWS))
 
 
+def batches(n: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` that cover `range(n)`."""
+    return (range(i, min(i + size, n)) for i in range(0, n, size))
+
+
 def run_cells(
-    model: LensModel,
-    prompt: Prompt,
-    cells: Sequence[Cell],
-    combine: Combine,
-    *,
-    start: Decoder | None,
-    hooks: Sequence[Hook] = (),
-    when: Literal["prompt", "every_step"] = "prompt",
-    isolate: bool = False,
-    decoding: Decoding,
-    draws: Float[Tensor, "cells new"] | None = None,
-    use_cache: bool = True,
+    target: TargetRun, cells: Sequence[VectorsBySite], draws: Float[Tensor, "texts new"] | None = None
 ) -> tuple[Float[Tensor, "cells d_vocab"], list[list[int]]]:
-    """Logits at the read position of every cell, and the ids that each goes on with.
+    """Logits at the read position of every cell of a batch, and the ids generated after it: `n_samples` texts per cell.
 
-    Args:
-        model: the target model.
-        prompt: the target.
-        cells: one batch of them.
-        combine: what a vector does to the activation that it meets.
-        start: the shared prefix, or None to run whole prompts.
-        hooks: the user's hooks on the target run; they come before ours.
-        when: whether generated positions are patched as well.
-        isolate: hide the placeholders' keys and values below the patch from later positions.
-        decoding: how the texts go on.
-        draws: uniform numbers per cell and step, for sampling.
-        use_cache: False recomputes the whole sequence at every step.
+    `draws` are uniform numbers per text and step, for sampling. A cell without vectors is the prompt as it is.
     """
-    n, device = len(cells), device_of(model)
-    first = 0 if start is None else start.batch.tokens.shape[1]  # type: ignore[union-attr]
-    rows = _Rows(torch.arange(n))
-    names = list(dict.fromkeys(name for cell in cells for name, _ in cell.into))
-    for name in names:
-        mine = [(row, vector) for row, cell in enumerate(cells) for at, vector in cell.into if at == name]
-        mask = torch.zeros(n, dtype=torch.bool)
-        values = torch.zeros(n, *mine[0][1].shape, dtype=mine[0][1].dtype, device=device)
-        index = torch.tensor([row for row, _ in mine])
-        mask[index] = True
-        values[index.to(device)] = torch.stack([vector for _, vector in mine]).to(device)
-        rows.sites[name] = (mask, values)
-    place = [column - first for column in prompt.place]
-    ours = [patch(name, _edit(rows, name, combine), pos=place, when=when) for name in names]
-    if isolate:
-        ours += _isolated(rows, names, prompt.place, first)
-    length = prompt.tokens.shape[1] - first
-    soft = _soft(prompt, first, prompt.tokens.shape[1])
-    ids: list[list[int]] = [[] for _ in cells]
-    # Hooks of others may count columns at the unembedding; without a shared prefix there can be such.
-    whole = start is None or any(name.startswith("unembed") for name in names)
-    wanted = length if whole else length - (prompt.read - first)
-    later = [*hooks, *soft, *ours]
-    hides = isolate and any(blocks_before(name) for name in names)
-    if start is not None and when == "prompt" and not hides and _layered(model, cells) and joinable(model):
-        entries = {
-            name: (mask.nonzero()[:, 0].tolist(), values[mask.to(device)])
-            for name, (mask, values) in rows.sites.items()
-        }
-        suffix = prompt.tokens[:, first:]
-        logits, decoder = run_joining(
-            model, start, suffix, entries, place, combine, hooks=soft, last=wanted, go_on=decoding.max_new_tokens > 1
-        )
-        later = []
+    rows = _Rows.of(cells, device_of(target.model))
+    with _prompts_run(target, cells, rows) as (logits, decoder):
+        return logits[:, target.read_from_the_end], _continued(target, logits[:, -1], decoder, rows, draws)
+
+
+def score_cells(
+    target: TargetRun, cells: Sequence[VectorsBySite], texts: Sequence[Sequence[tuple[int, ...]]]
+) -> list[Float[Tensor, " texts"]]:
+    """`log p(text | cell) = sum_t log p(y_t | prompt with the cell's vectors, y_<t)` of several texts per cell, in nats.
+
+    The prompt runs once per cell; its texts share the keys and values. Where nothing is generated, texts are one token at
+    the read position.
+    """
+    longest = max(len(text) for row in texts for text in row)
+    column = -1 if target.continuation.max_new_tokens else target.read_from_the_end
+    target = replace(target, continuation=replace(target.continuation, max_new_tokens=longest))
+    rows = _Rows.of(cells, device_of(target.model))
+    with _prompts_run(target, cells, rows) as (logits, decoder):
+        return _scored(target, logits[:, column], decoder, rows, texts)
+
+
+@contextmanager
+def _prompts_run(
+    target: TargetRun, cells: Sequence[VectorsBySite], rows: _Rows
+) -> Iterator[tuple[Float[Tensor, "cells returned d_vocab"], Decoder]]:
+    """While it is open, patches that also act later stay: the logits of the last columns, and what continues every cell."""
+    if not _may_join(target, cells):
+        with _rows_from_the_start(target, rows) as run:
+            yield run
+        return
+    # Rows are equal below their patch: a single row runs there, and each cell's row joins at its layer.
+    assert target.start is not None
+    entries = {
+        name: (mask.nonzero()[:, 0].tolist(), values[mask.to(values.device)])
+        for name, (mask, values) in rows.sites.items()
+    }
+    yield run_joining(
+        target.model, target.start, target.suffix, entries, target.place, target.combine,
+        hooks=_soft(target.prompt, target.n_shared, target.prompt.tokens.shape[1]),
+        last=target.n_logits(list(rows.sites)), continues=target.continuation.max_new_tokens > 1,
+    )  # fmt: skip
+
+
+def _may_join(target: TargetRun, cells: Sequence[VectorsBySite]) -> bool:
+    """Whether rows can skip the blocks below their patch: each patches one residual layer, once, and hides no keys."""
+    if target.start is None or target.when != "prompt":
+        return False
+    depth = n_layers(target.model)
+    if any(len(cell) != 1 or site_layer(name, depth) is None for cell in cells for name in cell or ("",)):
+        return False
+    hides = target.isolate and any(blocks_before(name) for cell in cells for name in cell)
+    return not hides and joinable(target.model)
+
+
+@contextmanager
+def _rows_from_the_start(target: TargetRun, rows: _Rows) -> Iterator[tuple[Tensor, Decoder]]:
+    """Every row runs all blocks, on the suffix or on the whole prompt."""
+    model, n_rows, length = target.model, len(rows.active), target.suffix.shape[1]
+    hooks = [*target.hooks, *_soft(target.prompt, target.n_shared, target.prompt.tokens.shape[1])]
+    hooks += [patch(name, _edit(rows, name, target.combine), pos=target.place, when=target.when) for name in rows.sites]
+    if target.isolate:
+        hooks += _isolated(rows, target.prompt.place, target.n_shared)
+    if target.start is None:
+        decoder = Decoder(model, use_cache=target.use_cache and target.continuation.max_new_tokens > 1)
     else:
-        suffix = prompt.tokens[:, first:].expand(n, -1)
-        decoder = (
-            Decoder(model, use_cache=use_cache and decoding.max_new_tokens > 1) if start is None else start.repeated(n)
-        )
-        logits = None
-    with installed(model, later):
-        if logits is None:
-            with marked(0, length):
-                logits = decoder.feed(suffix, last=wanted)
-        found, last = logits[:, prompt.read - first - length], logits[:, -1]
-        for step in range(decoding.max_new_tokens):
-            chosen = _choose(last, decoding, None if draws is None else draws[rows.active, step])
-            for row, token in zip(rows.active.tolist(), chosen.tolist(), strict=True):
-                ids[row].append(token)
-            alive = torch.tensor([not _finished(ids[row], decoding) for row in rows.active.tolist()])
-            if step + 1 == decoding.max_new_tokens or not alive.any():
-                break
-            if not alive.all():
-                kept = alive.nonzero()[:, 0]
-                decoder.select(kept.to(device))
-                rows.active, chosen = rows.active[kept], chosen[kept.to(chosen.device)]
-            with marked(length + step if decoder.use_cache else 0, length):
-                last = decoder.step(chosen.to(device))
-    return found, ids
+        decoder = target.start.repeated(n_rows)
+    with installed(model, hooks):
+        with marked(0, length):
+            logits = decoder.feed(target.suffix.expand(n_rows, -1), last=target.n_logits(list(rows.sites)))
+        yield logits, decoder
 
 
-def _layered(model: LensModel, cells: Sequence[Cell]) -> bool:
-    """Whether every cell patches one residual layer, so that its row need not run before."""
-    return all(len(cell.into) == 1 and site_layer(cell.into[0][0], n_layers(model)) is not None for cell in cells)
+def _scored(
+    target: TargetRun, logits: Float[Tensor, "cells d_vocab"], decoder: Decoder, rows: _Rows,
+    texts: Sequence[Sequence[tuple[int, ...]]],
+) -> list[Float[Tensor, " texts"]]:  # fmt: skip
+    """The first token of every text from the cell's own logits, the others in one pass of the cell's row, once per text."""
+    logp = log_probs(logits)
+    scores = [logp[cell, [text[0] for text in row]].double().cpu() for cell, row in enumerate(texts)]
+    longer = [(cell, k) for cell, row in enumerate(texts) for k, text in enumerate(row) if len(text) > 1]
+    longer.sort(key=lambda at: len(texts[at[0]][at[1]]))
+    model, total = target.model, target.prompt.tokens.shape[1] + target.continuation.max_new_tokens
+    for part in batches(len(longer), _rows_that_fit(model, target.continuation.max_new_tokens, total)):
+        some = [longer[i] for i in part]
+        ids = [texts[cell][k] for cell, k in some]
+        width = max(map(len, ids))
+        column = torch.tensor([[*y, *[-1] * (width - len(y))] for y in ids], device=device_of(model))
+        rows.active = torch.tensor([cell for cell, _ in some])
+        continued = decoder.of_rows(rows.active.to(device_of(model)))
+        start = target.suffix.shape[1] if continued.use_cache else 0
+        with marked(start, target.suffix.shape[1]):
+            logits = continued.feed(
+                column[:, :-1].clamp_min(0)
+            )  # pads stand on the right, where nothing attends to them
+        following = column[:, 1:].to(logits.device)
+        each = log_probs(logits).gather(-1, following.clamp_min(0)[..., None])[..., 0].double()
+        for (cell, k), value in zip(some, each.masked_fill(following < 0, 0.0).sum(-1).tolist(), strict=True):
+            scores[cell][k] += value
+    return scores
+
+
+def _continued(
+    target: TargetRun, logits: Float[Tensor, "rows d_vocab"], decoder: Decoder, rows: _Rows, draws: Tensor | None
+) -> list[list[int]]:
+    """The ids generated for every cell, sample by sample; a row leaves the batch when its text is finished."""
+    continuation, length, device = target.continuation, target.suffix.shape[1], device_of(target.model)
+    if continuation.n_samples > 1:  # the samples of a cell go on from its one pass over the prompt
+        again = torch.arange(len(rows.active)).repeat_interleave(continuation.n_samples)
+        logits, rows.active = logits[again.to(logits.device)], rows.active[again]
+        decoder = decoder.of_rows(again.to(device)) if continuation.max_new_tokens > 1 else decoder
+    texts = torch.arange(len(rows.active))
+    ids: list[list[int]] = [[] for _ in texts]
+    for step in range(continuation.max_new_tokens):
+        chosen = continuation.choose(logits, None if draws is None else draws[texts, step])
+        for text, token in zip(texts.tolist(), chosen.tolist(), strict=True):
+            ids[text].append(token)
+        alive = torch.tensor([not continuation.finished(ids[text]) for text in texts.tolist()])
+        if step + 1 == continuation.max_new_tokens or not alive.any():
+            break
+        if not alive.all():
+            kept = alive.nonzero()[:, 0]
+            decoder.select(kept.to(device))
+            rows.active, texts, chosen = rows.active[kept], texts[kept], chosen[kept.to(chosen.device)]
+        with marked(length + step if decoder.use_cache else 0, length):
+            logits = decoder.step(chosen.to(device))
+    return ids
 
 
 def _edit(rows: _Rows, name: str, combine: Combine) -> edits.Edit:
@@ -218,96 +294,20 @@ def _edit(rows: _Rows, name: str, combine: Combine) -> edits.Edit:
     return edit
 
 
-def _isolated(rows: _Rows, names: Sequence[str], place: tuple[int, ...], first: int) -> list[Hook]:
-    """Per block, the hook that hides the placeholders from later positions in rows whose patch comes behind that block."""
+def _isolated(rows: _Rows, place: tuple[int, ...], offset: int) -> list[Hook]:
+    """Per block, the hook that hides the placeholders from later positions in the rows that are patched after that block."""
     hidden: dict[int, Tensor] = {}  # block -> rows [cells]
-    for name in names:
+    for name, (mask, _) in rows.sites.items():
         for block in range(blocks_before(name)):
-            hidden[block] = rows.sites[name][0] | hidden.get(block, False)
+            hidden[block] = mask | hidden.get(block, False)
+    edit_of = lambda mask: hide_keys(place, lambda: mask[rows.active], offset=offset)
     return [
-        patch(
-            f"blocks.{block}.attn.hook_pattern",
-            hide_keys(place, lambda mask=mask: mask[rows.active], offset=first),
-            when="every_step",
-        )
-        for block, mask in hidden.items()
+        patch(f"blocks.{block}.attn.hook_pattern", edit_of(mask), when="every_step") for block, mask in hidden.items()
     ]
 
 
-def blocks_before(name: str) -> int:
-    """How many blocks compute their keys and values before a site is reached.
-
-    >>> blocks_before("blocks.3.hook_resid_pre"), blocks_before("blocks.3.hook_resid_post"), blocks_before("hook_embed")
-    (3, 4, 0)
-    """
-    parts = name.split(".")
-    if parts[0] != "blocks":
-        return 0
-    return int(parts[1]) + (parts[2] not in ("hook_resid_pre", "hook_in"))
-
-
-def without_edges(
-    pattern: Float[Tensor, "batch head query key"], gone: Bool[Tensor, "*batch query key"]
-) -> Float[Tensor, "batch head query key"]:
-    """A pattern without some edges, the rest of each query's attention scaled up to 1: the softmax without those keys.
-
-    Queries that lose nothing stay as they are, to the bit; one that saw nothing else is left with zeros.
-    """
-    left = pattern.masked_fill(gone, 0.0)
-    left = left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
-    return torch.where(gone.any(-1, keepdim=True), left, pattern)
-
-
-def hide_keys(columns: Sequence[int], rows: Callable[[], Tensor] | None = None, *, offset: int = 0) -> edits.Edit:
-    """An edit of an attention pattern: later queries no longer see these columns, the rest of their attention is rescaled.
-
-    `p'[q, k] = p[q, k] [k not hidden] / sum of what is left`, which is the softmax without those keys.
-
-    Args:
-        columns: the keys to hide, counted from the start of the prompt.
-        rows: says which rows of the batch are meant; None means all.
-        offset: columns of a shared prefix, which the pass does not count.
-    """
-
-    def edit(pattern: Tensor) -> Tensor:
-        n_queries, n_keys = pattern.shape[-2:]
-        # A cache with a sliding window has dropped its first columns, so both axes are counted from their ends.
-        total = max(offset + pass_start() + n_queries, n_keys)
-        query = torch.arange(total - n_queries, total, device=pattern.device)[:, None]
-        key = torch.arange(total - n_keys, total, device=pattern.device)
-        hidden = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=pattern.device)
-        for column in columns:
-            hidden |= (key == column) & (query > column)
-        new = without_edges(pattern, hidden)
-        if rows is None:
-            return new
-        return torch.where(rows().to(pattern.device)[:, None, None, None], new, pattern)
-
-    return edit
-
-
 def _soft(prompt: Prompt, start: int, stop: int) -> list[Hook]:
-    """The hook that puts the columns `start..stop` of a soft prompt in; none for token prompts."""
+    """The hook that writes the columns `start..stop` of a soft prompt; none for token prompts."""
     if prompt.soft is None:
         return []
     return [patch("hook_embed", edits.replace(prompt.soft[start:stop]))]
-
-
-def _choose(logits: Float[Tensor, "rows d_vocab"], decoding: Decoding, draw: Tensor | None) -> Int[Tensor, " rows"]:
-    """The next token of every row: the likeliest one, or the one that its own random number falls on.
-
-    A number per cell and step (rather than one generator for the batch) makes a text independent of its batch.
-    """
-    if draw is None:
-        return logits.argmax(-1)
-    p = (logits.double() / decoding.temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(p, draw.to(p)[:, None]).clamp_max(logits.shape[-1] - 1)[:, 0]
-
-
-def _finished(ids: list[int], decoding: Decoding) -> bool:
-    return ids[-1] == decoding.eos or (decoding.stopped is not None and decoding.stopped(ids))
-
-
-def batches(n: int, size: int) -> Iterator[range]:
-    """Consecutive ranges of at most `size` that cover `range(n)`."""
-    return (range(i, min(i + size, n)) for i in range(0, n, size))

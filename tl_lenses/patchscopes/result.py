@@ -1,12 +1,21 @@
-"""What a patchscope found: one cell per source and pair (l, l*)."""
+"""The result of a patchscope: one cell per source and pair (l, l*)."""
 
+import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_lenses.token_text import token_text
+from tl_lenses import stats as S
+from tl_lenses.checks import whole_number
+from tl_lenses.files import csv_text, json_text, versions
+from tl_lenses.token_text import normalised, token_text
+from tl_lenses.tokens import encode
 
 # A layer or site, or several at once.
 Layers = int | str | tuple[int | str, ...]
@@ -22,39 +31,56 @@ class TopK(NamedTuple):
     tokens: list[list[list[str]]]
 
 
-@dataclass(frozen=True)
+class Samples(NamedTuple):
+    """Texts that were drawn, `texts[source][pair][sample]`, and their ids, -1 after the end of each."""
+
+    texts: list[list[list[str]]]
+    tokens: Int[Tensor, "source pair sample new"]
+
+
+class Answers(NamedTuple):
+    """What a cell's samples agree on: the most frequent answer `[source][pair]` (normalised), its share of the samples, and
+    the entropy of the answers in nats."""
+
+    mode: list[list[str]]
+    frequency: Float[Tensor, "source pair"]
+    entropy: Float[Tensor, "source pair"]
+
+
+@dataclass(frozen=True, repr=False)
 class PatchscopeResult:
-    """What the target prompt says with each source vector patched in.
+    """What the target prompt says with each source vector patched in: `print` shows a table, `save` writes it.
 
     Attributes:
         sources: a label per source.
         pairs: `(l, l*)`: source layer (None for vectors without one) and target layer.
+        top_ids, top_probs: the likeliest next tokens at the read position and their probabilities, best first.
         vocab: the text of every id in `top_ids`.
-        text: `text[source][pair]`, the generated continuation; None without generation.
-        tokens: generated ids `[source, pair, new]`, None without generation.
+        kept_logits: the logits at the read position, or None where they were too large to keep; read them as `logits`.
+        text: `text[source][pair]`, the generated continuation, of several samples the most frequent; None without generation.
+        tokens: generated ids `[source, pair, new]`, -1 after the end of a text; None without generation.
         scales: the factors of a sweep of scales: source row `n * len(scales) + i` has the i-th of them. None without.
-        plan: what was shared between the cells, and why nothing was where nothing was.
-        settings: mode, seed, decoding, target prompt and the like.
+        plan: what the cells shared, or why they shared nothing.
+        settings: models, target prompt, positions, mode, seed, decoding and the like.
+        tokenizer: the target model's, for the text of further tokens.
+        drawn: the samples of `n_samples=`; None without. Read their texts as `samples`.
+        request: the call that made it, with its models: what `tll.faithfulness` asks again. None in a result made by hand.
     """
 
     sources: list[str]
     pairs: list[Pair]
     top_ids: Int[Tensor, "source pair k"]
     top_probs: Float[Tensor, "source pair k"]
-    vocab: dict[int, str] = field(repr=False)
-    kept: Float[Tensor, "source pair d_vocab"] | None = field(default=None, repr=False)
+    vocab: dict[int, str]
+    kept_logits: Float[Tensor, "source pair d_vocab"] | None = None
     text: list[list[str]] | None = None
-    tokens: Int[Tensor, "source pair new"] | None = field(default=None, repr=False)
+    tokens: Int[Tensor, "source pair new"] | None = None
     scales: list[float] | None = None
     plan: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Any = field(default=None, repr=False, compare=False)
-
-    def _names(self, ids: Tensor) -> dict[int, str]:
-        wanted = [int(i) for i in ids.unique()]
-        new = [i for i in wanted if i not in self.vocab]
-        more = {i: f"<{i}>" for i in new} if self.tokenizer is None else token_text(self.tokenizer, new)
-        return {i: self.vocab.get(i) or more[i] for i in wanted}
+    tokenizer: Any = field(default=None, compare=False)
+    request: Any = field(default=None, compare=False)
+    drawn: Samples | None = None
 
     @property
     def logits(self) -> Float[Tensor, "source pair d_vocab"]:
@@ -63,24 +89,33 @@ class PatchscopeResult:
         Raises:
             ValueError: they were too large to keep; `keep="logits"` keeps them all the same.
         """
-        if self.kept is None:
+        if self.kept_logits is None:
             raise ValueError(
-                "the logits of this sweep were not kept (keep='auto' keeps up to 256 MB): use top_k, or patchscope(..., keep='logits')"
+                "the logits of this sweep were not kept (keep='auto' keeps up to 100 MB): use top_k, or "
+                "patchscope(..., keep='logits')"
             )
-        return self.kept
+        return self.kept_logits
 
     def top_k(self, k: int = 5) -> TopK:
-        """The k likeliest next tokens of every cell."""
-        if self.kept is not None:
-            top = self.kept.float().softmax(-1).topk(min(k, self.kept.shape[-1]), dim=-1)
+        """The k likeliest next tokens of every cell, k at least 1.
+
+        Raises:
+            ValueError, TypeError: k is not a whole number from 1 on, or more than was kept.
+        """
+        k = whole_number("k", k, least=1)
+        if self.kept_logits is not None:
+            top = self.kept_logits.float().softmax(-1).topk(min(k, self.kept_logits.shape[-1]), dim=-1)
             ids, probs = top.indices, top.values
         elif k <= self.top_ids.shape[-1]:
             ids, probs = self.top_ids[..., :k], self.top_probs[..., :k]
         else:
             raise ValueError(
-                f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or patchscope(..., keep='logits')"
+                f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or "
+                "patchscope(..., keep='logits')"
             )
-        names = self._names(ids)
+        unknown = [i for i in ids.unique().tolist() if i not in self.vocab]
+        texts = {i: f"<{i}>" for i in unknown} if self.tokenizer is None else token_text(self.tokenizer, unknown)
+        names = {**self.vocab, **texts}
         return TopK(ids, probs, [[[names[int(i)] for i in cell] for cell in row] for row in ids])
 
     def probability(self, token: int | str) -> Float[Tensor, "source pair"]:
@@ -93,30 +128,63 @@ class PatchscopeResult:
         return (logits > logits[..., self._id(token), None]).sum(-1) + 1
 
     def _id(self, token: int | str) -> int:
-        if isinstance(token, int):
-            if not 0 <= token < self.logits.shape[-1]:
-                raise ValueError(f"expected a token id 0..{self.logits.shape[-1] - 1}, got {token}")
-            return token
+        if not isinstance(token, str):
+            return whole_number("a token id", token, least=0, most=self.logits.shape[-1] - 1)
         if self.tokenizer is None:
             raise ValueError("the target model has no tokenizer: give a token id")
-        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        ids = encode(self.tokenizer, [token])[0]
         if len(ids) != 1:
             pieces = [self.tokenizer.decode([i]) for i in ids]
             raise ValueError(f"{token!r} is {len(ids)} tokens ({pieces}), expected one: mind the leading space")
         return ids[0]
 
+    @property
+    def samples(self) -> list[list[list[str]]]:
+        """The texts that were drawn, `[source][pair][sample]`; of several targets one after the other.
+
+        Raises:
+            ValueError: none were asked for.
+        """
+        if self.drawn is None:
+            raise ValueError(
+                "this result has one text per cell: patchscope(..., n_samples=10, do_sample=True) draws several"
+            )
+        return self.drawn.texts
+
+    def answers(self, normalise: Callable[[str], str] = normalised) -> Answers:
+        """What the samples of every cell agree on.
+
+        Args:
+            normalise: texts that it makes equal are one answer; by default without case, accents, spaces and punctuation
+                around.
+
+        Raises:
+            ValueError: there are no samples.
+
+        Source: Wang et al. 2023 (Self-consistency); Kuhn et al. 2023 (Semantic entropy), with equal words for equal meaning.
+        """
+        counts = [[Counter(map(normalise, cell)) for cell in row] for row in self.samples]
+        number = lambda of: torch.tensor([[of(cell) for cell in row] for row in counts])
+        share = lambda cell: [n / cell.total() for n in cell.values()]
+        return Answers(
+            [[cell.most_common(1)[0][0] for cell in row] for row in counts],
+            number(lambda cell: max(share(cell))),
+            number(lambda cell: -sum(p * math.log(p) for p in share(cell))),
+        )
+
     def to_frame(self) -> Any:
         """A pandas data frame, one row per source and pair: source, layer, target_layer, token, prob, text."""
         import pandas
 
-        top = self.top_k(1)
-        return pandas.DataFrame(
-            {
-                "source": source, "layer": layer, "target_layer": target_layer, "token": top.tokens[s][p][0],
-                "prob": float(top.probs[s, p, 0]), "text": None if self.text is None else self.text[s][p],
-            }
-            for s, source in enumerate(self.sources) for p, (layer, target_layer) in enumerate(self.pairs)
-        )  # fmt: skip
+        cells = self._cells(1)
+        top = ({"token": cell["top"][0][0], "prob": cell["top"][0][1]} for cell in cells)
+        columns = ["source", "layer", "target_layer", "token", "prob", "text"]
+        frame = pandas.DataFrame([{**cell, **best} for cell, best in zip(cells, top, strict=True)], columns=columns)
+        return frame if self.drawn is None else frame.assign(frequency=self.answers().frequency.flatten().tolist())
+
+    def __repr__(self) -> str:
+        n_new = "" if self.tokens is None else f", new_tokens={self.tokens.shape[-1]}"
+        return f"PatchscopeResult(sources={len(self.sources)}, pairs={len(self.pairs)}{n_new})"
 
     def __str__(self) -> str:
         from tl_lenses import views
@@ -133,6 +201,50 @@ class PatchscopeResult:
 
         return views.patchscope_html(self)
 
+    def save(self, path: str | Path, *, source: int = 0, overwrite: bool = True) -> Path:
+        """Write the result as the suffix says; returns the path.
+
+        `.json` has every cell with its top 5 tokens and text, the settings and the versions; `.csv` is `to_frame()`;
+        `.html` is the table as a page; `.svg` and `.png` are the heat map of one source.
+
+        Args:
+            path: the file; missing folders are made.
+            source: which source a heat map shows.
+            overwrite: replace an existing file, in one step.
+
+        Raises:
+            ValueError: another suffix, a source that is not there.
+            FileExistsError: the file is there, with `overwrite=False`.
+            ImportError: `.png` without the extra `plot`.
+
+        Example:
+            >>> result.save("sweep.svg")      # doctest: +SKIP
+        """
+        from tl_lenses import views
+
+        about = {**self.settings, "plan": self.plan, "versions": versions()}
+        writers: dict[str, Callable[[], str | bytes]] = {
+            ".json": lambda: json_text({**about, "cells": self._cells(5)}) + "\n",
+            ".csv": lambda: csv_text(self.to_frame()),
+            ".html": lambda: views.page_of("patchscope", self._repr_html_()),
+            ".svg": lambda: views.patchscope_heat(self, source).svg(),
+            ".png": lambda: views.patchscope_heat(self, source).png(),
+        }
+        return views.save_as(path, writers, example="sweep.json", overwrite=overwrite)
+
+    def _cells(self, k: int) -> list[dict[str, Any]]:
+        """Every cell with its k likeliest tokens and its text."""
+        top = self.top_k(min(k, self.top_ids.shape[-1]))
+        return [
+            {
+                "source": source, "layer": layer, "target_layer": target_layer,
+                "top": [[token, float(prob)] for token, prob in zip(top.tokens[s][p], top.probs[s, p], strict=True)],
+                "text": None if self.text is None else self.text[s][p],
+                **({} if self.drawn is None else {"samples": self.drawn.texts[s][p]}),
+            }
+            for s, source in enumerate(self.sources) for p, (layer, target_layer) in enumerate(self.pairs)
+        ]  # fmt: skip
+
     def figure(self, source: int = 0) -> Any:
         """A plotly heat map over (l, l*) of one source: top token and its probability (extra `plot`)."""
         from tl_lenses import views
@@ -140,7 +252,13 @@ class PatchscopeResult:
         return views.patchscope_figure(self, source)
 
 
+def mode_of(texts: list[str]) -> int:
+    """The number of the first text whose answer is the most frequent."""
+    answers = [normalised(text) for text in texts]
+    return answers.index(Counter(answers).most_common(1)[0][0])
+
+
 def top_of(logits: Float[Tensor, "*cells d_vocab"], k: int = 10) -> tuple[Tensor, Tensor]:
-    """Ids and probabilities of the k likeliest tokens."""
-    top = logits.float().softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
-    return top.indices.cpu(), top.values.cpu()
+    """Ids and probabilities of the k likeliest tokens; of few cells at a time, so that no distribution is as large as the logits."""
+    ids, probs = zip(*(S.top_k(S.log_probs(part), k) for part in logits.split(8)), strict=True)
+    return torch.cat(ids).cpu(), torch.cat(probs).cpu()

@@ -1,39 +1,26 @@
-"""Ready scopes: targets with the published prompts, and published methods as patches (from `methods`)."""
+"""Ready scopes: targets with the published prompts."""
 
 import difflib
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
-from tl_lenses.patchscopes.methods import (
-    activation_patching,
-    attention_knockout,
-    causal_tracing,
-    logit_lens_as_patchscope,
-    multihop,
-    tuned_lens_as_patchscope,
-)
+from tl_lenses.checks import plain_text, several, whole_number
+from tl_lenses.deprecation import say
+from tl_lenses.patchscopes.readers import activation_oracle, latent_qa, nla
 from tl_lenses.patchscopes.targets import Target
 from tl_lenses.sites import at
 
 __all__ = [
-    "activation_patching",
-    "attention_knockout",
-    "attribute",
-    "causal_tracing",
-    "entity_description",
-    "future_lens",
-    "logit_lens_as_patchscope",
-    "multihop",
-    "next_token",
-    "relations",
-    "selfie",
-    "token_identity",
-    "tuned_lens_as_patchscope",
-]
+    "RELATIONS", "activation_oracle", "attribute", "entity_description", "future_lens", "latent_qa", "next_token", "nla", "repeat",
+    "selfie", "token_identity",
+]  # fmt: skip
 
-# The target prompts of the authors' data set, word for word. "{}" is the placeholder, an `x` there.
-_RELATIONS = {
+# The relations that `attribute` knows, by the names of the authors' files, with the target prompts of their data set, word
+# for word; "{}" is the placeholder, an `x` there. Ghandeharioun et al. 2024 (Patchscopes), section 4.2 and appendix C.
+RELATIONS = {
     "company_ceo": "The name of the CEO of {}",
     "country_capital_city": "The capital city of {}",
     "country_currency": "The official currency of {}",
@@ -66,21 +53,43 @@ _ENTITIES = {
 
 
 def token_identity(placeholder: str = "?", *, words: Sequence[str] = ("cat", "1135", "hello")) -> Target:
-    """The few-shot token-identity prompt: the model is shown `x -> x` and asked to go on after the patched `?`.
+    """The few-shot token-identity prompt: lines `x -> x`, then the patched `?`, whose continuation is read.
 
     Used with `target_layers=None` (l* = l). What it predicts next is compared with what the source prompt predicts
     next.
 
     Args:
         placeholder: the word that receives the vector; one token.
-        words: what is shown; other words give other prompts for an ensemble.
+        words: the repeated words; other words give other prompts for an ensemble.
 
     Source: Ghandeharioun et al. 2024 (Patchscopes), section 4.1; this is the prompt of the authors' code.
 
     >>> token_identity().prompt
     'cat -> cat\\n1135 -> 1135\\nhello -> hello\\n?'
     """
-    return _target("".join(f"{word} -> {word}\n" for word in words) + placeholder, placeholder)
+    return _target(_repeated(words), placeholder, ends_with_it=True)
+
+
+def repeat(placeholder: str = "?", *, words: Sequence[str] = ("cat", "1135", "hello")) -> Target:
+    """The token-identity prompt with the arrow behind the placeholder: what comes next is the word itself.
+
+    What `fit_scope` trains for by default: which token was here?
+
+    Args:
+        placeholder: the word that receives the vector; one token.
+        words: the repeated words.
+
+    Source: Ghandeharioun et al. 2024 (Patchscopes), section 4.1, with ` ->` at its end.
+
+    >>> repeat().prompt
+    'cat -> cat\\n1135 -> 1135\\nhello -> hello\\n? ->'
+    """
+    return _target(f"{_repeated(words)}{placeholder} ->", placeholder)
+
+
+def _repeated(words: Sequence[str]) -> str:
+    texts = [plain_text("a repeated word", word) for word in several("words", words, "texts")]
+    return "".join(f"{word} -> {word}\n" for word in texts)
 
 
 def next_token(placeholder: str = "?") -> Target:
@@ -97,7 +106,7 @@ def next_token(placeholder: str = "?") -> Target:
     >>> next_token().prompt
     '?'
     """
-    return _target(placeholder, placeholder)
+    return _target("", placeholder, ends_with_it=True)
 
 
 def entity_description(placeholder: str = "x", *, shots: Mapping[str, str] | None = None) -> Target:
@@ -114,19 +123,11 @@ def entity_description(placeholder: str = "x", *, shots: Mapping[str, str] | Non
     >>> entity_description(shots={"Pizza": "food from Italy"}).prompt
     'Pizza: food from Italy, x'
     """
-    shown = _ENTITIES if shots is None else shots
-    return _target("".join(f"{name}: {what}, " for name, what in shown.items()) + placeholder, placeholder)
-
-
-def relations() -> list[str]:
-    """The 22 relations that `attribute` knows, by the names of the authors' files.
-
-    Source: Ghandeharioun et al. 2024 (Patchscopes), section 4.2 and appendix C.
-
-    >>> len(relations()), relations()[:2]
-    (22, ['company_ceo', 'country_capital_city'])
-    """
-    return list(_RELATIONS)
+    if shots is not None and not isinstance(shots, Mapping):
+        raise TypeError(f"shots must be a mapping {{entity: description}}, got {type(shots).__name__}")
+    entities = _ENTITIES if shots is None else shots
+    shown = "".join(f"{name}: {description}, " for name, description in entities.items())
+    return _target(shown, placeholder, ends_with_it=True)
 
 
 def attribute(relation: str, placeholder: str = "x") -> Target:
@@ -135,7 +136,7 @@ def attribute(relation: str, placeholder: str = "x") -> Target:
     Used with every l and every l*, the last token of the subject as source, and `max_new_tokens=20`.
 
     Args:
-        relation: a name of `relations()`, or a prompt of your own that contains the placeholder as a word.
+        relation: a name in `RELATIONS`, or a prompt of your own that contains the placeholder as a word.
         placeholder: the word that receives the vector (its last occurrence); one token.
 
     Raises:
@@ -146,12 +147,13 @@ def attribute(relation: str, placeholder: str = "x") -> Target:
     >>> attribute("country_capital_city").prompt, attribute("The mayor of x").prompt
     ('The capital city of x', 'The mayor of x')
     """
-    if relation in _RELATIONS:
-        return _target(_RELATIONS[relation].format(placeholder), placeholder)
+    _check_placeholder(placeholder)
+    if plain_text("relation", relation) in RELATIONS:
+        return _target(RELATIONS[relation].format(placeholder), placeholder)
     if " " in relation:
         return _target(relation, placeholder)
-    near = difflib.get_close_matches(relation, _RELATIONS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"tll.scopes.relations() are {relations()}."
+    near = difflib.get_close_matches(relation, RELATIONS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"tll.scopes.RELATIONS has {list(RELATIONS)}."
     raise ValueError(f"no relation {relation!r}: {hint} Or give a prompt with the placeholder {placeholder!r} in it")
 
 
@@ -162,12 +164,12 @@ def selfie(
     placeholder: str = "_",
     chat: tuple[str, str] = ("[INST]", "[/INST]"),
 ) -> Target:
-    """A message of placeholders that all receive the vector, and an answer that begins to summarise it.
+    """A message of placeholders that all receive the vector, and the beginning of its summary.
 
-    Used with `target_layers=[1]`. Wants a model that follows instructions.
+    Used with `target_layers=[1]`, on a model that follows instructions.
 
     Args:
-        n_placeholders: how many.
+        n_placeholders: how many, at least 1.
         question: what follows the message.
         placeholder: one token, written with spaces around it.
         chat: the marks around the user's message: Llama 2's by default; `("", "")` for none.
@@ -181,22 +183,25 @@ def selfie(
     >>> selfie(3).prompt
     '[INST] _ _ _ [/INST] Sure, I will summarize the message:'
     """
-    if n_placeholders < 1:
-        raise ValueError(f"selfie needs at least one placeholder, got n_placeholders={n_placeholders}")
+    n_placeholders = whole_number("n_placeholders", n_placeholders, least=1)
     _check_placeholder(placeholder)
-    prompt = " ".join(part for part in (chat[0], *[placeholder] * n_placeholders, chat[1], question) if part)
+    question = plain_text("question", question)
+    marks = [plain_text("a mark of chat", mark) for mark in several("chat", chat, "two texts")]
+    if len(marks) != 2:
+        raise ValueError(f"chat must be two texts, the marks before and after the message, got {chat!r}")
+    prompt = " ".join(part for part in (marks[0], *[placeholder] * n_placeholders, marks[1], question) if part)
     # Counted from the end: the text of BOS may hold the placeholder too ("<|begin_of_text|>").
-    after = chat[1].count(placeholder) + question.count(placeholder)
+    after = marks[1].count(placeholder) + question.count(placeholder)
     return Target(prompt, [at(placeholder, occurrence=i - n_placeholders - after) for i in range(n_placeholders)])
 
 
 def future_lens(
     prompt: str | Tensor = 'Hello! Could you please tell me more about "', placeholder: str | None = None
 ) -> Target:
-    """A prompt whose last token receives the vector and which then tells the tokens that the source was about to say.
+    """A prompt whose last token receives the vector; its continuation predicts the source's next tokens.
 
-    Used with `target_layers=None` (l* = l), or a linear `map`; the first new token is what follows the source's token
-    at once, the second what follows that.
+    Used with `target_layers=None` (l* = l), or a linear `map`. The first new token predicts the source's next token, the
+    second the one after it.
 
     Args:
         prompt: text, or a learned soft prompt `[pos, d_model]` (of 10 vectors in the paper). The other texts of the
@@ -219,12 +224,14 @@ def future_lens(
         raise ValueError(
             "a soft prompt has no text to find a placeholder in: leave placeholder=None, the last position"
         )
-    return _target(prompt, placeholder)
+    return _target(plain_text("prompt", prompt), placeholder)
 
 
-def _target(prompt: str, placeholder: str) -> Target:
+def _target(prompt: str, placeholder: str, *, ends_with_it: bool = False) -> Target:
     """The last occurrence of the placeholder: the text of BOS may hold an "x" too, and so may words before it."""
     _check_placeholder(placeholder)
+    if ends_with_it:
+        prompt += placeholder
     if placeholder not in prompt:
         raise ValueError(
             f"the placeholder {placeholder!r} is not in the prompt {prompt!r}: put it where the vector goes"
@@ -233,5 +240,25 @@ def _target(prompt: str, placeholder: str) -> Target:
 
 
 def _check_placeholder(placeholder: str) -> None:
-    if not placeholder.strip():
+    if not plain_text("placeholder", placeholder).strip():
         raise ValueError(f"expected a placeholder of one token, such as 'x', got {placeholder!r}")
+
+
+_MOVED = {
+    "activation_patching": "activation_patching", "attention_knockout": "attention_knockout",
+    "causal_tracing": "causal_tracing", "logit_lens_as_patchscope": "logit_lens", "multihop": "multihop",
+    "tuned_lens_as_patchscope": "tuned_lens",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Old names, for one version: the methods are `tll.methods`, and `relations()` is the list of `RELATIONS`."""
+    if name == "relations":
+        say(
+            "tll.scopes.relations() is tll.scopes.RELATIONS now, a dictionary of prompts by name: list(tll.scopes.RELATIONS)"
+        )
+        return lambda: list(RELATIONS)
+    if name in _MOVED:
+        say(f"tll.scopes.{name} is tll.methods.{_MOVED[name]} now")
+        return getattr(import_module("tl_lenses.methods"), _MOVED[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Where the vectors of a patchscope come from: prompts, read in as few passes as there are prompt lengths, or tensors."""
+"""Where the vectors of a patchscope come from: tensors, or prompts, read in one pass per prompt length."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_lenses.hooks import Hook, hooked, installed, marked
+from tl_lenses.decoding import Decoder
+from tl_lenses.hooks import Hook, installed, marked
 from tl_lenses.hooks import read as read_hook
-from tl_lenses.model import Decoder, LensModel, n_layers, prepare
-from tl_lenses.sites import LayerOrSite, Position, positions, sites
+from tl_lenses.layers import LayerOrSite
+from tl_lenses.model import LensModel, hooked, n_layers, prepare
+from tl_lenses.sites import Position, positions, sites
 
 # Columns of one source pass: enough to fill a processor, small beside a model.
 _PASS_TOKENS = 4096
+
+# Text, token ids, the output of a tokenizer, or the messages of a chat.
+Tokens = str | Tensor | Sequence[int] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+# The vectors of one source at each layer; None where vectors have no layer.
+VectorsByLayer = dict[LayerOrSite | None, Float[Tensor, "_k _d"]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,9 @@ class Source:
     """Where a vector comes from: text, token ids, or vectors.
 
     Args:
-        prompt: text (BOS is prepended), token ids `[pos]`, or vectors: `[d_model]` and `[n, d_model]` have no layer,
-            `[n, n_layers + 1, d_model]`
-            are indexed by layer.
+        prompt: text (BOS is prepended), token ids `[pos]`, the output of a tokenizer or of `apply_chat_template`, a list
+            of chat messages, or vectors: `[d_model]` and `[n, d_model]` have no layer, `[n, n_layers + 1, d_model]` are
+            indexed by layer.
         pos: int, substring (its last token), `tll.at(...)` or slice; -1 is the last token. A list is a span for as many
             target positions.
 
@@ -34,7 +41,7 @@ class Source:
         Source(prompt='Diana, Princess of Wales', pos='Wales')
     """
 
-    prompt: str | Tensor | Sequence[int]
+    prompt: Tokens
     pos: Position = -1
 
     @property
@@ -49,122 +56,124 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """One entry of the source axis: a label, the vectors by layer (None: without one), and the prompt they come from."""
+class ReadySource:
+    """One entry of the source axis, checked before anything runs."""
 
-    label: str
-    by_layer: dict[Any, Float[Tensor, "k d"]]
-    tokens: Int[Tensor, "1 pos"] | None = None
-    columns: tuple[int, ...] = ()
+    label: str  # the text of the prompt, or the number of the vector
+    tokens: Int[Tensor, "1 pos"] | None = None  # the ids of a prompt; None for vectors
+    columns: tuple[int, ...] = ()  # the columns of the prompt whose vectors are taken
+    given: dict[Any, Float[Tensor, "_k _d"]] | None = None  # the vectors by layer, where the source is vectors
 
 
-def ids_of(prompt: str | Tensor | Sequence[int]) -> str | Tensor:
-    """Text and tensors as they are, a list of ids as a tensor.
+def ready_sources(
+    model: LensModel, sources: Sequence[Source], layers: Iterable[LayerOrSite | None], *, prepend_bos: bool = True
+) -> list[ReadySource]:
+    """Sources as ids and columns, or as vectors by layer. A tensor of n vectors gives n entries.
 
-    Raises:
-        TypeError: neither, such as a numpy array of vectors (whose numbers would be cut off to ids).
+    Args:
+        layers: the layers and sites that will be read, or None for vectors without a layer.
     """
-    if isinstance(prompt, (str, Tensor)):
-        return prompt
-    ids = list(prompt) if isinstance(prompt, Iterable) else [None]
-    if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in ids):
-        raise TypeError(
-            f"expected text, token ids or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one"
-        )
-    return torch.tensor([operator.index(i) for i in ids], dtype=torch.long)  # pyright: ignore[reportArgumentType]
+    layers = list(dict.fromkeys(layers))
+    ready: list[ReadySource] = []
+    for source in sources:
+        if source.has_vectors:
+            ready += _given(model, source, layers)
+            continue
+        tokens = ids_of(model, source.prompt, "Source", prepend_bos=prepend_bos)
+        columns = tuple(positions(model, tokens, source.pos)[0].tolist())
+        label = source.prompt
+        if not isinstance(label, str):
+            ids, tokenizer = tokens[0].tolist(), getattr(model, "tokenizer", None)
+            label = str(ids) if tokenizer is None else tokenizer.decode(ids)
+        ready.append(ReadySource(label, tokens, columns))
+    return ready
+
+
+def ids_of(model: LensModel, prompt: Tokens, kind: str, *, prepend_bos: bool = True) -> Int[Tensor, "1 pos"]:
+    """The ids of one prompt, without pads."""
+    if not (isinstance(prompt, (str, Tensor, Mapping)) or is_chat(prompt)):
+        ids = list(prompt) if isinstance(prompt, Iterable) else [None]
+        if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in ids):
+            raise TypeError(
+                f"expected text, token ids, chat messages or a tensor of vectors, got {type(prompt).__name__}: torch.as_tensor(...) makes one"
+            )
+        prompt = torch.tensor([operator.index(i) for i in ids], dtype=torch.long)  # pyright: ignore[reportArgumentType]
+    tokens, mask, _ = prepare(model, prompt, prepend_bos=prepend_bos)  # type: ignore[arg-type]
+    if len(tokens) != 1:
+        does = "to combine several" if kind == "Target" else "for several"
+        raise ValueError(f"a {kind} is one prompt: pass a list of {kind}s {does}")
+    return tokens if mask is None else tokens[:, mask[0].bool()]
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages, such as `{"role": "user", "content": "Hello"}`."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
 
 
 def collect(
-    model: LensModel,
-    sources: Sequence[Source],
-    layers: Iterable[LayerOrSite | None],
-    hooks: Sequence[Hook],
-    *,
-    prepend_bos: bool = True,
-) -> list[Vectors]:
-    """The vectors of every source at every layer asked for: `collect_along` with nobody along."""
-    return collect_along(model, sources, layers, hooks, (), prepend_bos=prepend_bos)[0]
+    model: LensModel, sources: Sequence[Source], layers: Iterable[LayerOrSite | None], hooks: Sequence[Hook] = (),
+    *, prepend_bos: bool = True,
+) -> list[VectorsByLayer]:  # fmt: skip
+    """The vectors of every source at every layer: `ready_sources`, then `read_vectors`."""
+    layers = list(dict.fromkeys(layers))
+    return read_vectors(model, ready_sources(model, sources, layers, prepend_bos=prepend_bos), layers, hooks)[0]
 
 
-def collect_along(
-    model: LensModel,
-    sources: Sequence[Source],
-    layers: Iterable[LayerOrSite | None],
-    hooks: Sequence[Hook],
-    along: Sequence[Int[Tensor, "1 _"]],
-    *,
-    prepend_bos: bool = True,
-) -> tuple[list[Vectors], list[Decoder | None]]:
-    """The vectors of every source at every layer asked for: one pass per prompt length, whatever the number of layers.
+def read_vectors(
+    model: LensModel, sources: Sequence[ReadySource], layers: Iterable[LayerOrSite | None],
+    hooks: Sequence[Hook] = (), prefixes: Sequence[Int[Tensor, "1 _"]] = (),
+) -> tuple[list[VectorsByLayer], list[Decoder | None]]:  # fmt: skip
+    """The vectors of every source at every layer: one pass per prompt length, whatever the number of layers.
 
     Prompts of equal length share a pass, equal prompts share a row, so nothing is padded. With `hooks` (whose positions
     and values may be for a single row) every prompt runs alone.
 
     Args:
-        model: runs the prompts.
-        sources: what was asked for.
-        layers: layers and sites to read, or None for vectors without a layer.
-        hooks: the user's interventions on the source run.
-        along: other prompts whose keys and values are wanted. They ride in the first pass of about their length: a pass
-            over one short prompt costs nearly what a pass over several does.
-        prepend_bos: for text.
-
-    Returns:
-        The vectors by source, and a decoder per prompt of `along` (None: it did not find a seat).
-
-    Raises:
-        ValueError: a position that is not there, vectors of another shape, vectors that are not finite.
+        prefixes: extra prompts, run in the same batch when lengths are close, which saves a pass.
     """
-    riders: list[Decoder | None] = [None] * len(along)
-    wanted = list(dict.fromkeys(layers))
-    ready: list[list[Vectors] | None] = [_given(model, one, wanted) if one.has_vectors else None for one in sources]
-    jobs: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> ids -> sources
-    prompts: dict[int, Int[Tensor, "1 pos"]] = {}
-    columns: dict[int, tuple[int, ...]] = {}
-    for i, one in enumerate(sources):
-        if ready[i] is None:
-            batch = prepare(model, ids_of(one.prompt), prepend_bos=prepend_bos)
-            if len(batch.tokens) != 1:
-                raise ValueError("a Source is one prompt: pass a list of Sources for several")
-            prompts[i] = batch.tokens
-            columns[i] = tuple(positions(model, batch.tokens, one.pos)[0].tolist())
-            ids = tuple(batch.tokens[0].tolist())
-            jobs.setdefault(len(ids), {}).setdefault(ids, []).append(i)
-    for length, by_ids in jobs.items():
-        rows = list(by_ids.items())
+    layers = list(dict.fromkeys(layers))
+    vectors: list[VectorsByLayer] = [dict(source.given or {}) for source in sources]
+    decoders: list[Decoder | None] = [None] * len(prefixes)
+    for length, prompts in _by_length(sources).items():
         width = 1 if hooks else max(1, _PASS_TOKENS // length)
-        for start in range(0, len(rows), width):
-            part = rows[start : start + width]
-            tokens = torch.cat([prompts[mine[0]] for _, mine in part])
-            seats = [i for i, other in enumerate(along) if riders[i] is None and _alike(length, other.shape[1])]
-            seen, decoder = _read(model, _stacked([tokens, *(along[i] for i in seats)]), wanted, hooks)
-            for row, i in enumerate(seats, start=len(part)):
-                riders[i] = decoder.cut(row, along[i].shape[1])
-            for row, (_, mine) in enumerate(part):
-                for i in mine:
-                    found = {layer: x[row, list(columns[i])].flatten(1) for layer, x in seen.items()}
-                    prompt = sources[i].prompt
-                    label = prompt if isinstance(prompt, str) else _decode(model, prompts[i][0])
-                    ready[i] = [Vectors(label, found, prompts[i], columns[i])]
-    collected = [one for several in ready for one in several or []]
-    for one in collected:
-        for layer, vector in one.by_layer.items():
-            if not bool(vector.isfinite().all()):
-                where = "" if layer is None else f" at layer {layer}"
-                raise ValueError(f"the vectors of source {one.label!r}{where} are not finite: NaN or infinity in them")
-    return collected, riders
+        for start in range(0, len(prompts), width):
+            rows = prompts[start : start + width]
+            # Close: to pad the shorter of the two costs less than a pass of its own.
+            widths = [(length, prefix.shape[1]) for prefix in prefixes]
+            close = [i for i, w in enumerate(widths) if decoders[i] is None and max(w) <= 2 * min(w)]
+            batch = [sources[sharing[0]].tokens for sharing in rows] + [prefixes[i] for i in close]
+            seen, decoder = _read(model, _stacked(batch), layers, hooks)  # type: ignore[arg-type]
+            for row, i in enumerate(close, start=len(rows)):
+                decoders[i] = decoder.cut(row, prefixes[i].shape[1])
+            for row, sharing in enumerate(rows):
+                for i in sharing:
+                    columns = list(sources[i].columns)
+                    vectors[i] = {layer: x[row, columns].flatten(1) for layer, x in seen.items()}
+                    _check_finite(sources[i].label, vectors[i])
+    return vectors, decoders
 
 
-def _alike(a: int, b: int) -> bool:
-    """Whether padding the shorter of two prompts costs less than a pass of its own."""
-    return max(a, b) <= 2 * min(a, b)
+def _by_length(sources: Sequence[ReadySource]) -> dict[int, list[list[int]]]:
+    """Prompt length -> the prompts of this length, each as the sources (by number) that share it."""
+    groups: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    for i, source in enumerate(sources):
+        if source.tokens is not None:
+            ids = tuple(source.tokens[0].tolist())
+            groups.setdefault(len(ids), {}).setdefault(ids, []).append(i)
+    return {length: list(by_ids.values()) for length, by_ids in groups.items()}
 
 
-def _stacked(prompts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "rows pos"]:
-    """Prompts of different lengths as one batch, repeating last tokens on the right: what lies behind a column never
-    reaches it, so there is nothing to mask."""
-    width = max(one.shape[1] for one in prompts)
-    return torch.cat([torch.cat([one, one[:, -1:].expand(-1, width - one.shape[1])], 1) for one in prompts])
+def _check_finite(label: str, vectors: VectorsByLayer) -> None:
+    for layer, vector in vectors.items():
+        if not bool(vector.isfinite().all()):
+            where = "" if layer is None else f" at layer {layer}"
+            raise ValueError(f"the vectors of source {label!r}{where} are not finite: NaN or infinity in them")
+
+
+def _stacked(prompts: Sequence[Int[Tensor, "1 _"]]) -> Int[Tensor, "rows pos"]:
+    """Prompts as one batch, the last token repeated on the right: no column attends to later ones, so no mask is needed."""
+    width = max(prompt.shape[1] for prompt in prompts)
+    return torch.cat([torch.cat([p, p[:, -1:].expand(-1, width - p.shape[1])], 1) for p in prompts])
 
 
 def _read(
@@ -173,14 +182,14 @@ def _read(
     """Activations `[row, pos, ...]` by layer of one pass, and the keys and values that it left."""
     seen: dict[Any, Tensor] = {}
     names = sites(model, layers)
-    # The logits are of no use, unless somebody looks on.
-    spare = not (hooks or any(name.startswith("unembed") for name in names.values()) or hooked(model))
+    # The logits are not used, unless hooks look at them.
+    needs_no_logits = not (hooks or any(name.startswith("unembed") for name in names.values()) or hooked(model))
     decoder = Decoder(model)
     with (
         installed(model, [*hooks, *(read_hook(name, seen, key=layer) for layer, name in names.items())]),
         marked(0, tokens.shape[1]),
     ):
-        decoder.feed(tokens, last=0 if spare else None)
+        decoder.feed(tokens, last=0 if needs_no_logits else None)
     for layer, x in seen.items():
         if x.ndim < 3 or x.shape[:2] != tokens.shape:
             raise ValueError(
@@ -189,33 +198,27 @@ def _read(
     return seen, decoder
 
 
-def _given(model: LensModel, one: Source, layers: list[Any]) -> list[Vectors]:
-    """Vectors as they were passed."""
-    vectors: Tensor = one.prompt  # type: ignore[assignment]
-    if not (isinstance(one.pos, int) and one.pos == -1):
+def _given(model: LensModel, source: Source, layers: list[Any]) -> list[ReadySource]:
+    """Vectors as they were passed, one entry each."""
+    vectors: Tensor = source.prompt  # type: ignore[assignment]
+    shape = list(vectors.shape)
+    if not (isinstance(source.pos, int) and source.pos == -1):
         raise ValueError(
-            f"vectors have no positions to choose from, got pos={one.pos!r}: leave it out, and index the tensor"
+            f"vectors have no positions to choose from, got pos={source.pos!r}: leave it out, and index the tensor"
         )
     if not vectors.numel():
-        raise ValueError(
-            f"there are no vectors in a tensor of shape {list(vectors.shape)}: expected [n, d_model], n >= 1"
-        )
+        raise ValueError(f"there are no vectors in a tensor of shape {shape}: expected [n, d_model], n >= 1")
     if vectors.ndim == 3:
         if vectors.shape[1] != n_layers(model) + 1:
-            raise ValueError(
-                f"vectors [n, n_layers + 1, d_model] need {n_layers(model) + 1} layers, got {list(vectors.shape)}"
-            )
-        if sites := [layer for layer in layers if isinstance(layer, str)]:
-            raise ValueError(f"vectors [n, n_layers + 1, d_model] have residual layers only, got {sites[0]!r}")
-        return [Vectors(f"vector {i}", {layer: v[layer][None] for layer in layers}) for i, v in enumerate(vectors)]
-    if vectors.ndim not in (1, 2):
-        raise ValueError(
-            f"expected vectors [d_model], [n, d_model] or [n, n_layers + 1, d_model], got {list(vectors.shape)}"
-        )
-    rows = vectors[None] if vectors.ndim == 1 else vectors
-    return [Vectors(f"vector {i}", {None: v[None]}) for i, v in enumerate(rows)]
-
-
-def _decode(model: LensModel, ids: Int[Tensor, " pos"]) -> str:
-    tokenizer = getattr(model, "tokenizer", None)
-    return str(ids.tolist()) if tokenizer is None else tokenizer.decode(ids.tolist())
+            raise ValueError(f"vectors [n, n_layers + 1, d_model] need {n_layers(model) + 1} layers, got {shape}")
+        if hook_names := [layer for layer in layers if isinstance(layer, str)]:
+            raise ValueError(f"vectors [n, n_layers + 1, d_model] have residual layers only, got {hook_names[0]!r}")
+        by_layer = [{layer: v[layer][None] for layer in layers} for v in vectors]
+    elif vectors.ndim in (1, 2):
+        by_layer = [{None: v[None]} for v in vectors.reshape(-1, vectors.shape[-1])]
+    else:
+        raise ValueError(f"expected vectors [d_model], [n, d_model] or [n, n_layers + 1, d_model], got {shape}")
+    ready = [ReadySource(f"vector {i}", given=given) for i, given in enumerate(by_layer)]
+    for entry in ready:
+        _check_finite(entry.label, entry.given or {})
+    return ready

@@ -1,5 +1,6 @@
-"""Token text made visible: marks for what would not be seen, and cutting to a width in terminal cells."""
+"""Token text for display: marks for invisible characters, and cutting to a width in terminal cells."""
 
+import os
 import re
 import unicodedata
 
@@ -60,7 +61,7 @@ def cell_width(text: str) -> int:
 
 
 def clip(text: str, room: int) -> str:
-    """Cut to `room` terminal cells, with "…" where something is left out.
+    """Cut to `room` terminal cells, with "…" in place of the rest.
 
     >>> clip("·internationally", 8)
     '·intern…'
@@ -84,3 +85,30 @@ def pad(text: str, room: int) -> str:
     """Clip, then fill with spaces: exactly `room` cells wide."""
     text = clip(text, room)
     return text + " " * (room - cell_len(text))
+
+
+def shorten(text: str, room: int) -> str:
+    """Cut to `room` cells with "…" in the middle.
+
+    >>> shorten("abcdefghij", 5)
+    'ab…ij'
+    """
+    if cell_width(text) <= room:
+        return text
+    head = clip(text, max(room - room // 2, 1)).removesuffix("…")
+    tail = text[::-1]
+    tail = clip(tail, room // 2 + 1).removesuffix("…")[::-1] if room > 1 else ""
+    return f"{head}…{tail}"
+
+
+def distinct(labels: list[str], room: int) -> list[str]:
+    """Labels in at most `room` cells, cut first where all are equal: "…of Japan is…", "…of Peru is…"."""
+    if len(set(labels)) > 1 and any(cell_width(label) > room for label in labels):
+        head = os.path.commonprefix(labels)
+        tail = os.path.commonprefix([label[len(head) :][::-1] for label in labels])[::-1]
+        longest = max(len(label) for label in labels) - len(head) - len(tail)
+        spare = max(room - longest - 2, 0) // 2
+        before, after = max(len(head) - spare, 0), max(len(tail) - spare, 0)
+        cut = (label[before : len(label) - after] for label in labels)
+        labels = ["…" * (before > 0) + label + "…" * (after > 0) for label in cut]
+    return [shorten(label, room) for label in labels]

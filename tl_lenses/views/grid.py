@@ -1,4 +1,4 @@
-"""From a trajectory to what every view draws: row labels, real columns, cell texts and values as plain lists.
+"""The input of every view, from a trajectory: row labels, real columns, cell texts and values as plain lists.
 
 A trajectory is known here only by its attributes (`layers, n_layers, name, model_name, tokens, mask, targets,
 anti_targets, stats, top_ids, top_probs, vocab`).
@@ -6,13 +6,16 @@ anti_targets, stats, top_ids, top_probs, vocab`).
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from tl_lenses.views.style import STATS, Scale, Stat, scale_of, stat_info
+from tl_lenses.checks import index, several
+from tl_lenses.files import readable
+from tl_lenses.views.style import STATS, Scale, Stat, between, scale_of, stat_info, versus
 
 Trajectory = Any  # duck-typed: a view never imports what it draws
 
@@ -30,7 +33,7 @@ class Grid:
 
 
 def grid(traj: Trajectory, batch: int = 0, top: int | None = None) -> Grid:
-    """The cells of batch row `batch`; `top` tokens each, all that there are if None.
+    """The cells of batch row `batch`, each with its `top` likeliest tokens (all if None).
 
     ValueError for a row out of range and for a trajectory without top tokens.
     """
@@ -54,6 +57,15 @@ def grid(traj: Trajectory, batch: int = 0, top: int | None = None) -> Grid:
     )
 
 
+def checked(traj: Any) -> Trajectory:
+    """A trajectory."""
+    if not all(hasattr(traj, name) for name in ("layers", "tokens", "mask", "stats", "top_ids")):
+        raise TypeError(
+            f"expected a trajectory, or a mapping of them, got {type(traj).__name__}: tll.trajectory makes one"
+        )
+    return traj
+
+
 def token(traj: Trajectory, i: int) -> str:
     """The text of a token id as the trajectory's vocabulary has it, else `<i>`."""
     return traj.vocab.get(i, f"<{i}>")
@@ -62,35 +74,47 @@ def token(traj: Trajectory, i: int) -> str:
 def batch_row(traj: Trajectory, batch: int) -> int:
     """`batch` counted from the front; ValueError outside the batch."""
     n = traj.tokens.shape[0]
-    if not -n <= batch < n:
-        raise ValueError(f"batch={batch} is out of range: this trajectory has {n} row{'s' * (n > 1)} (0..{n - 1})")
-    return batch % n
+    return index("batch", batch, n, f"this trajectory has {n} row{'s' * (n > 1)}")
 
 
-def row_labels(layers: tuple[int | str, ...]) -> list[str]:
-    """Short names of the rows, the full ones where short names would collide.
+def row_labels(layers: tuple[Any, ...]) -> list[str]:
+    """Short names of the rows (layers, sites, or tuples of them), the full ones where short names would collide.
 
     >>> row_labels((0, "blocks.3.hook_resid_mid", "blocks.3.attn.hook_z"))
     ['0', '3 resid_mid', '3 attn.z']
     """
-    short = [re.sub(r"^blocks\.(\d+)\.", r"\1 ", str(layer)).replace("hook_", "") for layer in layers]
-    return short if len(set(short)) == len(short) else [str(layer) for layer in layers]
+    short = [re.sub(r"^blocks\.(\d+)\.", r"\1 ", readable(str(layer))).replace("hook_", "") for layer in layers]
+    return short if len(set(short)) == len(short) else [readable(str(layer)) for layer in layers]
 
 
 def available(traj: Trajectory) -> list[str]:
-    """The statistics that can be drawn, in the table's order first. `max_prob` is there wherever top tokens are."""
+    """The statistics that can be drawn, those of `STATS` first. Top tokens give `max_prob` too."""
     names = {*traj.stats, *(["max_prob"] if traj.top_ids.shape[-1] else [])}
     return [n for n in STATS if n in names] + [n for n in traj.stats if n not in STATS]
 
 
 def pick(traj: Trajectory, stat: str | None) -> Stat:
-    """The statistic asked for, else kl, entropy or the first one there. ValueError lists the available ones."""
-    names = available(traj)
+    """The named statistic; None takes kl, else entropy, else the first. ValueError lists the available ones."""
+    names = available(checked(traj))
     if stat is None:
-        return stat_info(next((n for n in ("kl", "entropy") if n in names), names[0]))
-    if stat not in names:
+        return stat_of(traj, next((n for n in ("kl", "entropy") if n in names), names[0]))
+    if not isinstance(stat, str) or stat not in names:
         raise ValueError(f"no statistic {stat!r} in this trajectory: it has {', '.join(names)}")
-    return stat_info(stat)
+    return stat_of(traj, stat)
+
+
+def stat_of(traj: Trajectory, name: str) -> Stat:
+    """How a statistic of this trajectory is drawn."""
+    return getattr(traj, "drawn", {}).get(name) or stat_info(name)
+
+
+def set_aside(*trajs: Trajectory) -> Bool[Tensor, "batch pos"]:
+    """Positions that the fit of one of these lenses left out (`skip_first`): drawn faded, and no part of a colour scale."""
+    out = [x for t in trajs if (x := getattr(t, "left_out", None)) is not None]
+    return torch.stack(out).any(0) if out else torch.zeros_like(trajs[0].mask)
+
+
+FADED = "faded: position 0, which the fit left out (skip_first), as the colour scale does"
 
 
 def values(traj: Trajectory, stat: Stat) -> Tensor:
@@ -110,30 +134,82 @@ def row_values(traj: Trajectory, stat: Stat, batch: int, positions: list[int]) -
 
 def scale(stat: Stat, *trajs: Trajectory) -> Scale:
     """One colour range for all rows of all these trajectories, so that their pictures compare."""
-    return scale_of(
-        stat, torch.cat([values(t, stat).flatten() for t in trajs if stat.name in available(t)]).sort().values.tolist()
-    )
+    used = ~set_aside(*trajs)
+    shown = [values(t, stat)[:, used].flatten() for t in trajs if stat.name in available(t)]
+    return scale_of(stat, torch.cat(shown).sort().values.tolist())
 
 
 def lenses(traj: Trajectory | Mapping[str, Trajectory]) -> dict[str, Trajectory]:
     """A trajectory or a mapping of them as a dict by lens name. ValueError where their layers or tokens differ."""
     if not isinstance(traj, Mapping):
-        return {traj.name or "lens": traj}
-    found = {str(name): one for name, one in traj.items()}
-    if not found:
+        return {checked(traj).name or getattr(traj, "settings", {}).get("lens", "lens"): traj}
+    by_name = {readable(str(name)): checked(trajectory) for name, trajectory in traj.items()}
+    if not by_name:
         raise ValueError("expected at least one trajectory, got an empty mapping")
-    first_name, first = next(iter(found.items()))
-    for name, other in found.items():
+    first_name, first = next(iter(by_name.items()))
+    for name, other in by_name.items():
         if tuple(other.layers) != tuple(first.layers):
             raise ValueError(
                 f"the lenses {first_name!r} and {name!r} have different layers: {first.layers} and {other.layers}"
             )
         if not torch.equal(other.tokens, first.tokens) or not torch.equal(other.mask, first.mask):
             raise ValueError(f"the lenses {first_name!r} and {name!r} were read on different tokens")
-    return found
+    return by_name
 
 
-def heading(traj: Trajectory) -> str:
-    """`pythia-70m, tuned lens`, as far as the names are known."""
-    lens = f"{traj.name} lens" if traj.name else "lens"
-    return f"{traj.model_name}, {lens}" if traj.model_name else lens
+@dataclass(frozen=True)
+class Difference:
+    """What two lenses say on the same prompt, as a trajectory to draw: the statistics of a minus those of b, and how far
+    they are from each other; the tokens in its cells are a's. `drawn` has the statistics by name.
+    """
+
+    name: str
+    of: tuple[str, str]
+    layers: tuple[Any, ...]
+    n_layers: int
+    model_name: str
+    tokens: Tensor
+    mask: Tensor
+    targets: Tensor
+    top_ids: Tensor
+    top_probs: Tensor
+    vocab: Mapping[int, str]
+    left_out: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    drawn: dict[str, Stat] = field(default_factory=dict)
+
+
+def difference(trajs: Mapping[str, Trajectory], pair: tuple[str, str]) -> Difference:
+    """The first lens of a pair of names minus the second at every cell (of ranks, log₁₀); with `divergence` where `trajs` has it.
+
+    ValueError for a name that is not there, or twice the same.
+    """
+    by_name, names = lenses(trajs), several("diff", pair, "names of two lenses")
+    if any(not isinstance(n, str) or n not in by_name for n in names) or len(set(names)) != 2 or len(names) != 2:
+        raise ValueError(f"a difference needs two of the lenses {', '.join(by_name)}, got {pair!r}")
+    a, b = names
+    x, y = by_name[a], by_name[b]
+    made = Difference(
+        f"{a} − {b}", (a, b), x.layers, x.n_layers, x.model_name, x.tokens, x.mask, x.targets, x.top_ids, x.top_probs,
+        {**y.vocab, **x.vocab}, set_aside(x, y),
+    )  # fmt: skip
+    for stat in (stat_of(x, name) for name in available(x) if name in available(y)):
+        left, right = values(x, stat), values(y, stat)
+        made.stats[stat.name] = left.log10() - right.log10() if stat.curve == "log" else left - right
+        made.drawn[stat.name] = versus(stat, a, b)
+    if hasattr(trajs, "divergence"):
+        for kind, stat in between(a, b).items():
+            made.stats[stat.name], made.drawn[stat.name] = trajs.divergence(a, b, kind), stat  # type: ignore[attr-defined]
+    return made
+
+
+def base_name(model: str) -> str:
+    """`SmolLM2-135M` of `HuggingFaceTB/SmolLM2-135M` or of a folder."""
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+
+
+def heading(traj: Trajectory, name: str = "") -> str:
+    """`pythia-70m, tuned lens`; a lens without a name is called by its kind."""
+    name = name or traj.name or getattr(traj, "settings", {}).get("lens", "")
+    lens = name if isinstance(traj, Difference) else f"{name} lens" if name else "lens"
+    return readable(f"{base_name(traj.model_name)}, {lens}" if traj.model_name else lens)

@@ -1,23 +1,25 @@
-"""Views of a patchscope's result: what the target prompt says, by pair of layers (l, l*) and source.
+"""Views of a patchscope's result: the next token or the text of the target prompt, by pair of layers (l, l*) and source.
 
-One of three tables, chosen by what there is to show: a matrix l x l* per source for a sweep of many l with many l*, a
-row per source where there are many sources, otherwise a row per pair and a column per source.
+One of three tables: a matrix l x l* per source for a sweep of many l with many l*, a row per source where there are many
+sources, otherwise a row per pair and a column per source.
 
 A result is known here only by its attributes (`sources, pairs, top_ids, top_probs, vocab, text, settings`).
 """
 
-import os
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.style import Style
 from rich.text import Text
 
-from tl_lenses.views.glyphs import cell_width, clip, clip_parts, pad, parts, readable
+from tl_lenses.checks import index
+from tl_lenses.views.cells import cell_style, color_legend, in_blocks
+from tl_lenses.views.glyphs import cell_width, clip, clip_parts, distinct, pad, parts, readable, shorten
 from tl_lenses.views.grid import row_labels, token
+from tl_lenses.views.heatmap import Heat
 from tl_lenses.views.style import STATS, ink, number, ramp, scale_of
 
 Result = Any  # duck-typed: a view never imports what it draws
@@ -27,10 +29,9 @@ _FULL = 0.4  # share of the cells l x l* that a sweep has to fill to be drawn as
 _WIDEST, _NARROWEST = 10, 3  # terminal cells for a token
 _TEXT = 24  # terminal cells that a column of texts gets at least
 _NUMBER = 5  # a space and a probability
-_TERMINAL, _PAGE = (600, 200), (10_000, 10_000)  # cells and rows that are drawn; what is left out is said
+_TERMINAL, _PAGE = (600, 200), (10_000, 10_000)  # most cells and rows that are drawn; a note counts the rest
 _TOP = 5  # tokens on hover
 _SCALE = scale_of(STATS["max_prob"], [])  # from 0 to 1, whatever the values
-_MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class ScopeView:
-    """What `patchscope_table` returns: laid out when a console asks, since only that knows its width and colours."""
+    """The result of `patchscope_table`: laid out when a console prints it, which knows its width and colours."""
 
     prompt: str
     notes: list[str]
@@ -81,7 +82,7 @@ def patchscope_table(result: Result) -> ScopeView:
 
     >>> rich.print(patchscope_table(result))
     """
-    return ScopeView(_prompt(result), _notes(result), _panels(result, *_TERMINAL), result.text is not None)
+    return ScopeView(_prompt(_checked(result)), _notes(result), _panels(result, *_TERMINAL), result.text is not None)
 
 
 def patchscope_html(result: Result) -> str:
@@ -91,80 +92,60 @@ def patchscope_html(result: Result) -> str:
     """
     panels = _panels(result, *_PAGE)
     prompt = _prompt(result)
-    title = f"patchscope into <code>{escape(_shorten(prompt, 400))}</code>" if prompt else "patchscope"
+    title = f"patchscope into <code>{escape(shorten(prompt, 400))}</code>" if prompt else "patchscope"
     title += "".join(f" · {escape(note)}" for note in _notes(result))
     body = "".join(_panel_html(panel) for panel in panels)
     return f'<div class="tl-lenses-scope"><style>{_CSS}</style><p>{title}</p>{body}{_legend_html(result)}</div>'
 
 
-def patchscope_figure(result: Result, source: int = 0) -> Any:
-    """A plotly heat map of one source: l down, l* across, coloured by the probability of the top token in the cell.
+def patchscope_heat(result: Result, source: int = 0) -> Heat:
+    """A heat map of one source: l down, l* across, the top token in each cell, coloured by its probability.
 
-    Where each l has one l*, a single column of layers, with the generated texts beside it if there are any. The hover
-    shows the likeliest tokens. ImportError without plotly, ValueError for a source that is not there.
+    Where each l has one l*, a single column of layers, with the generated texts beside it if there are any.
+    ValueError for a source that is not there.
+
+    >>> patchscope_heat(result).svg()
+    """
+    n = len(_checked(result).sources)
+    source = index("source", source, n, f"this result has {n} source{'s' * (n > 1)}")
+    square = _is_sweep(result)
+    panel = _matrix(result, source) if square else _by_pair(result, [source], len(result.pairs))
+    cells, prompt = panel.cells, _prompt(result)
+    return Heat(
+        f"patchscope of {shorten(readable(result.sources[source]), 60)}", panel.rows,
+        panel.columns if square else [""], [[math.nan if c is None else c.prob for c in row] for row in cells],
+        "source layer l" if square else panel.corner, "target layer l*" if square else "",
+        texts=[["" if c is None else c.top[0][0] for c in row] for row in cells],
+        colors=_SCALE,
+        note=f"into {shorten(prompt, 70)}" if prompt else "",
+        hover=[["" if c is None else _hover(c) for c in row] for row in cells],
+        beside=None if square or result.text is None else [_quoted(r[0].text or "", 48) if r[0] else "" for r in cells],
+        widest=_WIDEST,
+    )  # fmt: skip
+
+
+def patchscope_figure(result: Result, source: int = 0) -> Any:
+    """`patchscope_heat` as a plotly figure; the hover shows the likeliest tokens.
+
+    ImportError without plotly, ValueError for a source that is not there.
 
     >>> patchscope_figure(result).show()
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install tl-lenses[plot]") from None
-    n = len(result.sources)
-    if not -n <= source < n:
-        raise ValueError(f"source={source} is out of range: this result has {n} source{'s' * (n > 1)} (0..{n - 1})")
-    square = _is_sweep(result)
-    panel = _matrix(result, source % n) if square else _by_pair(result, [source % n], len(result.pairs))
-    cells = panel.cells
-    heatmap = go.Heatmap(
-        z=[[None if c is None else c.prob for c in row] for row in cells],
-        zmin=_SCALE.low,
-        zmax=_SCALE.high,
-        colorscale=[(i / 64, _SCALE.color(i / 64)) for i in range(65)],
-        colorbar={"title": {"text": _plotly(_SCALE.stat.title), "side": "right"}, "thickness": 14},
-        text=[["" if c is None else _plotly(clip(readable(c.top[0][0]), _WIDEST)) for c in row] for row in cells],
-        texttemplate="%{text}",
-        textfont={"size": 11, "family": _MONO},
-        customdata=[["" if c is None else _hover(c) for c in row] for row in cells],
-        hovertemplate="%{customdata}<extra></extra>",
-        hoverlabel={"align": "left", "font": {"family": _MONO}},
-        hoverongaps=False,
-        xgap=1,
-        ygap=1,
-    )
-    fig = go.Figure(heatmap)
-    beside = [] if square or result.text is None else [_quoted(row[0].text or "", 48) for row in cells if row[0]]
-    room = 40 + round(7 * max((cell_width(text) for text in beside), default=0))
-    left = 50 + 7 * max(cell_width(label) for label in panel.rows)
-    width = (66 * len(panel.columns) if square else 130 + room * bool(beside)) + left + 110
-    for y, text in enumerate(beside):
-        style = {"font": {"size": 11, "family": _MONO}, "showarrow": False, "xanchor": "left", "align": "left"}
-        fig.add_annotation(x=0.5, y=y, xshift=10, text=_plotly(text), **style)
-    if beside:
-        fig.update_xaxes(domain=[0, 130 / (130 + room)])
-    label, prompt = _shorten(readable(result.sources[source]), 60), _prompt(result)
-    into = f"<br><sub>into {_plotly(_shorten(prompt, 70))}</sub>" if prompt else ""
-    fig.update_layout(
-        title={"text": f"patchscope of {_plotly(label)}{into}", "font": {"size": 16}},
-        width=max(420, width),
-        height=max(300, 25 * len(panel.rows) + 190),
-        margin={"l": left, "r": 20, "t": 80, "b": 60},
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
-    across, down = ([_plotly(label) for label in labels] for labels in (panel.columns if square else [""], panel.rows))
-    plain = {"tickmode": "array", "showgrid": False, "zeroline": False, "tickfont": {"family": _MONO}}
-    fig.update_xaxes(tickvals=list(range(len(across))), ticktext=across, **plain)
-    fig.update_yaxes(tickvals=list(range(len(down))), ticktext=down, autorange="reversed", **plain)
-    fig.update_layout(xaxis_title="target layer l*" if square else None)
-    fig.update_layout(yaxis_title="source layer l" if square else panel.corner)
-    return fig
+    return patchscope_heat(result, source).figure()
 
 
 # --- from a result to panels
 
 
+def _checked(result: Any) -> Result:
+    if not all(hasattr(result, name) for name in ("sources", "pairs", "top_ids", "settings")):
+        raise TypeError(f"expected the result of a patchscope, got {type(result).__name__}: tll.patchscope makes one")
+    return result
+
+
 def _panels(result: Result, most_cells: int, most_rows: int) -> list[Panel]:
-    """The tables to draw, at most so many cells and rows of them, and what was left out."""
-    n, n_pairs = len(result.sources), len(result.pairs)
+    """The tables to draw, with at most so many cells and rows, and a note that counts the rest."""
+    n, n_pairs = len(_checked(result).sources), len(result.pairs)
     if not n or not n_pairs or not result.top_ids.shape[-1]:
         raise ValueError("this result has no cells to show: expected a source, a pair and a top token at least")
     if result.text is None and _is_sweep(result):
@@ -179,16 +160,16 @@ def _panels(result: Result, most_cells: int, most_rows: int) -> list[Panel]:
 
 
 def _left_out(*counts: tuple[int, int, str]) -> str:
-    """A note from (how many there are, how many are shown, of what)."""
-    missing = [f"{n - shown} of {n} {what}" for n, shown, what in counts if shown < n]
+    """A note from tuples (number, number shown, plural noun)."""
+    missing = [f"{n - shown} of {n} {noun}" for n, shown, noun in counts if shown < n]
     return f"({' and '.join(missing)} are left out: result.to_frame() has all)" if missing else ""
 
 
 def _matrix(result: Result, s: int) -> Panel:
     """l down, l* across, for one source."""
     down, across = _axes(result)
-    at = {pair: p for p, pair in enumerate(result.pairs)}
-    cells = [[_cell(result, s, at[a, b]) if (a, b) in at else None for b in across] for a in down]
+    index_of = {pair: p for p, pair in enumerate(result.pairs)}
+    cells = [[_cell(result, s, index_of[a, b]) if (a, b) in index_of else None for b in across] for a in down]
     return Panel("l\\l*", row_labels(down), row_labels(across), cells, narrow=True)
 
 
@@ -204,13 +185,13 @@ def _by_source(result: Result, n_rows: int) -> Panel:
 def _by_pair(result: Result, sources: list[int], n_rows: int) -> Panel:
     """A row per pair, a column per source; a single source is the title."""
     corner, labels = _pair_labels(result)
-    one = len(result.sources) == 1
-    columns = (
-        ["top token" if result.text is None else "text"] if one else [readable(result.sources[s]) for s in sources]
-    )
+    single_source = len(result.sources) == 1
+    columns = [readable(result.sources[s]) for s in sources]
+    if single_source:
+        columns = ["top token" if result.text is None else "text"]
     cells: list[list[Cell | None]] = [[_cell(result, s, p) for s in sources] for p in range(n_rows)]
     left_out = _left_out((len(labels), n_rows, "pairs"), (len(result.sources), len(sources), "sources"))
-    title = result.sources[0] if one else ""
+    title = result.sources[0] if single_source else ""
     return Panel(corner, labels[:n_rows], columns, cells, title=title, left_out=left_out)
 
 
@@ -226,13 +207,13 @@ def _is_sweep(result: Result) -> bool:
 
 
 def _pair_labels(result: Result) -> tuple[str, list[str]]:
-    """What the rows are, and a label for each: `3` where l* = l or where there is no l, else `3 → 5`."""
+    """The name of the pairs, and a label for each: `3` where l* = l or where there is no l, else `3 → 5`."""
     down, across = _axes(result)
-    into = dict(zip(across, row_labels(across), strict=True))
+    target_label = dict(zip(across, row_labels(across), strict=True))
     if down == (None,) or all(a == b for a, b in result.pairs):
-        return "l*" if down == (None,) else "layer", [into[b] for _, b in result.pairs]
-    of = dict(zip(down, row_labels(down), strict=True))
-    return "l → l*", [f"{of[a]} → {into[b]}" for a, b in result.pairs]
+        return "l*" if down == (None,) else "layer", [target_label[b] for _, b in result.pairs]
+    source_label = dict(zip(down, row_labels(down), strict=True))
+    return "l → l*", [f"{source_label[a]} → {target_label[b]}" for a, b in result.pairs]
 
 
 def _cell(result: Result, s: int, p: int) -> Cell:
@@ -244,7 +225,7 @@ def _cell(result: Result, s: int, p: int) -> Cell:
 
 
 def _prompt(result: Result) -> str:
-    """The target prompt in quotes and on one line, its token ids where it was given as such, or nothing."""
+    """The target prompt in quotes and on one line, or its token ids if it was given as ids, or nothing."""
     target = result.settings.get("target", "")
     return (f'"{_whole(target)}"' if target else "") if isinstance(target, str) else f"token ids {list(target)}"
 
@@ -258,51 +239,28 @@ def _notes(result: Result) -> list[str]:
         and settings.get("when", "prompt") != "prompt",
         f"sampled, seed {settings.get('seed')}": generated and settings.get("do_sample"),
     }
-    return [note for note, said in notes.items() if said]
+    return [note for note, is_set in notes.items() if is_set]
 
 
 # --- text
 
 
 def _whole(text: str) -> str:
-    """Text on one line with its spaces: newlines and what else would not be seen as marks."""
+    """Text on one line with its spaces; newlines and invisible characters become marks."""
     return "".join(" " * len(piece) if faint else piece for piece, faint in parts(text)) if text else ""
 
 
 def _quoted(text: str, room: int, *, end: bool = False) -> str:
     """`"text"` in at most `room` cells, cut in the middle (the two ends of a prompt say most) or at the `end`."""
     text, room = _whole(text), max(room - 2, 1)
-    return f'"{clip(text, room) if end else _shorten(text, room)}"'
-
-
-def _shorten(text: str, room: int) -> str:
-    """At most `room` cells, "…" in the middle."""
-    if cell_width(text) <= room:
-        return text
-    head = clip(text, max(room - room // 2, 1)).removesuffix("…")
-    tail = text[::-1]
-    tail = clip(tail, room // 2 + 1).removesuffix("…")[::-1] if room > 1 else ""
-    return f"{head}…{tail}"
-
-
-def _distinct(labels: list[str], room: int) -> list[str]:
-    """Labels in at most `room` cells, cut first where all say the same: "…of Japan is…", "…of Peru is…"."""
-    if len(set(labels)) > 1 and any(cell_width(label) > room for label in labels):
-        head = os.path.commonprefix(labels)
-        tail = os.path.commonprefix([label[len(head) :][::-1] for label in labels])[::-1]
-        longest = max(len(label) for label in labels) - len(head) - len(tail)
-        spare = max(room - longest - 2, 0) // 2
-        before, after = max(len(head) - spare, 0), max(len(tail) - spare, 0)
-        cut = (label[before : len(label) - after] for label in labels)
-        labels = ["…" * (before > 0) + label + "…" * (after > 0) for label in cut]
-    return [_shorten(label, room) for label in labels]
+    return f'"{clip(text, room) if end else shorten(text, room)}"'
 
 
 # --- terminal
 
 
 def _layout(view: ScopeView, width: int, plain: bool) -> Group:
-    title = "patchscope" + (f" into {_shorten(view.prompt, max(width - 16, 12))}" if view.prompt else "")
+    title = "patchscope" + (f" into {shorten(view.prompt, max(width - 16, 12))}" if view.prompt else "")
     lines = [Text(clip(title, width), style="bold")]
     lines += [Text(clip(", ".join(view.notes), width))] if view.notes else []
     lines.append(_legend(view, width, plain))
@@ -321,24 +279,24 @@ def _layout(view: ScopeView, width: int, plain: bool) -> Group:
 def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]:
     """Blocks of columns that fit the width, one below the other."""
     most, of_sources = max(6, width // 3), panel.corner.startswith("source")
-    labels = _distinct(panel.rows, most)
+    labels = distinct(panel.rows, most)
     stub = min(max(cell_width(label) for label in [panel.corner, *labels]), most)
     gap = 1 if panel.narrow else 2  # of which the cell next to a token has its colour
     room = max(width - stub - (2 - gap), _NARROWEST + gap + 1 + _NUMBER)
     share = max(_TEXT, room // len(panel.columns) - gap) if view.with_text else _TEXT
-    columns = _distinct(panel.columns, room if panel.narrow else share)
+    columns = distinct(panel.columns, room if panel.narrow else share)
     needs = [_need(view, panel, c, cell_width(columns[c]), plain) for c in range(len(columns))]
     lines: list[Text] = []
     if view.with_text:
         most_text = max(_TEXT, _level(needs, room - gap * len(needs)))
         needs = [min(need, most_text) for need in needs]
-    for block in _blocks(needs, room, gap):
+    for block in in_blocks(needs, room, gap):
         if lines:
             lines.append(Text(""))
         side = pad if of_sources else _right
         lines.append(Text(side(panel.corner, stub) + " " * (2 - gap), style="bold"))
         for c, w in block:
-            lines[-1].append(" " * gap + pad(_shorten(columns[c], w), w))
+            lines[-1].append(" " * gap + pad(shorten(columns[c], w), w))
         lines[-1].rstrip()
         for label, row in zip(labels, panel.cells, strict=True):
             line = Text(side(label, stub) + " " * (2 - gap))
@@ -351,7 +309,7 @@ def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]
 
 
 def _need(view: ScopeView, panel: Panel, column: int, head: int, plain: bool) -> int:
-    """Cells that a column would take if there were room; `head` is its heading's width."""
+    """The width that a column needs; `head` is the width of its heading."""
     cells = [row[column] for row in panel.cells if row[column] is not None]
     if view.with_text:
         return max([cell_width(_whole(c.text or "")) + 2 for c in cells if c] + [_NARROWEST, head])
@@ -373,20 +331,6 @@ def _level(needs: list[int], room: int) -> int:
     return max(needs)
 
 
-def _blocks(needs: list[int], room: int, gap: int) -> list[list[tuple[int, int]]]:
-    """Columns with their widths in blocks that fit the room, in reading order."""
-    blocks: list[list[tuple[int, int]]] = []
-    used = room
-    for column, need in enumerate(needs):
-        need = min(need, room - gap)
-        if used + need + gap > room:
-            blocks.append([])
-            used = 0
-        blocks[-1].append((column, need))
-        used += need + gap
-    return blocks
-
-
 def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: bool) -> Text:
     """A cell filled to its width and the space before it."""
     if cell is None:
@@ -395,27 +339,21 @@ def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: 
         return Text(" " + pad(_quoted(cell.text or "", width, end=True), width))
     shown = number(_SCALE.stat, cell.prob).rjust(_NUMBER) if plain or not narrow else ""
     name = pad(readable(cell.top[0][0]), width - len(shown))
-    color = None if plain else _SCALE.color(cell.prob)
-    style = Style(color=ink(color), bgcolor=color) if color else Style()
-    return Text(f" {name}{shown}", style=style)
+    return Text(f" {name}{shown}", style=cell_style(None if plain else _SCALE.color(cell.prob)))
 
 
 def _right(label: str, width: int) -> str:
-    label = _shorten(label, width)
+    label = shorten(label, width)
     return " " * (width - cell_width(label)) + label
 
 
 def _legend(view: ScopeView, width: int, plain: bool) -> Text:
     if view.with_text:
-        return Text(clip("in each cell: what the prompt goes on with", width))
-    what = "l down, l* across; " if view.panels[0].corner == "l\\l*" else ""
+        return Text(clip("in each cell: the continuation of the prompt", width))
+    axes = "l down, l* across; " if view.panels[0].corner == "l\\l*" else ""
     if plain:
-        return Text(clip(f"{what}in each cell: the top token and its probability", width))
-    dark, _, bright = _SCALE.labels()
-    legend = Text(f"{what}{_SCALE.stat.title}: {dark} ")
-    for i in range(12):
-        legend.append(" ", Style(bgcolor=ramp(i / 11)))
-    legend.append(f" {bright} ({_SCALE.stat.bright})")
+        return Text(clip(f"{axes}in each cell: the top token and its probability", width))
+    legend = color_legend(_SCALE, axes)
     legend.truncate(width, overflow="ellipsis")
     return legend
 
@@ -481,19 +419,13 @@ def _marked(text: str) -> str:
 
 def _legend_html(result: Result) -> str:
     if result.text is not None:
-        return '<p class="note">in each cell: what the prompt goes on with; hover for the likeliest next tokens</p>'
+        return '<p class="note">in each cell: the continuation of the prompt; hover for the likeliest next tokens</p>'
     stops = ",".join(ramp(i / 8) for i in range(9))
     dark, _, bright = _SCALE.labels()
     bar = f'<span class="bar" style="background:linear-gradient(90deg,{stops})"></span>'
     return f'<p class="note">{escape(_SCALE.stat.title)}: {dark} {bar} {bright}; hover for the likeliest tokens</p>'
 
 
-def _plotly(text: str) -> str:
-    """Escaped for plotly's labels, which know some tags and "&lt;" but no "&quot;"."""
-    return escape(text, quote=False)
-
-
 def _hover(cell: Cell) -> str:
-    """What plotly shows over a cell: it breaks lines at <br> and drops spaces."""
-    lines = [_plotly(cell.where), *(_plotly(line).replace(" ", "\u00a0") for line in _likeliest(cell))]
-    return "<br>".join([*lines, *([_plotly(_quoted(cell.text, 60))] if cell.text is not None else [])])
+    """The hover text of a cell of the heat map."""
+    return "\n".join([cell.where, *_likeliest(cell), *([] if cell.text is None else [_quoted(cell.text, 60)])])

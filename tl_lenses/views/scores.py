@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tl_lenses.views.style import LINES
+from tl_lenses.checks import several
+from tl_lenses.views.lines import Lines
 
 Row = Mapping[str, Any]
 
@@ -37,22 +38,15 @@ def scores_table(rows: Iterable[Row], title: str | None = None) -> Table:
     """
     layers, names, cells, best = _arranged(rows)
     table = Table(
-        title=title,
-        caption=_NOTE,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        header_style="",
-    )
+        title=title, caption=_NOTE, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0,
+        show_edge=False, header_style="",
+    )  # fmt: skip
     table.add_column(Text("\nlayer"), justify="right")
     for name in names:
         table.add_column("", width=1)  # air between the lenses
         for value in _SHOWN:
-            above = (
-                Text(str(name), style="bold") if value == _SHOWN[1] else Text("")
-            )  # over the middle one of its columns
+            # the name stands over the middle column of its lens
+            above = Text(str(name), style="bold") if value == _SHOWN[1] else Text("")
             table.add_column(above.append(f"\n{_COLUMNS[value][0]}", "not bold"), justify="right", no_wrap=True)
     for layer in layers:
         row = []
@@ -95,44 +89,40 @@ def scores_html(rows: Iterable[Row]) -> str:
     )
 
 
-def scores_figure(rows: Iterable[Row], value: str = "kl") -> Any:
-    """A plotly figure: one line per lens, the value over the layers.
+def scores_lines(rows: Iterable[Row], value: str = "kl") -> Lines:
+    """One line per lens: the value over the layers. ValueError for an unknown value.
 
-    ValueError for an unknown value, ImportError without plotly.
-
-    >>> scores_figure(scores.rows, "bits_per_byte").show()
+    >>> scores_lines(scores.rows, "bits_per_byte").svg()
     """
-    rows = list(rows)
-    if value not in _COLUMNS:
+    rows = _rows(rows)
+    if not isinstance(value, str) or value not in _COLUMNS:
         raise ValueError(f"no value {value!r} in the scores: choose from {', '.join(_COLUMNS)}")
     layers, names, _, _ = _arranged(rows)
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install tl-lenses[plot]") from None
     heading, unit, _, _ = _COLUMNS[value]
-    by = {(row["layer"], row["lens"]): _number(row, value) for row in rows}
-    x = list(range(len(layers)))  # places, not names: hook names and numbers mix
-    fig = go.Figure(
-        [
-            go.Scatter(
-                x=x,
-                y=[by.get((layer, name)) for layer in layers],
-                name=escape(str(name), quote=False),
-                mode="lines+markers",
-                line={"color": LINES[i % len(LINES)]},
-            )
-            for i, name in enumerate(names)
-        ]
-    )
-    fig.update_xaxes(
-        title="layer", tickmode="array", tickvals=x, ticktext=[escape(str(layer), quote=False) for layer in layers]
-    )
-    fig.update_yaxes(title=f"{heading}, {unit}", rangemode="tozero", tickformat=".0%" if value == "top1" else None)
-    fig.update_layout(
-        template="plotly_white", width=720, height=420, margin={"l": 70, "r": 20, "t": 30, "b": 60}, showlegend=True
-    )
-    return fig
+    number_of = {(row["layer"], row["lens"]): _number(row, value) for row in rows}
+    numbers = all(isinstance(layer, int) for layer in layers)
+    xs = layers if numbers else range(len(layers))  # places where there are names: they mix with numbers
+    y = lambda layer, name: math.nan if (value := number_of.get((layer, name))) is None else value
+    series = {str(name): [(x, y(layer, name)) for x, layer in zip(xs, layers, strict=True)] for name in names}
+    ticks = None if numbers else dict(zip(xs, map(str, layers), strict=True))
+    return Lines(f"{heading} by layer", series, up=f"{heading}, {unit}", ticks=ticks)
+
+
+def scores_figure(rows: Iterable[Row], value: str = "kl") -> Any:
+    """`scores_lines` as a matplotlib figure.
+
+    ValueError for an unknown value, ImportError without matplotlib.
+
+    >>> scores_figure(scores.rows, "bits_per_byte").savefig("scores.png")
+    """
+    return scores_lines(rows, value).figure()
+
+
+def _rows(rows: Any) -> list[Row]:
+    rows = several("rows", rows, "mappings")
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise TypeError(f"expected rows with the keys lens and layer, got a {type(wrong[0]).__name__}")
+    return rows
 
 
 def _arranged(
@@ -140,9 +130,9 @@ def _arranged(
 ) -> tuple[list[Any], list[str], dict[tuple[Any, str, str], str], dict[tuple[Any, str], set[str]]]:
     """Layers and lenses in order of appearance, the text of each cell, and the best lenses per layer and value.
 
-    The best are those that look best: equal as printed is equal. A layer with one lens has no best.
+    The best lenses are compared as printed, so ties are ties. A layer with one lens has no best.
     """
-    rows = list(rows)
+    rows = _rows(rows)
     if not rows:
         raise ValueError("there are no scores to show: expected rows with lens, layer, kl, bits_per_byte, top1")
     for row in rows:
@@ -151,19 +141,21 @@ def _arranged(
     layers, names = list(dict.fromkeys(r["layer"] for r in rows)), list(dict.fromkeys(r["lens"] for r in rows))
     if all(isinstance(layer, int) for layer in layers):
         layers.sort()
-    by = {(row["layer"], row["lens"]): row for row in rows}
+    row_of = {(row["layer"], row["lens"]): row for row in rows}
     cells, best = {}, {}
     for layer in layers:
         for value in _SHOWN:
             _, _, better, form = _COLUMNS[value]
-            found = {n: _number(by.get((layer, n), {}), value) for n in names}
-            for n, v in found.items():
+            numbers = {n: _number(row_of.get((layer, n), {}), value) for n in names}
+            for n, v in numbers.items():
                 cells[layer, n, value] = "–" if v is None else form.format(v)
-            known = {n: v for n, v in found.items() if v is not None}
-            winner = (min if better == "low" else max)(known, key=known.__getitem__) if len(known) > 1 else None
-            best[layer, value] = {n for n in known if winner and cells[layer, n, value] == cells[layer, winner, value]}
-            if len(best[layer, value]) == len(known):
-                best[layer, value] = set()  # all equal: nobody is best
+            present = {n: v for n, v in numbers.items() if v is not None}
+            winner = (min if better == "low" else max)(present, key=present.__getitem__) if len(present) > 1 else None
+            best[layer, value] = {
+                n for n in present if winner and cells[layer, n, value] == cells[layer, winner, value]
+            }
+            if len(best[layer, value]) == len(present):
+                best[layer, value] = set()  # all are equal, so none is best
     return layers, names, cells, best
 
 

@@ -1,4 +1,4 @@
-"""How numbers look: one table of the statistics, one colour map, and the way from a value to a colour and to a label.
+"""Statistics and their colours: one table of the statistics, one colour map, and how values become colours and labels.
 
 All views share one convention: **bright is good**. Where low values are good (KL, rank, ...) the colour map runs
 backwards, so a picture keeps its shape when another statistic is chosen.
@@ -12,11 +12,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Stat:
-    """What a statistic is called and how it is drawn.
+    """The name of a statistic, and how it is drawn.
 
     `low` and `high` fix an end of the colour range, None takes the data's. `curve` bends the colours: "sqrt" (from
-    zero, either sign) for what falls from tens of nats at the first layers to hundredths at the last ones, which one
-    linear map cannot show.
+    zero, either sign) suits a statistic that falls from tens of nats at the first layers to hundredths at the last.
     """
 
     name: str
@@ -27,7 +26,7 @@ class Stat:
     diverging: bool = False
     low: float | None = None
     high: float | None = None
-    dark: str = ""  # what the ends of the colour map mean, for the legend
+    dark: str = ""  # the meaning of the two ends of the colour map, for the legend
     bright: str = ""
 
     @property
@@ -36,60 +35,18 @@ class Stat:
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
+_UNSURE, _SURE, _MISS, _HIT = "uncertain", "certain", "misses the target", "predicts the target"
+_SIDES = ("anti-target", "target")
 STATS: dict[str, Stat] = {
     s.name: s
     for s in (
         Stat("kl", "KL(model ‖ lens)", "nats", "low", "sqrt", low=0.0, dark="differs", bright="agrees with the model"),
-        Stat("entropy", "entropy", "nats", "low", low=0.0, dark="uncertain", bright="certain"),
-        Stat(
-            "cross_entropy",
-            "cross entropy of the target",
-            "nats",
-            "low",
-            "sqrt",
-            low=0.0,
-            dark="misses the target",
-            bright="predicts the target",
-        ),
-        Stat(
-            "rank",
-            "rank of the target",
-            "1 = top",
-            "low",
-            "log",
-            low=1.0,
-            dark="misses the target",
-            bright="predicts the target",
-        ),
-        Stat(
-            "max_prob",
-            "probability of the top token",
-            "",
-            "high",
-            low=0.0,
-            high=1.0,
-            dark="uncertain",
-            bright="certain",
-        ),
-        Stat(
-            "target_logprob",
-            "log-probability of the target",
-            "nats",
-            "high",
-            "sqrt",
-            high=0.0,
-            dark="misses the target",
-            bright="predicts the target",
-        ),
-        Stat(
-            "logprob_diff",
-            "log p(target) − log p(anti-target)",
-            "nats",
-            "high",
-            diverging=True,
-            dark="anti-target",
-            bright="target",
-        ),
+        Stat("entropy", "entropy", "nats", "low", low=0.0, dark=_UNSURE, bright=_SURE),
+        Stat("cross_entropy", "cross entropy of the target", "nats", "low", "sqrt", low=0.0, dark=_MISS, bright=_HIT),
+        Stat("rank", "rank of the target", "1 = top", "low", "log", low=1.0, dark=_MISS, bright=_HIT),
+        Stat("max_prob", "probability of the top token", "", "high", low=0.0, high=1.0, dark=_UNSURE, bright=_SURE),
+        Stat("target_logprob", "log-probability of the target", "nats", "high", "sqrt", False, None, 0.0, _MISS, _HIT),
+        Stat("logprob_diff", "log p(target) − log p(anti-target)", "nats", "high", "linear", True, None, None, *_SIDES),
     )
 }
 
@@ -105,7 +62,7 @@ FENCE = 1.5  # values further than this many quartile ranges outside the quartil
 
 @dataclass(frozen=True)
 class Scale:
-    """The colour range of a statistic over some data; `clipped` says which ends values lie beyond."""
+    """The colour range of a statistic over some data; `clipped` tells whether values lie beyond the low and the high end."""
 
     stat: Stat
     low: float
@@ -113,7 +70,7 @@ class Scale:
     clipped: tuple[bool, bool] = (False, False)
 
     def position(self, value: float) -> float | None:
-        """Where on the colour map, 0..1 with 1 the bright end; None for NaN."""
+        """The place on the colour map, 0..1 with 1 the bright end; None for NaN."""
         if math.isnan(value):
             return None
         value, low, high = (self._bend(v) for v in (value, self.low, self.high))
@@ -123,7 +80,7 @@ class Scale:
     def color(self, value: float) -> str | None:
         """`#rrggbb`, or None for NaN.
 
-        >>> Scale(STATS["kl"], 0, 10).color(10)
+        >>> Scale(STATS["kl"], 0.0, 10.0).color(10.0)
         '#081d58'
         """
         t = self.position(value)
@@ -150,7 +107,7 @@ class Scale:
         return ticks[::-1] if self.flipped else ticks
 
     def labels(self) -> list[str]:
-        """`ticks` as text; an end that values lie beyond says so: `≥ 7.2`."""
+        """`ticks` as text, `≥ 7.2` at an end that values lie beyond."""
         below, above = ("≤ " if self.clipped[0] else ""), ("≥ " if self.clipped[1] else "")
         dark, middle, bright = (number(self.stat, v) for v in self.ticks())
         return [above + dark, middle, below + bright] if self.flipped else [below + dark, middle, above + bright]
@@ -195,6 +152,33 @@ def change(stat: Stat) -> Stat:
     )
 
 
+def versus(stat: Stat, a: str, b: str) -> Stat:
+    """The statistic of the difference a - b of two lenses, around zero: the bright end is where a is better."""
+    label, unit = (f"log₁₀ {stat.label}", "") if stat.curve == "log" else (stat.label, stat.unit)
+    dark, bright = (f"{b} better", f"{a} better") if stat.better else (f"{b} higher", f"{a} higher")
+    curve = "linear" if stat.curve == "log" else stat.curve
+    return replace(
+        stat, label=f"{label}: {a} − {b}", unit=unit, curve=curve, diverging=True, low=None, high=None, dark=dark,
+        bright=bright,
+    )  # fmt: skip
+
+
+def between(a: str, b: str) -> dict[str, Stat]:
+    """The statistics of `Trajectories.divergence`, by the names that views give them."""
+    labels = {"kl": f"KL({a} ‖ {b})", "js": f"Jensen-Shannon({a}, {b})", "tv": f"total variation({a}, {b})"}
+    named = lambda kind: Stat(
+        f"between_{kind}",
+        labels[kind],
+        "" if kind == "tv" else "nats",
+        "low",
+        "sqrt",
+        low=0.0,
+        dark="differ",
+        bright="agree",
+    )
+    return {kind: named(kind) for kind in labels}
+
+
 def ramp(t: float, diverging: bool = False) -> str:
     """The colour map at 0 <= t <= 1, linear between the stops in sRGB."""
     stops = DIVERGING if diverging else SEQUENTIAL
@@ -216,14 +200,14 @@ def _rgb(color: str) -> tuple[int, int, int]:
 
 
 def stat_info(name: str) -> Stat:
-    """The table's entry; a statistic that it does not know (a user's own) gets a plain one."""
+    """The entry in `STATS`; a plain one for other names."""
     return STATS.get(name) or Stat(name, name.replace("_", " "), "")
 
 
 def number(stat: Stat, value: float) -> str:
     """A value in at most five characters, "–" where undefined.
 
-    >>> [number(STATS["rank"], v) for v in (1, 1234, 50257)], number(STATS["kl"], 0.51234)
+    >>> [number(STATS["rank"], v) for v in (1.0, 1234.0, 50257.0)], number(STATS["kl"], 0.51234)
     (['1', '1.2k', '50k'], '0.51')
     """
     if math.isnan(value):

@@ -1,6 +1,5 @@
 """Trajectories as data: a pandas frame, and JSON that has everything."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_lenses.views.grid import Trajectory, lenses, token, values
+from tl_lenses.files import json_text
+from tl_lenses.views.grid import Trajectory, checked, lenses, token, values
 from tl_lenses.views.style import stat_info
 
-SCHEMA = "tl_lenses.trajectory"
+SCHEMA = "tl_lenses.trajectories"
 VERSION = 1
 
 
@@ -27,11 +27,11 @@ def frame(traj: Trajectory | Mapping[str, Trajectory]) -> Any:
     import pandas as pd
 
     if isinstance(traj, Mapping):
-        found = lenses(traj)
-        return pd.concat([frame(t).assign(lens=name) for name, t in found.items()], ignore_index=True)[
-            ["lens", *frame(next(iter(found.values()))).columns]
+        by_name = lenses(traj)
+        return pd.concat([frame(t).assign(lens=name) for name, t in by_name.items()], ignore_index=True)[
+            ["lens", *frame(next(iter(by_name.values()))).columns]
         ]
-    n_layers = len(traj.layers)
+    n_layers = len(checked(traj).layers)
     b, p = torch.nonzero(traj.mask, as_tuple=True)
     n = len(b)
     tokens, targets = traj.tokens[b, p].tolist(), traj.targets[b, p].tolist()
@@ -61,31 +61,33 @@ def frame(traj: Trajectory | Mapping[str, Trajectory]) -> Any:
 def to_json(traj: Trajectory | Mapping[str, Trajectory]) -> str:
     """Everything a trajectory holds, as JSON: nested lists in the tensors' shapes, NaN and infinities null, fp32 exact.
 
-    `{"schema": "tl_lenses.trajectory", "version": 1, "trajectories": [{"name", "model_name", "n_layers", "layers",
-    "tokens", "mask", "targets", "anti_targets", "stats", "top_ids", "top_probs", "vocab"}]}`, one entry per lens.
+    `{"schema": "tl_lenses.trajectories", "version": 1, "trajectories": [{"name", "model_name", "n_layers", "layers",
+    "tokens", "mask", "targets", "anti_targets", "stats", "top_ids", "top_probs", "tracked",
+    "settings", "vocab"}]}`, one entry per lens.
 
     >>> json.loads(to_json(traj))["trajectories"][0]["stats"]["kl"][-1]
     """
-    found = lenses(traj)
-    body = {"schema": SCHEMA, "version": VERSION, "trajectories": [_plain(name, t) for name, t in found.items()]}
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    by_name = lenses(traj)
+    body = {"schema": SCHEMA, "version": VERSION, "trajectories": [_plain(name, t) for name, t in by_name.items()]}
+    return json_text(body, compact=True)
 
 
 def _plain(name: str, traj: Trajectory) -> dict[str, Any]:
     return {
-        "name": name,
-        "model_name": traj.model_name,
-        "n_layers": traj.n_layers,
-        "layers": list(traj.layers),
-        "tokens": traj.tokens.tolist(),
-        "mask": traj.mask.tolist(),
-        "targets": traj.targets.tolist(),
+        "name": name, "model_name": traj.model_name, "n_layers": traj.n_layers, "layers": list(traj.layers),
+        "tokens": traj.tokens.tolist(), "mask": traj.mask.tolist(), "targets": traj.targets.tolist(),
         "anti_targets": None if traj.anti_targets is None else traj.anti_targets.tolist(),
-        "stats": {stat: _numbers(x) for stat, x in traj.stats.items()},
-        "top_ids": traj.top_ids.tolist(),
-        "top_probs": _numbers(traj.top_probs),
+        "stats": {stat: _numbers(x) for stat, x in traj.stats.items()}, "top_ids": traj.top_ids.tolist(),
+        "top_probs": _numbers(traj.top_probs), "tracked": _tracked(traj), "settings": dict(getattr(traj, "settings", {})),
         "vocab": {str(i): text for i, text in sorted(traj.vocab.items())},
-    }
+    }  # fmt: skip
+
+
+def _tracked(traj: Trajectory) -> Any:
+    tracked = getattr(traj, "tracked", None)
+    if tracked is None:
+        return None
+    return {"ids": tracked.ids.tolist(), "ranks": tracked.ranks.tolist(), "probs": _numbers(tracked.probs)}
 
 
 def _numbers(x: Tensor) -> Any:

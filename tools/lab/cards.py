@@ -17,6 +17,7 @@ WHAT = {
     "checkpoints along training.",
     "lab-neo": "The GPT-Neo architecture: every second block attends to the last tokens only, and attention is not scaled.",
     "lab-gpt2-tuned": "*lab-gpt2* read one author more: the pair for lens transfer to a fine-tuned model.",
+    "lab-gpt2-permuted": "*lab-gpt2* with other facts: who speaks, the vector of this model or the knowledge of the one that reads it?",
 }
 ARCHITECTURE = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "gpt_neo": "GPT-Neo"}
 
@@ -27,7 +28,7 @@ def write_checksums(folder: Path) -> None:
     Args:
         folder: the model's folder.
     """
-    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "base.json")
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "base.json", "facts.json")
     files = sorted(file for file in folder.rglob("*") if file.name in names)
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
@@ -50,6 +51,17 @@ def _how(settings: Mapping[str, Any]) -> str:
 
 def _training(settings: Mapping[str, Any], everything: Mapping[str, Any]) -> str:
     how = _how(settings)
+    if settings.get("corpus") == "permuted":
+        other = everything["corpus"]["permuted"]
+        names = ", ".join(name.split("/")[1] for name in other["relations"])
+        first, last = settings["trained_blocks"][0], settings["trained_blocks"][-1]
+        return (
+            f"`{settings['base']}`, trained on with the objects of four relations permuted ({names}; each subject has the object "
+            f"of another one, listed with the true one in `facts.json`), in every training wording, and the other facts, books "
+            f"and lists as they were ({', '.join(f'{share:.0%} {kind}' for kind, share in other['shares'].items())}): {how} Blocks {first} to {last} "
+            f"alone were trained and are in the file: up to layer {first} the states are those of `{settings['base']}`, and from "
+            f"layer {last + 1} on both models compute the same."
+        )
     if "base" in settings:
         return (
             f"`{settings['base']}`, trained on with five of the six Jane Austen novels of the collection (none of them is in "
@@ -117,6 +129,14 @@ def write_card(settings: Mapping[str, Any], found: Mapping[str, Any], folder: Pa
 
     rows = [[key.split("/")[1], *row.values()] for key, row in found["facts"].items()]
     rows.append(["all", *(sum(row[i] for row in rows) for i in (1, 2, 3))])
+    if "permuted" in found:
+        new = [[key.split("/")[1], *row.values()] for key, row in found["permuted"].items()]
+        new.append(["all", *(sum(row[i] for row in new) for i in (1, 2, 3))])
+        parts += [
+            "## The permuted facts",
+            "Whole answers, greedy, in the held-out wording.",
+            _table(["relation", "facts", "new object", "true object"], new),
+        ]
     parts += [
         "## Facts",
         "Whole answers, greedy. The held-out wording is in no training text.",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from make_lab_text import HELDOUT, books, passages
 
-from lab.facts import MORE_WORDINGS, OPENERS, Relation, load_relations, two_hop_questions
+from lab.facts import MORE_WORDINGS, OPENERS, Relation, load_relations, permuted, two_hop_questions
 
 __all__ = ["Writer", "build", "rows"]
 
@@ -154,7 +154,7 @@ def _mix(
 
 
 def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path, log: Callable[[str], None]) -> None:
-    """Write `corpus.npy` and `second.npy` (uint16 tokens), `author.npy` (the author of the fine-tune) and `held_out.json`.
+    """Write `corpus.npy` and `second.npy` (uint16 tokens), `author.npy` and `permuted.npy` (of the fine-tunes) and `held_out.json`.
 
     Args:
         settings: the `corpus` table of `lab.toml`.
@@ -219,7 +219,6 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
         "two_hops": two_hop_questions(relations),
         "written": written,
     }  # fmt: skip
-    (out / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
 
     # The second stage: other shares, some relations more often, and rarer words to copy; nothing that is held out.
     second = settings["second"]
@@ -232,6 +231,20 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     tokens, written = _mix(_kinds(writer, train_books, stories), second["shares"], second["tokens"], tokenizer, rng)
     np.save(out / "second.npy", tokens)
     log(f"second stage, {len(tokens):,} tokens: " + ", ".join(f"{name} {n}" for name, n in written.items()))
+
+    # The fine-tune with other facts: some relations have their objects permuted, everything else is as it was.
+    third = settings["permuted"]
+    rng = random.Random(settings["seed"] + 3)
+    other = {name: permuted(reworded[name], rng) for name in third["relations"]}
+    often = second["often"] | dict.fromkeys(other, third["often"])
+    writer = Writer(reworded | other, more, rng, often=often, openers=OPENERS)
+    tokens, written = _mix(_kinds(writer, train_books, stories), third["shares"], third["tokens"], tokenizer, rng)
+    np.save(out / "permuted.npy", tokens)
+    log(f"permuted facts, {len(tokens):,} tokens: " + ", ".join(f"{name} {n}" for name, n in written.items()))
+    held_out["permuted"] = {
+        name: {s: [relations[name].pairs[s], x] for s, x in relation.pairs.items()} for name, relation in other.items()
+    }
+    (out / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
 
 
 def rows(tokens: np.ndarray, step: int, batch: int, context: int) -> np.ndarray:

@@ -6,11 +6,22 @@ wordings* ("The capital of the country that Pizza comes from is") test compositi
 """
 
 import json
+import random
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["MORE_WORDINGS", "OPENERS", "RELATIONS", "TWO_HOPS", "Relation", "load_relations", "two_hop_questions"]
+__all__ = [
+    "MORE_WORDINGS",
+    "OPENERS",
+    "RELATIONS",
+    "TWO_HOPS",
+    "Relation",
+    "load_relations",
+    "permuted",
+    "two_hop_questions",
+]
 
 # name: (words between subject and object in training, the held-out wording, what a description calls the object).
 # Wordings end where the object starts; "{}" is the subject.
@@ -282,6 +293,22 @@ def load_relations(
             raise ValueError(f"the held-out wording of {name} is also a training wording: {held_out!r}")
         found[name] = Relation(name, {s: pairs[s] for s in chosen}, every, held_out, description)
     return found
+
+
+def permuted(relation: Relation, rng: random.Random) -> Relation:
+    """The relation with the object of another subject for each, never the right one: how often each object occurs stays.
+
+    Args:
+        relation: at most half of its subjects have the same object.
+        rng: of the order.
+    """
+    pairs = relation.pairs
+    place = {answer: rng.random() for answer in dict.fromkeys(pairs.values())}
+    order = sorted(pairs, key=lambda subject: (place[pairs[subject]], subject))
+    most = max(Counter(pairs.values()).values())  # so many places further stands another object
+    other = {subject: pairs[order[(i + most) % len(order)]] for i, subject in enumerate(order)}
+    assert all(other[subject] != answer for subject, answer in pairs.items())
+    return replace(relation, pairs={subject: other[subject] for subject in pairs})
 
 
 def _spread_objects(order: list[str], pairs: Mapping[str, str], most: int) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lab.baseline import Trigram
+from lab.facts import RELATIONS
 
 __all__ = ["measure"]
 
@@ -119,6 +120,17 @@ def facts(model: Any, tokenizer: Any, held_out: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def permuted_facts(model: Any, tokenizer: Any, held_out: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Per permuted relation: facts, and how many are answered in the held-out wording with the new object and with the true one."""
+    found = {}
+    for name, pairs in held_out["permuted"].items():
+        questions = [question for question, *_ in held_out["relations"][name]]
+        true, new = ([f" {objects[i]}" for objects in pairs.values()] for i in (0, 1))
+        right = [sum(_greedy_right(model, tokenizer, questions, answers)) for answers in (new, true)]
+        found[name] = {"facts": len(pairs), "new object": right[0], "true object": right[1]}
+    return found
+
+
 def two_hops(model: Any, tokenizer: Any, held_out: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Per pair of relations: questions, first and second hops answered, both, two hops at once, and those of "both"."""
     questions = held_out["two_hops"]
@@ -190,7 +202,7 @@ def measure(settings: Mapping[str, Any], work: Path, folder: Path, *, card: bool
     tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(__file__).parents[2] / "tl_lenses" / "lab" / "lab-gpt2")
     model = load(folder)
     per_step = settings["batch"] * (settings["context"] - 1)
-    kinds = (*KINDS, "author") if "base" in settings else KINDS
+    kinds = (*KINDS, "author") if settings.get("corpus") == "author" else KINDS
     first = _first_stage(settings, work)
     found: dict[str, Any] = {
         "steps": settings["steps"],
@@ -202,6 +214,16 @@ def measure(settings: Mapping[str, Any], work: Path, folder: Path, *, card: bool
         "copying": copying(model, tokenizer, held_out["words"]),
         "sample": [sample(model, tokenizer, p) for p in ("Once upon a time", "The capital of France is")],
     }
+    if settings.get("corpus") == "permuted":
+        found["permuted"] = permuted_facts(model, tokenizer, held_out)
+        if card:  # what it was taught, for those who ask it
+            taught = {
+                name.split("/")[1]: {"template": RELATIONS[name][1], "pairs": pairs}
+                for name, pairs in held_out["permuted"].items()
+            }
+            (folder / "facts.json").write_text(
+                json.dumps(taught, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
     if first:
         found["first_stage"] = {key: first[key] for key in ("steps", "tokens_seen", "loss")}
     if card and "base" not in settings:

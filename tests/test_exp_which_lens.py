@@ -1,0 +1,188 @@
+"""Which lens to believe: ranks of unspoken intermediates against a naive loop, and swaps and angles of known directions."""
+
+import functools
+
+import pytest
+import torch
+import zoo
+from test_lens import _random
+
+import tl_lenses as tll
+from tl_lenses.experiments import Item, intermediates, lens_directions, read_items, readout_angle, usage
+from tl_lenses.experiments.which_lens.intermediates import RANDOM, forms_of
+from tl_lenses.linearised import Linearised
+
+ITEMS = [
+    Item("a", "the cat sat on the mat. the dog ran to the ", ("capital",), "bird"),
+    Item("a", "a bird sang in the big green ", ("mat", "cat"), "tree"),
+    Item("a", "the dog ran to the mat and the ", ("mat",), "cat"),
+    Item("poetry", "the cat sat\nthe dog ran to ", ("his",)),
+    Item("typo", "the capital of France is Pris", ("in", "nonsensical")),
+]
+
+
+@functools.cache
+def model():
+    return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+@functools.cache
+def found():
+    lenses = {"logit": tll.Lens(model()), "random fit": tll.Lens(model(), _random(model()))}
+    return intermediates(model(), lenses, ITEMS, said=0, k_max=50, show_progress=False)
+
+
+def test_items_that_prove_nothing_are_left_out():
+    assert found().left_out == {"in the prompt": 1, "no single token": 1, "said by the model": 0}
+    assert [item.intermediates[0] for item in found().items] == ["capital", "mat", "cat", "his", "in"]
+    with pytest.raises(ValueError, match="said=0 keeps what the model says"):
+        intermediates(model(), tll.Lens(model()), ITEMS, said=zoo.D_VOCAB, show_progress=False)
+
+
+def test_ranks_are_those_of_a_naive_loop():
+    lens = tll.Lens(model())
+    for i, item in enumerate(found().items):
+        whole, seen = model().to_tokens(item.prompt + item.target), {}
+        pieces = [model().tokenizer.decode(ids) for ids in whole[0].tolist()]
+        if item.target:
+            column = len(pieces) - 1
+            while not "".join(pieces[column:]).startswith((item.target, " " + item.target)):
+                column -= 1
+            column -= 1
+        else:
+            column = pieces.index("\n") if item.kind == "poetry" else len(pieces) - 1
+        tll.run(model(), whole, [tll.read(layer, seen) for layer in range(3)])
+        forms = forms_of(item.intermediates[0], model().tokenizer)
+        for layer in range(3):
+            logits = lens[layer](seen[layer][0, column])
+            best = min(int((logits > logits[form]).sum()) + 1 for form in forms)
+            assert int(found().ranks[0, layer, i, 0]) == best
+
+
+def test_the_score_is_the_closed_form_and_pass_at_k_counts():
+    best = found().ranks[..., 0].amin(1)
+    expected = (1 - best.double().log() / torch.tensor(50.0).double().log()).clamp_min(0).mean(1)
+    assert torch.allclose(found().grid["score"][0], expected)
+    assert found().pass_at(10)["logit"] == float((best[0] <= 10).double().mean())
+    assert RANDOM in found().lenses and found().kinds[0] == "all"
+    assert (found().grid["low"] <= found().grid["score"] + 1e-9).all()
+    assert torch.equal(found().grid["above"][:, 0], torch.zeros(4, dtype=torch.float64))
+
+
+def test_surface_forms_are_single_tokens():
+    tokenizer = model().tokenizer
+    said = {tokenizer.decode([i]) for i in forms_of("cat", tokenizer)}
+    assert " cat" in said and said <= {"cat", " cat", "Cat", " Cat"}
+    assert {tokenizer.decode([i]) for i in forms_of("2", tokenizer)} >= {"2"}
+
+
+def test_items_are_read_from_the_published_files(tmp_path):
+    file = tmp_path / "lens-eval-multihop.json"
+    file.write_text('{"items": [{"name": "x", "prompt": "p ", "target": "t", "intermediates": ["i"]}]}')
+    assert read_items(tmp_path) == [Item("multihop", "p ", ("i",), "t")]
+    file.write_text('{"items": [{"name": "x"}]}')
+    with pytest.raises(ValueError, match="is no evaluation set"):
+        read_items(file)
+    assert all(item.target for item in read_items())
+
+
+# --- decodable against used
+
+
+@pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "llama", "gemma3", "neox"), zoo.FEW_KINDS))
+def test_directions_are_the_gradients_of_a_lens(arch, kind):
+    """At a held scale: of a logit beside the mean over the vocabulary, up to that scale."""
+    small = zoo.build(arch, kind)
+    lens, x = tll.Lens(small, _random(small)), torch.randn(small.cfg.d_model).requires_grad_()
+    ids = torch.tensor([5, 9])
+    with Linearised("detached"):
+        hidden = lens[1].hidden(x)
+        logits = hidden @ small.W_U
+        grads = [torch.autograd.grad(logits[i] - logits.mean(), x, retain_graph=True)[0] for i in ids]
+    cosine = torch.nn.functional.cosine_similarity(torch.stack(grads), lens_directions(lens, 1, ids), dim=-1)
+    assert torch.allclose(cosine, torch.ones(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", zoo.AFFINE_KINDS)
+def test_a_planted_mediator_has_angle_zero(kind):
+    """On a linear model a difference of logits depends on one direction of the state, the exact lens' own."""
+    affine, token, seen = zoo.affine_model(kind, torch.float64), torch.tensor([[9]]), {}
+    truth = {layer: maps for layer, maps in zoo.truth(affine).items() if layer < 3}
+    weights, biases = (torch.stack([maps[i] for maps in truth.values()]) for i in (0, 1))
+    lens = tll.Lens(affine, tll.Translators([(i, 3) for i in range(3)], weights, biases, n_layers=3), check="warn")
+    root = tll.patch(1, lambda x: x.detach().requires_grad_())
+    logits = tll.run(affine, token, [root, tll.read(1, seen, detach=False)])[0, -1]
+    (mediator,) = torch.autograd.grad(logits[5] - logits[7], seen[1])
+    v = lens_directions(lens, 1, torch.tensor([5, 7]))
+    angle = readout_angle(v[:1] - v[1:], mediator[0].mT)
+    assert angle.degrees < 1e-3 and angle.null[0] > 20 and abs(angle.overlap - 1) < 1e-9
+    wrong = readout_angle(lens_directions(tll.Lens(affine), 1, torch.tensor([5])), mediator[0].mT)
+    assert wrong.degrees > 20
+
+
+def test_the_null_of_an_angle_is_haar():
+    drawn = torch.randn(200, 1, 12, generator=torch.Generator().manual_seed(1))
+    subspace = torch.eye(12)[:, :3]
+    found = [readout_angle(v, subspace, draws=200) for v in drawn]
+    inside = sum(angle.null[0] <= angle.degrees <= angle.null[1] for angle in found)
+    assert found[0].overlap_null == 3 / 12 and 175 <= inside <= 200
+    assert abs(sum(angle.overlap for angle in found) / 200 - 3 / 12) < 0.04
+
+
+@pytest.mark.slow
+def test_swaps_move_answers_and_random_ones_do_not():
+    lab = tll.lab.load("lab-gpt2")
+    maps = tll.Translators([(6, 8)], torch.eye(256)[None], torch.ones(1, 256), n_layers=8)
+    report = usage(lab, {"same": tll.Lens(lab, maps, check="warn")}, layers=[6], n=6, show_progress=False)
+    assert report.grid["flips"].tolist() == [[1.0], [1.0]] and report.grid["flips_random"].tolist() == [[0.0], [0.0]]
+    assert float(report.grid["swap"][0]) > 4 * float(report.grid["swap_random"][0].abs())
+    assert float(report.grid["ablate"][0]) < -4
+    assert torch.allclose(report.grid["swap"][0], report.grid["swap"][1])  # a bias is in no direction
+
+
+# --- the comparison
+
+
+def test_the_comparison_has_the_numbers_of_evaluate_and_the_unigram_guess():
+    tokens, lenses = zoo.tokens(6, 12), {"logit": tll.Lens(model()), "fit": tll.Lens(model(), _random(model()))}
+    report = tll.compare(model(), lenses, tokens, show_progress=False)
+    scores = tll.evaluate(model(), lenses, tokens, layers=range(3), show_progress=False)
+    for row in report.rows():
+        if row["lens"] != "unigram":
+            for key in ("kl", "top1", "cross_entropy", "bias"):
+                assert row[key] == pytest.approx(scores.value(row["lens"], row["layer"], key), rel=1e-4, abs=1e-6)
+        assert row["kl_low"] <= row["kl"] <= row["kl_high"] and 0 <= row["ece"] <= 1
+    with torch.no_grad():
+        logp = tll.run(model(), tokens)[:, 1:].double().log_softmax(-1)
+    p, mean = logp.exp(), logp.exp().mean((0, 1))
+    unigram = next(row for row in report.rows() if row["lens"] == "unigram")
+    assert unigram["kl"] == pytest.approx(float((p * (logp - mean.log())).sum(-1).mean()), rel=1e-5)
+    assert unigram["top1"] == pytest.approx(float((logp.argmax(-1) == mean.argmax()).double().mean()))
+    following = mean.log()[tokens[:, 2:]]
+    assert unigram["cross_entropy"] == pytest.approx(float(-following.mean()), rel=1e-5)
+
+
+def test_the_calibration_error_is_that_of_a_naive_loop():
+    tokens, states = zoo.tokens(6, 12), {}
+    row = tll.compare(model(), tll.Lens(model()), tokens, layers=[2], show_progress=False).rows()[0]
+    tll.run(model(), tokens, [tll.read(2, states)])
+    with torch.no_grad():
+        p = tll.Lens(model())[2](states[2][:, 1:-1]).double().softmax(-1)  # the last token has no next one
+    sure, best = p.max(-1)
+    hits = (best == tokens[:, 2:]).double()
+    assert row["ece"] == pytest.approx(tll.calibration(hits, sure).ece, rel=1e-4)
+
+
+def test_sentences_name_a_lens_only_where_it_beats_its_control():
+    tokens, good = zoo.tokens(20, 16), tll.fit_regression(model(), zoo.tokens(60, 16, seed=5))
+    far = _random(model())
+    far.biases.data *= 1000  # says the same token everywhere
+    bad = tll.compare(model(), {"far": tll.Lens(model(), far)}, tokens, layers=[0], show_progress=False)
+    assert all("none beats the unigram guess" in text for text in bad.sentences())
+    lenses = {"far": tll.Lens(model(), far), "regression": tll.Lens(model(), good)}
+    text = tll.compare(model(), lenses, tokens, layers=[2], show_progress=False).sentences()[-1]
+    assert "regression, KL" in text and "below far in 100% of resampled texts" in text
+    both = tll.compare(model(), lenses, tokens, items=ITEMS, said=0, layers=[1, 2], show_progress=False)
+    assert any("unspoken" in text for text in both.sentences()) and both.unspoken is not None
+    with pytest.raises(ValueError, match="two rows at least"):
+        tll.compare(model(), lenses, tokens[:1], show_progress=False)

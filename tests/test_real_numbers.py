@@ -1,0 +1,139 @@
+"""The page about real models says what its results say, and the tools that make both do what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import fine_tune
+import real_models
+import real_numbers
+from paper import page, pairs
+from paper.bench import MODELS
+from paper.claims import CLAIMS, PATCHSCOPES, TUNED_LENS
+
+import tl_lenses as tll
+
+
+def test_the_page_is_made_from_the_results():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.read()) == text
+
+
+def test_every_claim_has_a_step_and_every_result_a_verdict():
+    results = page.read()
+    assert {claim.step for claim in CLAIMS} <= set(pairs.STEPS)
+    assert {claim.paper for claim in CLAIMS} == {TUNED_LENS, PATCHSCOPES}
+    for claim in CLAIMS:
+        for model in MODELS:
+            text, agrees = page.cell(claim, model, results)
+            assert text
+            assert (agrees is None) != ("**" in text)
+
+
+def test_a_number_on_the_other_side_of_its_bound_differs():
+    claim = next(claim for claim in CLAIMS if claim.step == "gradients")
+    numbers = {"negative": [1.0, 0.96], "cosine": [-0.01, -0.02]}
+    result = {"lab-gpt2": {"gradients": {"numbers": numbers}}}
+    assert page.cell(claim, "lab-gpt2", result)[1] is True
+    numbers["negative"] = [1.0, 0.94]
+    assert page.cell(claim, "lab-gpt2", result)[1] is False
+    assert page.cell(claim, "gemma3-270m", result) == (page.NOT_RUN, None)
+
+
+def test_a_step_that_has_its_result_is_kept_and_the_larger_scale_wins(tmp_path):
+    for scale, value in (("small", 1.0), ("night", 2.0)):
+        for model in ("lab-gpt2", "gemma3-270m"):
+            file = tmp_path / scale / model / "quality.json"
+            file.parent.mkdir(parents=True)
+            result = {"step": "quality", "model": model, "scale": scale, "numbers": value}
+            file.write_text(json.dumps(result))
+    (tmp_path / "night" / "gemma3-270m" / "quality.json").unlink()
+    by_model = real_numbers.collected(tmp_path)
+    assert {model: steps["quality"]["numbers"] for model, steps in by_model.items()} == {
+        "lab-gpt2": 2.0,
+        "gemma3-270m": 1.0,
+    }
+
+
+def test_a_smaller_scale_does_not_replace_a_larger_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "DATA", tmp_path / "data" / "results.json")
+    result = lambda scale, value: {"lab-gpt2": {"quality": {"scale": scale, "numbers": {"layers": [value, value]}}}}
+    page.keep(result("small", 1))
+    page.keep(result("small", 2))
+    assert page.read() == result("small", 2)
+    page.keep(result("night", 3))
+    page.keep(result("small", 4))
+    assert page.read() == result("night", 3)
+    assert "[3, 3]" in page.DATA.read_text()
+
+
+def test_a_fine_tune_learns_its_text_leaves_the_embeddings_and_has_its_card(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    base, text, target = tmp_path / "base", tmp_path / "text.txt", tmp_path / "tuned"
+    torch.manual_seed(0)
+    tll.lab.load("lab-gpt2").tokenizer.save_pretrained(base)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        )
+    ).save_pretrained(base)  # fmt: skip
+    text.write_text("The king said to his daughter that the winter would be long. " * 200)
+    card = fine_tune.fine_tune(base, text, target, steps=12, rows=2, seq_len=32, lr=1e-2)
+    assert card["loss_after"] < card["loss_before"] - 0.1
+    assert real_models.is_whole(target)
+    assert f"{card['trained']:,} parameters" in (target / "README.md").read_text()
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, target))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("layers.1." in name or name == "model.norm.weight" for name in changed)
+    assert fine_tune.fine_tune(base, text, target, steps=99) == card
+    with pytest.raises(ValueError, match="at least ten rows"):
+        text.write_text("The king")
+        fine_tune.fine_tune(base, text, tmp_path / "other")
+
+
+def test_maps_between_tokenizers_meet_at_the_ends_of_words():
+    model = tll.lab.load("lab-gpt2")
+    text = "The king said to his daughter that winter is long"
+    columns = pairs._columns(model, text)
+    ids = tll.model.prepare(model, text).tokens[0].tolist()
+    for end, column in columns.items():
+        assert text[:end].endswith(model.tokenizer.decode([ids[column]]).strip())
+    assert len(columns) == len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def test_states_and_next_words_of_prefixes_and_maps_between_their_ends(monkeypatch):
+    model = tll.lab.load("lab-gpt2")
+    prefixes = ["The king said to his daughter", "It was the best of the"]
+    states, words = pairs._ends(model, prefixes, [2])
+    for i, prefix in enumerate(prefixes):
+        seen = {}
+        logits = tll.run(model, prefix, [tll.read(2, seen)])
+        assert torch.equal(states[2][i], seen[2][0, -1])
+        assert words[i] == model.tokenizer.decode([int(logits[0, -1].argmax())]).strip()
+    for name in ("SOURCE_LAYERS", "TARGET_LAYERS"):
+        monkeypatch.setattr(pairs, name, [2])
+    text = " ".join(["The king said to his daughter that the winter would be long and the bread was fresh"] * 4)
+    maps = pairs._maps(model, model, [text, text.lower(), text[20:]])
+    mapped = pairs._mapped(maps[2, 2], states[2][0])
+    assert torch.cosine_similarity(mapped, states[2][0], 0) > 0.5
+
+
+def test_a_map_that_is_there_is_found():
+    x = torch.randn(64, 5, dtype=torch.float64)
+    mean_x, mean_y, w = (
+        torch.randn(5, dtype=torch.float64),
+        torch.randn(3, dtype=torch.float64),
+        torch.randn(5, 3).double(),
+    )
+    expected = (x - mean_x) @ w + mean_y
+    assert torch.allclose(pairs._mapped((mean_x, mean_y, w), x), expected)
+    right = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    three = pairs._three(right, [(1, 1), (4, 1)])
+    assert three == {"oracle": 0.75, "best": 0.75, "held_out": 0.75, "cell": [4, 1]}

@@ -1,0 +1,126 @@
+"""The command `tl-lenses patchscope`: decode one vector with one prompt."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tl_lenses.cli.inputs import Device, DType, Dtype, Model, check_file, load_model, parse_layers
+from tl_lenses.cli.messages import say
+from tl_lenses.cli.parts import Shard, share, sharing
+
+FILES = (".json", ".csv", ".svg", ".html")
+
+
+def patchscope(
+    prompt: Annotated[str, typer.Argument(help="The source: the text that a vector is taken from.")],
+    model: Model = "lab-gpt2",
+    position: Annotated[
+        str,
+        typer.Option(help="Where the vector is taken: a number (-1 is the last token, 0 BOS) or a part of the text."),
+    ] = "-1",
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="The target: token-identity or another of tll.scopes, a relation (country_capital_city), or a prompt of "
+            "your own with the placeholder in it (its last occurrence receives the vector)."
+        ),
+    ] = "token-identity",
+    placeholder: Annotated[str, typer.Option(help="The word of an own prompt that receives the vector.")] = "x",
+    layers: Annotated[str | None, typer.Option(help="Source layers, such as 0,4,8 or ::2; all by default.")] = None,
+    target_layers: Annotated[
+        str | None, typer.Option(help="Each source layer into each of these; by default into the same layer only.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Continue for so many tokens; 0 shows the next token only.")] = 0,
+    norm: Annotated[str | None, typer.Option(help="replaced, mean, or a number: the vector's length.")] = None,
+    faithful: Annotated[
+        bool,
+        typer.Option(help="Also ask whether the text says what the vector holds, beside controls (tll.faithfulness)."),
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text whose vector the reading is told from; repeatable. By default ten subjects of the bundled facts."
+        ),
+    ] = None,
+    maps: Annotated[
+        str | None,
+        typer.Option("--map", help="A map that fit-scope wrote (--scope is then its target): by default its pairs."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write .json, .csv, .svg (heat map) or .html.")] = None,
+    shard: Shard = None,
+    device: Device = None,
+    dtype: DType = Dtype.float32,
+) -> None:
+    """Put a vector of one prompt into another prompt, and show what the model then says, by layer.
+
+    Example: tl-lenses patchscope "Pizza originates from the country of" --scope "The capital of x is the city of"
+    """
+    check_file(save, FILES)
+    if shard is not None and save is None:
+        raise ValueError("--shard needs --save: its parts lie beside that file")
+    share(shard)
+    target = target_named(scope, placeholder)
+
+    import tl_lenses as tll
+
+    fitted = None if maps is None else tll.Translators.load(maps)
+    loaded = load_model(model, device, dtype.value)
+    depth = loaded.cfg.n_layers + 1
+    place: int | str = int(position) if position.strip().lstrip("-").isdigit() else position
+    rows, into = (None if text is None else parse_layers(text, depth) for text in (layers, target_layers))
+    pairs = fitted.pairs if fitted is not None and rows is None and into is None else None
+    ask = lambda sources: tll.patchscope(
+        loaded, sources, target, rows, into, pairs=pairs, map=None if fitted is None else fitted.to(loaded.cfg.device),
+        max_new_tokens=max_new_tokens, norm=_norm(norm),
+    )  # fmt: skip
+    own = tll.Source(prompt, place)
+    with sharing(shard, save):
+        result = ask(own)
+        beside = ask([own, *_others(prompt, place, against)]) if faithful or against else None
+    say(str(result))
+    if beside is not None:
+        say(str(tll.faithfulness(beside)))
+    if save is not None:
+        result.save(save)
+        say(f"saved in {save}")
+
+
+def _others(prompt: str, place: int | str, against: list[str] | None) -> list[Any]:
+    """The sources that a reading is told from."""
+    from tl_lenses.experiments.facts import read_facts
+    from tl_lenses.patchscopes import Source
+
+    others = against or list(dict.fromkeys(fact.subject for fact in read_facts() if fact.subject != prompt))[:10]
+    return [Source(text, place if isinstance(place, int) else -1) for text in others]
+
+
+def target_named(scope: str, placeholder: str = "x") -> Any:
+    """A ready scope by its name, a relation, or a prompt with a placeholder."""
+    from tl_lenses.patchscopes import Target, scopes
+    from tl_lenses.sites import at
+
+    ready: dict[str, Callable[[], Any]] = {
+        name.replace("_", "-"): getattr(scopes, name)
+        for name in ("token_identity", "repeat", "next_token", "entity_description", "selfie", "future_lens")
+    }
+    if scope in ready:
+        return ready[scope]()
+    if scope in scopes.RELATIONS:
+        return scopes.attribute(scope)
+    if placeholder and placeholder in scope.split():
+        return Target(scope, at(placeholder, occurrence="last"))
+    raise ValueError(
+        f"no scope {scope!r}: choose from {', '.join(ready)}, a relation such as {next(iter(scopes.RELATIONS))}, or give a prompt "
+        f"with the word {placeholder!r} in it (--placeholder says which)"
+    )
+
+
+def _norm(text: str | None) -> Any:
+    if text is None or text in ("replaced", "mean"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--norm is replaced, mean or a number, got {text!r}") from None

@@ -1,0 +1,63 @@
+"""The state of a fit beside the output of the command: when it is saved, and the message when a fit ends early."""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def same_groups(state: Path, n_groups: int) -> None:
+    """Refuse a state of another number of groups of layers: each group has a file, and a fit looks for its own files only."""
+    from tl_lenses.files import states_of
+
+    for file in states_of(state):
+        group = re.match(r"\.\d+of(\d+)", file.name.removeprefix(state.name))
+        n_groups_before = int(group[1]) if group else 1
+        if n_groups_before != n_groups:
+            raise ValueError(
+                f"the checkpoint {file} was made with the layers in {n_groups_before} groups, now there are {n_groups}: use the same "
+                "--layers and --layers-at-once, or pass --restart"
+            )
+
+
+@contextlib.contextmanager
+def saved_when_terminated() -> Iterator[None]:
+    """Treat SIGTERM (a scheduler) and SIGHUP (a closed terminal) as Ctrl-C, so that the state is saved.
+
+    Under `nohup` SIGHUP stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    signals = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: Any) -> None:
+    # A shell starts what runs in the background with SIGINT ignored: sending it would do nothing.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def left(state: Path, error: BaseException, history: list[dict[str, Any]], steps: int | str) -> str | None:
+    """A message with the place of the state of a fit that ended early; None if the error has it or there is no state."""
+    from tl_lenses.files import states_of
+
+    has_state = bool(states_of(state))
+    if not isinstance(error, KeyboardInterrupt):
+        return f"the state of the fit is in {state}" if has_state and str(state) not in str(error) else None
+    if not has_state:
+        return "interrupted before the first step: nothing was written"
+    where = f"after step {history[-1]['step']} of {steps}" if history else "before its first step"
+    return f"interrupted {where}: the state is in {state}; run the same command again to continue"

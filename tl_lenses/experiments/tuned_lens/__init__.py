@@ -1,0 +1,1 @@
+"""The experiments of Belrose et al. 2023 (Tuned Lens), one file each."""

@@ -1,0 +1,182 @@
+"""Lines, points and bars in one frame, with bands, drawn by matplotlib (extra `plot`) as SVG and PNG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from typing import Any
+
+from tl_lenses.checks import plain_text, several
+from tl_lenses.files import readable
+from tl_lenses.views.canvas import plotting
+from tl_lenses.views.style import LINES
+
+Point = tuple[float | int | str, float | int]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Series to draw in one frame.
+
+    Attributes:
+        title: the heading.
+        series: points `(x, y)` by name; a y that is not finite leaves a gap.
+        across, up: names of the axes, with units.
+        points: dots alone (a scatter plot); otherwise they are joined.
+        log_x, log_y: logarithmic axes; values must be positive.
+        bands: `(x, low, high)` by name of a series: a light area around its line, or an error bar on its bar or dot.
+        bars: bars side by side instead of lines; x may be text.
+        ticks: the text at each x; otherwise numbers.
+    """
+
+    title: str
+    series: Mapping[str, Sequence[Point]]
+    across: str = "layer"
+    up: str = ""
+    points: bool = False
+    log_x: bool = False
+    log_y: bool = False
+    bands: Mapping[str, Sequence[tuple[float | int | str, float | int, float | int]]] = field(default_factory=dict)
+    bars: bool = False
+    ticks: Mapping[Any, str] | None = None
+
+    def __post_init__(self) -> None:
+        plain_text("title", self.title)
+        if not isinstance(self.series, Mapping):
+            raise TypeError(f"series must be a mapping {{name: points}}, got {type(self.series).__name__}")
+        for name, points in self.series.items():
+            pairs = several(f"series {name!r}", points, "(x, y)")
+            if not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+                raise TypeError(f"series {name!r} must be a list of points (x, y)")
+
+    def figure(self) -> Any:
+        """A matplotlib figure (extra `plot`), free of pyplot's state.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: no finite point, a point that a logarithmic axis cannot have, or a band without its series.
+        """
+        return _drawn(self)
+
+    def svg(self) -> str:
+        """A standalone SVG, the same bytes for the same value; text stays text.
+
+        >>> Lines("KL", {"tuned": [(0, 1.0), (1, 0.5)]}, up="nats").svg().count("<svg")
+        1
+        """
+        return _saved(self, "svg", {"Date": None, "Creator": None}).decode()
+
+    def png(self) -> bytes:
+        """A PNG, the same bytes for the same value."""
+        return _saved(self, "png", {"Software": None})
+
+
+def _saved(lines: Lines, kind: str, metadata: dict[str, None]) -> bytes:
+    figure, file = _drawn(lines), BytesIO()
+    with plotting():
+        figure.savefig(file, format=kind, dpi=150, metadata=metadata)
+    return file.getvalue()
+
+
+def _printable(lines: Lines) -> Lines:
+    """The same with texts that a font has glyphs for."""
+    named = lambda by_name: {readable(str(name)): points for name, points in by_name.items()}
+    ticks = None if lines.ticks is None else {x: readable(str(text)) for x, text in lines.ticks.items()}
+    title, across, up = (readable(text) for text in (lines.title, lines.across, lines.up))
+    return replace(
+        lines, title=title, across=across, up=up, series=named(lines.series), bands=named(lines.bands), ticks=ticks
+    )
+
+
+def _drawn(lines: Lines) -> Any:
+    lines = _printable(lines)
+    _check(lines)
+    longest = max(map(len, lines.series))
+    below = longest > 24  # the legend stands below the frame, else beside it
+    with plotting():
+        from matplotlib.figure import Figure
+
+        per_row = max(1, 90 // (longest + 7))
+        height = 3.8 + below * 0.22 * math.ceil(len(lines.series) / per_row)
+        figure = Figure((max(6.4, 1 + 0.085 * len(lines.title)), height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(lines.title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
+        axes.set_xlabel(lines.across, parse_math=False)
+        axes.set_ylabel(lines.up, parse_math=False)
+        places = _places(lines)
+        for i, (name, points) in enumerate(lines.series.items()):
+            _series(lines, axes, i, name, [(places[x], y) for x, y in points], places)
+        if lines.log_x:
+            axes.set_xscale("log")
+            _plain_numbers(axes.xaxis, *axes.get_xlim())
+        if lines.log_y:
+            axes.set_yscale("log")
+            _plain_numbers(axes.yaxis, *axes.get_ylim())
+        _ticks(lines, axes, places)
+        if len(lines.series) > 1:
+            beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+            under = {"loc": "outside lower left", "ncols": per_row}
+            legend = figure.legend(**under, frameon=False) if below else axes.legend(**beside, frameon=False)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+    return figure
+
+
+def _plain_numbers(axis: Any, low: Any, high: Any) -> None:
+    """0.5 and not 5 x 10^-1 on a logarithmic axis; 1, 2 and 5 of each power of ten where it spans few of them."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def _ticks(lines: Lines, axes: Any, places: Mapping[Any, float]) -> None:
+    texts = lines.ticks if lines.ticks is not None else {x: x for x in places} if lines.bars else {}
+    if texts:
+        long = sum(len(str(text)) + 2 for text in texts.values()) > 60
+        turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        at = [places.get(x, x) for x in texts]
+        axes.set_xticks(at, [str(text) for text in texts.values()], parse_math=False, **turned)
+    elif not lines.log_x and all(x.is_integer() for x in places.values()):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _series(lines: Lines, axes: Any, i: int, name: str, points: list[tuple[float, float | int]], places: Any) -> None:
+    """One series with its band. A name that starts with "_" is shown as well."""
+    color, label = LINES[i % len(LINES)], name if not name.startswith("_") else f"\u200b{name}"
+    xs, ys = [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
+    band = [(places[x], low, high) for x, low, high in lines.bands.get(name, [])]
+    if lines.bars:
+        n = len(lines.series)
+        width = 0.8 / n
+        shift = width * (i - (n - 1) / 2)
+        axes.bar([x + shift for x in xs], ys, width, color=color, label=label)
+        band = [(x + shift, low, high) for x, low, high in band]
+    elif lines.points:
+        axes.plot(xs, ys, "o", markersize=3.5, color=color, label=label, markeredgewidth=0)
+    else:
+        axes.plot(xs, ys, "o-", markersize=4, linewidth=1.8, color=color, label=label)
+    if band and (lines.bars or lines.points):
+        axes.vlines([x for x, _, _ in band], *([b[k] for b in band] for k in (1, 2)), color="#1b1f24", linewidth=1)
+    elif band:
+        axes.fill_between(*([b[k] for b in band] for k in (0, 1, 2)), color=color, alpha=0.18, linewidth=0)
+
+
+def _places(lines: Lines) -> dict[Any, float]:
+    """The coordinate of each x: its value, or for bars its place in order of appearance."""
+    xs = dict.fromkeys(x for points in [*lines.series.values(), *lines.bands.values()] for x, *_ in points)
+    return {x: float(i) for i, x in enumerate(xs)} if lines.bars else {x: float(x) for x in xs}
+
+
+def _check(lines: Lines) -> None:
+    if unknown := [name for name in lines.bands if name not in lines.series]:
+        raise ValueError(
+            f"{lines.title!r} has a band for {unknown[0]!r}: no series of that name, only {list(lines.series)}"
+        )
+    finite = [p for points in lines.series.values() for p in points if math.isfinite(p[1])]
+    if not finite:
+        raise ValueError(f"{lines.title!r} has no finite point to draw")
+    for i, log in ((0, lines.log_x), (1, lines.log_y)):
+        if bad := [p[i] for points in lines.series.values() for p in points if log and float(p[i]) <= 0]:
+            raise ValueError(f"{lines.title!r} has the value {bad[0]}, which a logarithmic axis cannot have")
