@@ -248,9 +248,14 @@ def decode(
 
 def _tile(n: int, rows: int, lenses: int, outputs: int, w_u: Tensor, chunk_size: int | None) -> tuple[int, int]:
     """How many positions, and how many rows of them, have their logits at a time."""
-    most = ROOM.get(w_u.device.type, ROOM["cuda"]) // (w_u.dtype.itemsize * w_u.shape[1])
+    most = most_rows(w_u)
     size = min(n, chunk_size or max(1, most // (outputs + min(rows, max(1, ROWS // lenses)) * lenses)))
     return size, max(1, (most // size - outputs) // lenses)
+
+
+def most_rows(w_u: Tensor) -> int:
+    """How many rows of logits there is room for."""
+    return max(1, ROOM.get(w_u.device.type, ROOM["cuda"]) // (w_u.dtype.itemsize * w_u.shape[1]))
 
 
 def _logits(readout: Readout, hidden: Sequence[Tensor], room: Tensor) -> Sequence[Float[Tensor, "n d_vocab"]]:

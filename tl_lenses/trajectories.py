@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import entry, one_of, several, whole_number
-from tl_lenses.decode import Chunk, Reading, decode, read_cache, read_run
+from tl_lenses.decode import Chunk, Reading, decode, most_rows, read_cache, read_run
 from tl_lenses.deprecation import renamed
 from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.layers import LayerOrSite
@@ -364,7 +364,8 @@ def _own_top(reading: Reading, readout: Readout, mask: Tensor) -> Int[Tensor, "b
     if mask.sum() > TRACKED_CELLS:
         return mask.new_empty(len(mask), 0, dtype=torch.long)
     x, top = reading.output.x[mask.to(reading.output.x.device)], list[Tensor]()
-    for part in S.chunks(len(x), readout.weights()[0].shape[1]):
+    w_u = readout.weights()[0]
+    for part in S.chunks(len(x), w_u.shape[1], most_rows(w_u)):
         top.append(S.likeliest(readout.logits(x[part]) if reading.output.hidden else x[part]))
     by_row = torch.cat(top).to(mask.device).split(mask.sum(1).tolist())
     chosen = [list(dict.fromkeys(row.flip(0).tolist()))[:TRACKED] for row in by_row]

@@ -118,6 +118,7 @@ def heat(
         TypeError, ValueError: values that are no matrix, or labels that do not fit it.
 
     Example:
+        >>> import tl_lenses as tll
         >>> patched = tll.views.heat([[0.0, 1.5], [0.2, 0.1]], down="layer", across="head", title="patched", unit="nats")
         >>> patched
         Matrix('patched', 2 x 2)
