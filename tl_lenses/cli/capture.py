@@ -1,5 +1,6 @@
 """The command `tl-lenses capture`: states of a text on disk, for `fit` and `eval`."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from tl_lenses.cli.messages import say, stage
 from tl_lenses.cli.parts import share
 
 CAPTURED_TOKENS = 2**18
+Stored = Enum("Stored", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str)
 
 
 def capture(
@@ -30,7 +32,7 @@ def capture(
     model: Model = "lab-gpt2",
     data: Data = None,
     layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
-    store: Annotated[Dtype | None, typer.Option(help="Type of the stored states; the model's own by default.")] = None,
+    store: Annotated[Stored | None, typer.Option(help="Type of the stored states; the model's own by default.")] = None,
     shard: Annotated[
         str | None,
         typer.Option(help="i/n: every n-th shard from the i-th on, 0 <= i < n; the others elsewhere.", metavar="I/N"),
