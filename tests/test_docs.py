@@ -17,6 +17,7 @@ import tl_lenses as tll
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
+COURSE = sorted((ROOT / "docs" / "course").glob("*.md"))  # tests/test_course.py runs these
 # Their examples need a trajectory, a result or a tokenizer of the Hub; the examples of all other modules run.
 UNTESTED = {
     "token_text",
@@ -40,6 +41,7 @@ _OUTPUT = re.compile(r"\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = {"believe", "quickstart", "lenses", "trajectories", "patchscopes", "fitting"}
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_page = pytest.mark.parametrize("page", [*PAGES, *COURSE], ids=lambda page: page.stem)
 
 
 def blocks(page, *, run):
@@ -84,7 +86,7 @@ def test_the_python_of_a_page_runs(page, load, tmp_path, monkeypatch):
     assert not any(p._forward_hooks for p in points)
 
 
-@page_by_page
+@every_page
 def test_the_python_that_is_not_run_names_what_is_there(page):
     for code, *_ in blocks(page, run=False):
         for node in ast.walk(ast.parse(code)):
@@ -126,7 +128,7 @@ def public_names():
         for name in functions if listed is None else listed:
             if name[0] != "_":
                 yield room, name
-    for page in PAGES:
+    for page in [*PAGES, *COURSE]:
         for code, *_ in blocks(page, run=False):
             for node in ast.walk(ast.parse(code)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tl_lenses"):
@@ -170,7 +172,7 @@ def _parsed(signature):
     return ast.dump(ast.parse(f"def f{signature}: pass"))
 
 
-@page_by_page
+@every_page
 def test_links_lead_somewhere(page):
     text = re.sub(
         r"```.*?```|^    .*?$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
@@ -187,7 +189,7 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings], target
 
 
-@page_by_page
+@every_page
 def test_commands_exist(page):
     from typer.main import get_command
 
@@ -212,6 +214,10 @@ def test_every_page_is_in_the_navigation_and_on_the_map():
     for page in PAGES[1:]:
         assert f": {page.name}\n" in navigation
         assert page.name == "index.md" or f"({page.name})" in index
+    assert "(course/index.md)" in index
+    for page in COURSE:
+        assert f": course/{page.name}\n" in navigation
+        assert page.name == "index.md" or f"({page.name})" in COURSE[-1].read_text(encoding="utf-8")
 
 
 class _Printed(doctest.OutputChecker):

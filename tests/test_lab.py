@@ -242,3 +242,17 @@ def test_the_model_is_on_the_device_asked_for(name, capsys):
     assert model(torch.tensor([[1, 2]], device="meta")).device.type == "meta"
     with pytest.raises(ValueError, match="expected a device such as 'cpu' or 'cuda:0', got 'gpu'"):
         tll.lab.load(name, device="gpu")
+
+
+def test_an_exercise_says_whether_it_is_done(capsys):
+    with lab.exercise("1"):
+        pass
+    with lab.exercise("2"):
+        raise AssertionError("one is not two")  # what a failed assertion raises outside tests
+    with lab.exercise("3"):
+        raise NotImplementedError
+    with pytest.raises(ZeroDivisionError), lab.exercise("4"):
+        1 / 0  # noqa: B018
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["exercise 1: done.", "exercise 2: not yet. one is not two"]
+    assert len(said) == 3 and said[2].startswith("exercise 3: not yet. Replace")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tl_lenses.views import Heat, Lines
+from tl_lenses.views import Heat, Lines, Panels
 
 MATPLOTLIB = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 PNG = b"\x89PNG"
@@ -40,6 +40,12 @@ def test_an_svg_is_text_that_needs_nothing_and_the_same_every_time():
 
 
 @MATPLOTLIB
+@MATPLOTLIB
+def test_a_notebook_shows_pictures():
+    for picture in (Lines("t", {"a": [(0, 1.0)]}), heat := Heat("t", ["r"], ["a"], [[0.5]]), Panels([heat])):
+        assert picture._repr_svg_() == picture.svg()
+
+
 def test_pictures_are_free_of_the_settings_of_the_user():
     import matplotlib
 

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 
 from tl_lenses.checks import whole_number
 
-__all__ = ["Bundled", "available", "load", "path", "steps", "text"]
+__all__ = ["Bundled", "available", "exercise", "load", "path", "steps", "text"]
 
 _HERE = Path(__file__).parent
 _REPOSITORY = "https://github.com/tl-lenses/tl-lenses"
@@ -176,6 +177,31 @@ def load(
         # Moved here: a bridge around a model that exists leaves it where it is and only notes the device.
         with contextlib.redirect_stdout(io.StringIO()):  # it says so
             return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def exercise(name: str) -> Iterator[None]:
+    """Print whether an exercise of the course is done: whether all holds that the block asserts.
+
+    The message of a failed assertion says what is missing. NotImplementedError, which an exercise raises as it is given, means
+    that nothing was written yet. Any other error passes, with its trace.
+
+    Args:
+        name: of the exercise, for the line that is printed.
+
+    Example:
+        >>> with exercise("1.1"):
+        ...     assert 1 + 1 == 3, "one and one are 2"
+        exercise 1.1: not yet. one and one are 2
+    """
+    try:
+        yield
+    except NotImplementedError:
+        print(f"exercise {name}: not yet. Replace `raise NotImplementedError` and run both cells.")
+    except AssertionError as error:
+        print(f"exercise {name}: not yet. {error or 'An assertion does not hold'}")
+    else:
+        print(f"exercise {name}: done.")
 
 
 def verify(folder: Path, files: tuple[str, ...] | None = None) -> None:

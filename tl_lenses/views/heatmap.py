@@ -106,6 +106,9 @@ class Heat:
         """
         return Panels([self]).svg()
 
+    def _repr_svg_(self) -> str:
+        return self.svg()  # of notebooks
+
     def png(self) -> bytes:
         """The SVG's picture as PNG, 2 dots a pixel (extra `plot`).
 
@@ -170,6 +173,9 @@ class Panels:
     def svg(self) -> str:
         """A standalone SVG of all of them."""
         return to_svg(self.heats[0].title, self.heats[0].scale.stat.title, *_stacked(self.heats))
+
+    def _repr_svg_(self) -> str:
+        return self.svg()  # of notebooks
 
     def png(self) -> bytes:
         """The SVG's picture as PNG (extra `plot`)."""

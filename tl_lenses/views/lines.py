@@ -66,6 +66,9 @@ class Lines:
         """
         return _saved(self, "svg", {"Date": None, "Creator": None}).decode()
 
+    def _repr_svg_(self) -> str:
+        return self.svg()  # of notebooks
+
     def png(self) -> bytes:
         """A PNG, the same bytes for the same value."""
         return _saved(self, "png", {"Software": None})
