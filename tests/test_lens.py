@@ -156,6 +156,45 @@ def test_basis_is_measured():
     assert is_centered(torch.tensor([[1.0, -1.0]])) and not is_centered(torch.tensor([[1.0, 1.0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_basis_in_half_precision_is_not_taken_from_a_large_entry(dtype):
+    """As in SmolLM2 and Gemma 3: beside an entry of hundreds the mean of a raw state is small. It is not by its length."""
+    states = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    states[:, 3] = 400.0
+    assert (states.mean(-1) / states.amax(-1)).abs().max() < 5e-3 and not is_centered(states.to(dtype))
+    assert is_centered((states - states.mean(-1, keepdim=True)).to(dtype))
+    for kind in zoo.FEW_KINDS:
+        assert basis_of(zoo.build("gpt2", kind, dtype)) == ("raw" if kind == zoo.FEW_KINDS[0] else "centered")
+
+
+def test_a_stream_that_is_centred_behind_its_embedding_alone_takes_no_map_that_reads_a_mean():
+    """BLOOM has a norm with a bias behind its embedding: processed, it is neither raw nor centred, and maps said other things there."""
+    raw, mixed = (zoo.build("bloom", kind) for kind in zoo.FEW_KINDS)
+    assert basis_of(raw) == "raw" and basis_of(mixed) == "mixed"
+    mean = lambda model, layer: residual(model, layer).mean(-1).abs().max()
+    assert mean(mixed, 0) > 0.05 and torch.allclose(residual(mixed, 3).mean(-1), residual(mixed, 0).mean(-1), atol=1e-5)
+    fitted = {model: tll.fit_regression(model, zoo.tokens(16, 16), show_progress=False) for model in (raw, mixed)}
+    for here, there in ((raw, mixed), (mixed, raw)):
+        for check in ("strict", "warn"):
+            with pytest.raises(ValueError, match=f"residual basis is {basis_of(there)} and not {basis_of(here)}"):
+                tll.Lens(there, fitted[here], check=check)
+    # maps that read no mean say the same everywhere
+    w = fitted[raw].weights
+    centred = Translators(
+        fitted[raw].rows, w, fitted[raw].biases, n_layers=3, meta={**fitted[raw].meta, "basis": "centered"}
+    )
+    lenses = [tll.Lens(model, centred) for model in (raw, mixed)]
+    assert [lens.translators.basis for lens in lenses] == ["raw", "mixed"]
+    logp = [lens[2](residual(lens.model, 2)).log_softmax(-1) for lens in lenses]
+    assert torch.allclose(*logp, atol=1e-4)
+
+
+def residual(model, layer):
+    seen = {}
+    tll.run(model, TOKENS, [tll.read(tll.site(model, layer), seen, key=0)])
+    return seen[0]
+
+
 def _raw_and_centred():
     raw = "bridge" if "bridge" in zoo.KINDS else "ht"
     centred = "processed" if "processed" in zoo.KINDS else "ht-default"

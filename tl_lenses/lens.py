@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_lenses.checks import one_of, several, whole_number
 from tl_lenses.files import HasJacobians, readable
 from tl_lenses.hooks import Hook, read
-from tl_lenses.identity import described, described_model, difference
+from tl_lenses.identity import basis_of, described, described_model, difference
 from tl_lenses.layers import LayerOrSite, layer_site, resolve_layer, site_layer
 from tl_lenses.model import LensModel, check_model, n_layers, name_of
 from tl_lenses.numerics import gain
@@ -205,7 +205,7 @@ def _for_model(model: LensModel, translators: Translators, check: str) -> Transl
     wrong = _wrong(model, translators)
     if wrong is not None and "basis" in wrong:
         try:
-            converted = translators.to_raw() if translators.basis == "centered" else translators.to_centered()
+            converted = translators._in_basis(basis_of(model))
         except ValueError:  # they read the mean, which this model does not have: refused below
             converted = translators
         translators, wrong = converted, _wrong(model, converted)

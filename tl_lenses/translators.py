@@ -67,7 +67,7 @@ class Translators(nn.Module):
         weights: `[n_rows, d_out, d_in]`, the full maps.
         biases: `[n_rows, d_out]`.
         n_layers: depth of the source model, so that layers can be used as keys.
-        meta: fitter, settings, tokens seen, versions, basis ("raw" or "centered"), fingerprint, model name. Of maps
+        meta: fitter, settings, tokens seen, versions, basis ("raw", "centered" or "mixed"), fingerprint, model name. Of maps
             into another model, `meta["to"]` says the same of that one, and its `n_layers`.
 
     Raises:
@@ -136,7 +136,7 @@ class Translators(nn.Module):
 
     @property
     def basis(self) -> str:
-        """ "raw" or "centered": whether the model's residuals have their mean removed (see `identity.basis_of`)."""
+        """ "raw", "centered" or "mixed": whether the model's residuals have their mean removed (see `identity.basis_of`)."""
         return self.meta.get("basis", "raw")
 
     @property
@@ -251,12 +251,11 @@ class Translators(nn.Module):
         """Maps fitted on mean-removed residuals, for the same model unprocessed: `W -> W (I - 1 1^T / d)`, exactly.
 
         Source: the centred stream is `h - mean(h)`, so `W (h - mean(h)) + b = W (I - 1 1^T / d) h + b`.
+
+        Raises:
+            ValueError: the maps are of a "mixed" stream, and read its mean.
         """
-        if self.basis == "raw":
-            return self
-        self._check_not_unit()
-        w, meta = self.weights, {**self.meta, "basis": "raw"}
-        return Translators(self.rows, w - w.mean(-1, keepdim=True), self.biases, n_layers=self.n_layers, meta=meta)
+        return self._in_basis("raw")
 
     def to_centered(self) -> "Translators":
         """Maps fitted on raw residuals, for the model with centred writing weights: `W -> P W`, `b -> P b`, P = I - 1 1^T / d.
@@ -267,20 +266,31 @@ class Translators(nn.Module):
         Raises:
             ValueError: the maps read the mean.
         """
-        if self.basis == "centered":
+        return self._in_basis("centered")
+
+    def _in_basis(self, basis: str) -> "Translators":
+        """The maps for the same model in another basis. Streams of one model differ by their mean, which the final norm removes.
+
+        Raises:
+            ValueError: the maps read the mean.
+        """
+        if self.basis == basis:
             return self
         self._check_not_unit()
-        w = self.weights.double()
-        w, b = w - w.mean(-2, keepdim=True), self.biases.double()
-        read = w.sum(-1).abs().amax() / w.abs().sum(-1).amax().clamp_min(1e-30)
-        if read > 1e-5:
-            raise ValueError(
-                f"these translators read the mean of the residual (|P W 1| is {read:.1e} of |W|), which a model with centred writing weights "
-                "has lost: load the model with center_writing_weights=False (HookedTransformer) or without "
-                "enable_compatibility_mode() (TransformerBridge), or fit on this model"
-            )
-        b, meta = (b - b.mean(-1, keepdim=True)).to(self.biases), {**self.meta, "basis": "centered"}
-        return Translators(self.rows, w.to(self.delta), b, n_layers=self.n_layers, meta=meta)
+        w, b = self.weights.double(), self.biases.double()
+        if self.basis == "centered":
+            w = w - w.mean(-1, keepdim=True)
+        else:
+            w, b = w - w.mean(-2, keepdim=True), b - b.mean(-1, keepdim=True)
+            read = w.sum(-1).abs().amax() / w.abs().sum(-1).amax().clamp_min(1e-30)
+            if read > 1e-5:
+                raise ValueError(
+                    f"these translators read the mean of the residual (|P W 1| is {read:.1e} of |W|), which a model with centred writing weights "
+                    "has lost: load the model with center_writing_weights=False (HookedTransformer) or without "
+                    "enable_compatibility_mode() (TransformerBridge), or fit on this model"
+                )
+        meta = {**self.meta, "basis": basis}
+        return Translators(self.rows, w.to(self.delta), b.to(self.biases), n_layers=self.n_layers, meta=meta)
 
     def _check_not_unit(self) -> None:
         if self.unit:

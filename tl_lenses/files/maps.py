@@ -102,8 +102,8 @@ def check_meta(meta: Any) -> None:
             raise TypeError(
                 f"meta[{key!r}] cannot be written as JSON ({error}): give numbers, text, lists and dicts"
             ) from None
-    if meta.get("basis", "raw") not in ("raw", "centered"):
-        raise ValueError(f'meta["basis"] should be "raw" or "centered", got {meta["basis"]!r}')
+    if meta.get("basis", "raw") not in ("raw", "centered", "mixed"):
+        raise ValueError(f'meta["basis"] should be "raw", "centered" or "mixed", got {meta["basis"]!r}')
     to = meta.get("to")
     if to is not None and not (isinstance(to, dict) and _is_count(to.get("n_layers", 1))):
         raise ValueError(f'meta["to"] should be a dict with the n_layers of the other model, got {to!r:.80}')
