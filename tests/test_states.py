@@ -200,6 +200,27 @@ def test_states_of_another_model_or_site_or_capture_are_refused(tmp_path):
         tll.fit_regression(model, folder, [1, 2])
 
 
+def test_what_runs_the_model_itself_takes_no_states(tmp_path):
+    """The text of the folder is there, but not the interventions under which its states were made."""
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    folder, lens = capture(model, tmp_path / "states"), tll.Lens(model)
+    for what, call in {
+        "fit_jacobian": lambda: tll.fit_jacobian(model, folder, skip_first=2),
+        "an experiment": lambda: tll.compare(model, lens, folder),
+        "capture": lambda: tll.capture(model, folder, [1, 2], tmp_path / "again"),
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"^{what} runs the model, and .*states holds states of a run that is over"
+        ):
+            call()
+    assert not (tmp_path / "again").exists()
+    maps, live = (
+        tll.fit_scope(model, text, tll.Target(tokens(1, 6)[0], pos=3), steps=2, pairs=[(1, 0)], held_out=4)
+        for text in (folder, tokens())
+    )
+    equal(live, maps)
+
+
 # --- another engine
 
 

@@ -69,7 +69,7 @@ def capture(
     number, of = _share(shard)
     asked = range(depth) if layers is None else several("layers", layers)
     sites = list(dict.fromkeys(canonical(site(model, layer), depth) for layer in (*asked, depth)))
-    hooks, text = checked_hooks(model, hooks), Text.of(tokens)
+    hooks, text = checked_hooks(model, hooks), Text.of(tokens).to_run("capture")
     stored = None if dtype is None else TYPES[one_of("dtype", dtype, tuple(TYPES))]
     identity = identity_of(model)
     about = {

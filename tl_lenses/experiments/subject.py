@@ -187,7 +187,7 @@ class Subject:
         Args:
             skip_first: leave out real position 0 of each row, whose residual has an outsized norm.
         """
-        text = Text.of(tokens)
+        text = Text.of(tokens).to_run("an experiment")
         for batch in progress(text, desc=desc, show=show_progress) if desc else text:
             ready = prepare(self.model, batch.tokens, batch.attention_mask)
             yield ready, used_positions(ready, skip_first)

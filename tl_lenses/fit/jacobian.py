@@ -108,7 +108,7 @@ def fit_jacobian(
     Raises:
         ValueError: no prompt is long enough; a source that does not lead to the target; gradients that are not finite; a
             checkpoint of other settings, text or model; a model whose activations have a backward of their own, with
-            "relevance"; a model that is spread over processes.
+            "relevance"; a model that is spread over processes; stored states, which have no gradients.
         TypeError: a setting of the wrong type.
 
     Source: Gurnee et al. 2026 (2607.15495), and their code's estimator.
@@ -121,6 +121,7 @@ def fit_jacobian(
         raise ValueError(
             "fit_jacobian needs the whole model in each process: load it without sharding, and merge parts"
         )
+    text = Text.of(tokens).to_run("fit_jacobian")
     one_of("rule", rule, ("jacobian", "relevance"))
     if not isinstance(skip_last, bool):
         raise TypeError(f"skip_last must be True or False, got {skip_last!r}")
@@ -142,7 +143,7 @@ def fit_jacobian(
     file = None if checkpoint is None else as_path(checkpoint)
     with alone(checkpoint, team):
         kept = Checkpoint(file, "fit_jacobian", settings, identities, team)
-        total, counts = _averaged(model, Text.of(tokens), averaging, kept, every, show_progress)
+        total, counts = _averaged(model, text, averaging, kept, every, show_progress)
     if not counts.prompts:
         raise ValueError(
             f"no prompt is long enough: with skip_first={skip_first} and skip_last={skip_last} a row needs "

@@ -175,6 +175,19 @@ class Text:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
+    def to_run(self, what: str) -> "Text":
+        """This text, for `what` runs a model on it and reads no stored states.
+
+        Raises:
+            ValueError: it is stored states.
+        """
+        if isinstance(self.batches, StoredText):
+            raise ValueError(
+                f"{what} runs the model, and {self.batches.name} holds states of a run that is over: pass the text itself. Stored states "
+                "are for fit_regression, fit_tuned, fit_scope and evaluate"
+            )
+        return self
+
     @property
     def bos(self) -> str | None:
         """The text of the BOS that was put before each row; None for ids, which stay as they are."""

@@ -152,7 +152,7 @@ def _prefixes(model: LensModel, tokens: Any, n: int, seed: int) -> list[Tensor]:
     """One row each, cut after a random position that is not the first."""
     generator = torch.Generator().manual_seed(seed)
     prefixes: list[Tensor] = []
-    for batch in Text.of(tokens):
+    for batch in Text.of(tokens).to_run("cross-model"):
         batch = prepare(model, batch.tokens, batch.attention_mask)
         for row, real in zip(batch.tokens.cpu(), used_positions(batch, True).cpu(), strict=True):
             columns = real.nonzero()[:, 0]

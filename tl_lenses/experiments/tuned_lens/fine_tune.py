@@ -156,7 +156,7 @@ def fine_tune(
     decoders, readout = decoders_of(lenses, subject.layers), transferred.readout
     size, hooks = BytesPerToken(model, bytes_per_token), checked_hooks(model, hooks)
     sums: list[Float[Tensor, "value lens row layer"]] = []
-    for batch in progress(Text.of(tokens), desc="fine-tune", show=show_progress):
+    for batch in progress(Text.of(tokens).to_run("fine-tune"), desc="fine-tune", show=show_progress):
         known_ratio = batch.bytes_per_token
         batch = prepare(model, batch.tokens, batch.attention_mask)
         used, real = used_positions(batch, skip_first), used_positions(batch, False)
