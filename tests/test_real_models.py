@@ -54,6 +54,14 @@ def test_check_holds(model):
     assert report.ok, str(report)
 
 
+def test_in_half_precision_its_stream_is_as_raw_as_it_is(model, folder):
+    """Beside its largest entry the mean of SmolLM2's states is small, and bfloat16 states were taken for centred ones."""
+    from tl_lenses.identity import basis_of
+
+    half = tll.load_model(folder.name, device="cpu", dtype=torch.bfloat16)
+    assert basis_of(model) == basis_of(half) == "raw"
+
+
 def test_every_row_is_the_head_of_the_hugging_face_model(model, hf):
     ids = model.to_tokens(PROMPT)
     lens, seen = tll.Lens(model), {}
