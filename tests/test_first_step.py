@@ -49,6 +49,16 @@ def test_a_rate_that_is_too_high_is_lowered_and_one_that_is_not_stays():
         Settings(lr_search=1.5)
 
 
+@pytest.mark.parametrize(("n_rows", "share"), [(2, 30 / 56), (8, 1.0)])
+def test_a_step_of_few_positions_is_as_much_shorter(n_rows, share):
+    rows = list(zoo.tokens(160, 16).split(n_rows))  # 15 positions each, and 1.75 * 32 are enough
+    log: list = []
+    settings = dict(steps=2, tokens_per_step=None, guard=False, init_tokens=600, log=log)
+    tll.fit_tuned(zoo.build("gpt2", KIND), rows, **settings)
+    tll.fit_tuned(zoo.build("gpt2", KIND), rows, **settings, lr=1.0 / 32**0.5)  # a rate that is given is the rate
+    assert [entry["lr"] * 32**0.5 for entry in log] == pytest.approx([share, share / 2, 1.0, 0.5])
+
+
 def test_an_interrupted_search_begins_again_and_ends_the_same(tmp_path, monkeypatch):
     whole, move = fit(), Learner.move
 

@@ -50,7 +50,8 @@ def test_a_layer_that_got_better_is_the_trained_one():
 
 
 @pytest.mark.parametrize("init", ["identity", "regression"])
-def test_the_guards_tokens_reach_no_map_in_any_pass(init):
+def test_the_guards_tokens_reach_no_map_in_any_pass(init, monkeypatch):
+    monkeypatch.setattr("tl_lenses.fit.training.SHARES", (1.0,))  # which they choose among
     other = [zoo.tokens(8, 16, seed=7) for _ in range(2)]
     for change in ([*other, *BATCHES[2:]], [*BATCHES[:1], other[1], *BATCHES[2:]]):
         before, after = fit(init=init, steps=45), fit(change, init=init, steps=45)
@@ -75,8 +76,33 @@ def test_a_part_of_a_batch_is_set_aside_and_the_rest_of_it_is_trained_on():
     whole = guard_of(first, text, 0, whole_batches=True)
     assert (whole.n_tokens, whole.whole, whole.rows) == (1600, 1, 0)
     assert len(list(whole.rest(text.stream(endless=False)))) == 1
+    assert [guard.beside(n, 8192).start_again for n in (2559, 2560)] == [True, False]
+    assert not guard.beside(600, 600).start_again
+    guard = guard.beside(2000, 8192)
     again = Guard.load(guard.state(), text)
+    assert again.start_again
     assert torch.equal(again.batches[0].tokens, guard.batches[0].tokens) and again.rows == 16
+
+
+def test_a_layer_goes_back_to_the_best_share_of_its_way(monkeypatch):
+    start, noisy = fit(BATCHES[2:], steps=0), dict(lr=0.5, steps=8)
+    record = (chosen := fit(**noisy)).meta["guard"]
+    monkeypatch.setattr("tl_lenses.fit.training.SHARES", (1.0,))
+    whole = fit(**noisy)
+    assert 0.5 in record["share"], record
+    for i, share in enumerate(record["share"]):
+        assert torch.allclose(chosen.delta[i], torch.lerp(start.delta[i], whole.delta[i], share), atol=1e-4)
+        assert record["end"][i] <= whole.meta["guard"]["end"][i]
+    assert losses(chosen, torch.cat(BATCHES)[:16]) == pytest.approx(record["end"], rel=0.02, abs=1e-4)
+
+
+def test_a_short_texts_start_is_fitted_again_with_the_guards_tokens():
+    model = zoo.build("gpt2", KIND)
+    again = fit(init_tokens=None, lr=1e-9, steps=1)
+    regression = tll.fit_regression(model, BATCHES)
+    assert again.meta["guard"]["start_again"] and torch.allclose(again.delta, regression.delta, atol=1e-5)
+    assert not torch.allclose(tll.fit_regression(model, BATCHES[2:]).delta, regression.delta, atol=1e-3)
+    assert not fit().meta["guard"]["start_again"]  # there the text is longer than what the start reads
 
 
 def test_where_there_is_no_guard_the_record_says_why():

@@ -1,11 +1,12 @@
 """Tokens set aside from the text, on which a fit's end is compared with its start: no layer ends worse than it began.
 
-They are the first ones of the text and are neither trained on nor in the start's regression. The losses before the first step and after the last
-are taken on them, and a layer whose loss rose keeps its start. A corpus that is shuffled anew in each pass meets them again in the next pass.
+They are the first ones of the text and are neither trained on nor in the start's regression. Before the first step and after the last the losses
+are taken on them, and each layer ends where its loss is lowest: at its start, at the end, or half-way between them, which averages noise of
+the steps away. A short text misses the guard's tokens: there the start is fitted once more, with them, and the way stays as it was chosen. A corpus that is shuffled anew in each pass meets them again in the next pass.
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_lenses.text.batches import Bookmark, StoredText, Text
@@ -14,6 +15,8 @@ from tl_lenses.tokens import Batch
 SHARE = 16  # of the tokens that are trained on, one in so many
 LEAST, MOST = 256, 4096  # tokens
 SPARE = 8  # the text has at least so many times the guard's tokens
+SHARES = (0.5, 1.0)  # of the way from the start to the end, that are compared with the start
+REFIT = 10  # the start is fitted again with the guard's tokens where they are at least one in so many of its own
 TOO_SHORT = f"the text has fewer than {SPARE * LEAST:,} tokens"
 
 
@@ -26,6 +29,11 @@ class Guard:
     whole: int = 0
     rows: int = 0
     why_none: str = ""  # why there is no guard, for the record
+    start_again: bool = False  # whether the start is fitted again at the end, with the guard's tokens
+
+    def beside(self, n_start: int, wanted: int) -> "Guard":
+        """The guard of a fit whose start read so many tokens, of those that it would have read of a longer text."""
+        return replace(self, start_again=n_start < min(wanted, REFIT * self.n_tokens))
 
     @property
     def n_tokens(self) -> int:

@@ -60,6 +60,16 @@ LENGTHS = (1.0, 0.5, 0.25, 0.125)
 AFTER = 2**0.5
 
 
+# Positions of a step, per dimension, whose gradient's direction is good enough for the whole rate. A step of Muon is as long however noisy
+# its direction is: with fewer positions the noise adds up over the steps and the gain does not.
+ENOUGH = 1.75
+
+
+def noise_share(n_positions: float, d_model: int) -> float:
+    """The share of the rate that a step of so many positions takes: `min(1, n / (1.75 d_model))`."""
+    return min(1.0, n_positions / (ENOUGH * d_model))
+
+
 def best_lengths(before: Float[Tensor, " rows"], losses: Float[Tensor, "lengths rows"]) -> Float[Tensor, " rows"]:
     """For each row the longest of `LENGTHS` whose gain is nine tenths of the best one's, so that noise shortens nothing; the shortest if none gains."""
     gains = (before - losses).nan_to_num(-float("inf"), -float("inf"), -float("inf")).cpu()

@@ -31,6 +31,7 @@ class Start:
     biases: Tensor
     n_tokens: int = 0  # positions that the regression was fitted on
     white: Tensor | None = None  # P of Muon's coordinates (`fit.whiten`), if it uses any
+    n_read: int = 0  # tokens of the text that it read
 
 
 def start_of(
@@ -49,7 +50,8 @@ def start_of(
     delta, biases, moments = regression_start(
         model, first, rows, hooks, settings.skip_first, offload=settings.offload, show_progress=show_progress
     )
-    return Start(delta, biases, moments[0].n, roots(moments) if settings.whitens else None), stream
+    n_read = sum(batch.tokens.numel() for batch in first)
+    return Start(delta, biases, moments[0].n, roots(moments) if settings.whitens else None, n_read), stream
 
 
 def first_batches(

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses.fit.common import NotFinite, shown
-from tl_lenses.fit.guard import Guard, guard_of, guard_of_rows, tokens_read
+from tl_lenses.fit.guard import SHARES, Guard, guard_of, guard_of_rows, tokens_read
 from tl_lenses.fit.learner import Learner
-from tl_lenses.fit.optim import AFTER, LENGTHS, best_lengths, multiply_scales
-from tl_lenses.fit.start import first_batches, start_of
+from tl_lenses.fit.optim import AFTER, LENGTHS, best_lengths, multiply_scales, noise_share
+from tl_lenses.fit.start import first_batches, regression_start, start_of
 from tl_lenses.fit.state import Checkpoint, guilty_text, random_state, set_random_state, unbroken
 from tl_lenses.fit.step import (
     Pairs,
@@ -26,7 +28,7 @@ from tl_lenses.fit.stop import Watch
 from tl_lenses.fit.task import Task
 from tl_lenses.fit.team import Lost, Team
 from tl_lenses.hooks import check_edits
-from tl_lenses.model import hooked
+from tl_lenses.model import d_model, hooked
 from tl_lenses.progress import StepBar, progress
 from tl_lenses.text.batches import ROWS, Bookmark, Text
 from tl_lenses.tokens import Batch
@@ -70,7 +72,10 @@ class Training:
             self.bookmark = Bookmark.load(state["position"])
         text, self.guard = task.text, Guard() if state is None else Guard.load(state["guard"], task.text)
         if self.settings.guards and text.ids is not None:
-            text, self.guard = guard_of_rows(text, self._tokens_trained(text.ids[:ROWS].numel()))
+            again = self.guard.start_again
+            text, guard = guard_of_rows(text, self._tokens_trained(text.ids[:ROWS].numel()))
+            self.guard = replace(guard, start_again=again)
+        self.text = text
         self.stream: Generator[tuple[Batch, Bookmark], None, None] = team.in_turn(
             text.stream(seed=self.settings.seed, at=self.bookmark), [self.model]
         )
@@ -109,7 +114,8 @@ class Training:
         start, self.feed = start_of(
             self.model, self.feed, self.rows, self.settings, self.task.init, self.hooks, self.show
         )
-        self.n_init = start.n_tokens
+        wanted = self.settings.start_tokens(d_model(self.model))
+        self.n_init, self.guard = start.n_tokens, self.guard.beside(start.n_read, wanted)
         self.learner = self._learner(start.delta, start.biases, start.white)
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -191,6 +197,8 @@ class Training:
         if self.done == 0:
             learner.scale_rates()
         rate = (self.settings.lr or 0.0) * self.watch.rate(self.done)
+        if self.settings.lr_search:
+            rate *= noise_share(float(learner.counts[0]), learner.delta.shape[-1])
         learner.hand_over()
         searches = self.done == 0 and self.settings.lr_search and self.watch.steps != 1
         if searches:
@@ -274,10 +282,51 @@ class Training:
         began, total = time.perf_counter(), None if self.show is False else self.watched.n_batches
         watched = "held-out text" if self.task.held_out else "guard"
         with progress(total=total, desc=watched, show=self.show) as bar:
-            losses = self._mean_losses(self.watched, "held_out", bar.update)[0]
-        with unbroken():
-            self.watch.look(self.done, losses, self.learner.delta, self.learner.biases)
+            if self.settings.guards and looks:
+                self._end(bar.update)
+            else:
+                losses = self._mean_losses(self.watched, "held_out", bar.update)[0]
+                with unbroken():
+                    self.watch.look(self.done, losses, self.learner.delta, self.learner.biases)
         self.look_seconds = time.perf_counter() - began
+
+    def _end(self, tick: Callable[[], object]) -> None:
+        """The guard's last look: each layer goes back to the best of `SHARES` of its way from the start, or to the start."""
+        learner, watch = self.learner, self.watch
+        assert self.watched is not None and watch.delta is not None and watch.biases is not None
+        origin = watch.delta.to(learner.device, copy=True), watch.biases.to(learner.device, copy=True)
+        ways = [lambda share=share: learner.on_the_way(origin, share) for share in SHARES]
+        losses = self._mean_losses(self.watched, "guard", tick, maps=ways)
+        best = losses.nan_to_num(float("inf")).argmin(0).cpu()
+        again = self._start_again() if self.guard.start_again else origin
+        with unbroken():
+            self.whole = False
+            shares = torch.tensor(SHARES)[best]
+            learner.move(origin, shares)
+            watch.look(self.done, losses.gather(0, best.to(losses.device)[None])[0], learner.delta, learner.biases)
+            watch.looks[-1]["share"] = shares.tolist()
+            for maps, kept, new, old in zip(
+                (learner.delta, learner.biases), (watch.delta, watch.biases), again, origin, strict=True
+            ):
+                kept += (new - old).to(kept.device)
+                maps += new - old
+            self.whole = True
+
+    def _start_again(self) -> tuple[Tensor, Tensor]:
+        """D and b of the start's regression with the guard's tokens too."""
+        s, stream = self.settings, self.text.stream(seed=self.settings.seed)
+        with closing(stream):
+            first, _ = first_batches(self.guard.rest(stream), s.start_tokens(d_model(self.model)))
+        delta, biases, _ = regression_start(
+            self.model,
+            [*first, *self.guard.batches],
+            self.rows,
+            self.hooks,
+            s.skip_first,
+            offload=s.offload,
+            show_progress=self.show,
+        )
+        return delta.float().to(self.learner.device), biases.float().to(self.learner.device)
 
     def _mean_losses(
         self,
@@ -336,6 +385,7 @@ class Training:
                 entry["held_out" if self.task.held_out else "guard"] = by_layer(self.watch.looks[-1]["loss"])
             self.log.append(entry) if isinstance(self.log, list) else self.log(entry)
         looks = -((self.done - (self.watch.last or self.done)) // self.watch.every)
+        looks *= len(SHARES) if self.settings.guards else 1
         self.bar.update(losses, self.n_tokens, seconds, self.watch.last, looks * self.look_seconds)
 
     def _guilty(self, good: Tensor, batches: list[Batch], n_rows: int) -> str:

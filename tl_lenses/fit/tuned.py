@@ -103,13 +103,14 @@ def fit_tuned(
             before the first step, every `held_out_every` steps and at the end; each layer's translators of its best look are the
             result; and after `patience` looks without a gain the fit ends.
         guard: without `held_out`, set a sixteenth as many tokens of the text aside as are trained on (256 to 4,096), and compare the end
-            with the start on them: a layer that is worse keeps its start. `meta["guard"]` says tokens, losses and layers, or why
+            with the start on them: a layer ends at the best of its start, the end, and half of the way. In a
+            short text the start is then fitted again, with these tokens. `meta["guard"]` says tokens, losses, shares and layers, or why
             there is none: a text of fewer than 2,048 tokens, or one that can be read only once.
         lr_power: a layer's rate is `lr * min(KL, 1 nat) ** lr_power`, of its KL at the first step: the last layers, nearly right from
             the start, need small steps. 0 leaves the KL out; by optimiser if None. Muon's rate is also times the size of the map that
             the layer starts from (`|det W| ** (1 / d)`, at least 1; 1 for the identity).
         lr_search: choose each layer's rate, at most the one above, by its first step: as long, one, a half, a quarter or an eighth
-            of it, as is best on the next 512 tokens of the text. None: where `lr` is None, the optimiser Muon and the loss "kl".
+            of it, as is best on the next 512 tokens of the text; and steps of fewer than 1.75 d_model positions are as much shorter. None: where `lr` is None, the optimiser Muon and the loss "kl".
         layers_at_once: layers whose translators are held at a time, each group a pass over the same text with a checkpoint of its
             own (`checkpoint.1of3`); gives the same maps as all at once.
         offload: optimiser state, the start's moments and Muon's coordinates lie on the CPU between uses.
@@ -207,7 +208,7 @@ def _result(model: LensModel, rows: list[Row], settings: Settings, fits: list[Tr
 
 
 def _guarded(fits: list[Training]) -> dict[str, Any]:
-    """For the record: the guard's tokens, each layer's loss on them before and after, and the layers that keep their start."""
+    """For the record: the guard's tokens, each layer's loss on them before and after, its share of the way, and the layers that keep their start."""
     guard = fits[0].guard
     if not guard.batches:
         return {"tokens": 0, "why": guard.why_none}
@@ -215,5 +216,9 @@ def _guarded(fits: list[Training]) -> dict[str, Any]:
         return {"tokens": guard.n_tokens, "why": "the fit ended early, before its end was compared"}
     start, end = ([loss for fit in fits for loss in fit.watch.looks[i]["loss"]] for i in (0, -1))
     sites = [row[0] for fit in fits for row in fit.rows]
-    kept = [site for site, before, after in zip(sites, start, end, strict=True) if not after < before]
-    return {"tokens": guard.n_tokens, "start": start, "end": end, "kept_start": kept}
+    better = [after < before for before, after in zip(start, end, strict=True)]
+    way = [share for fit in fits for share in fit.watch.looks[-1]["share"]]
+    return {
+        "tokens": guard.n_tokens, "start": start, "end": end, "share": [s if ok else 0.0 for s, ok in zip(way, better, strict=True)],
+        "kept_start": [site for site, ok in zip(sites, better, strict=True) if not ok], "start_again": guard.start_again,
+    }  # fmt: skip
