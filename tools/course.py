@@ -119,7 +119,7 @@ def notebook(page: str) -> str:
             shown.append({"name": "stdout", "output_type": "stream", "text": _lines(cell.text)})
         if cell.picture:
             svg = (COURSE / cell.picture).read_text(encoding="utf-8")
-            data = {"image/svg+xml": _lines(svg), "text/plain": [match["alt"]]}
+            data = {"image/svg+xml": svg, "text/plain": [match["alt"]]}
             shown.append({"data": data, "execution_count": count, "metadata": {}, "output_type": "execute_result"})
         add("code", cell.code, execution_count=count, outputs=shown)
         place = match.end()
