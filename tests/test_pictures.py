@@ -1,5 +1,6 @@
 """Lines and heat maps: every finite point is drawn where it belongs, gaps stay gaps, and what cannot be drawn is refused."""
 
+import itertools
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from tl_lenses.views import Heat, Lines, Panels
+from tl_lenses.views.lines import GAP
 
 MATPLOTLIB = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 PNG = b"\x89PNG"
@@ -40,12 +42,25 @@ def test_an_svg_is_text_that_needs_nothing_and_the_same_every_time():
 
 
 @MATPLOTLIB
-@MATPLOTLIB
 def test_a_notebook_shows_pictures():
     for picture in (Lines("t", {"a": [(0, 1.0)]}), heat := Heat("t", ["r"], ["a"], [[0.5]]), Panels([heat])):
         assert picture._repr_svg_() == picture.svg()
 
 
+@MATPLOTLIB
+def test_names_stand_beside_the_ends_of_their_lines_and_do_not_overlap():
+    ends = {f"layer {i}": 2.0 if i < 5 else float(i) for i in range(8)}
+    axes = drawn(Lines("t", {name: [(0, 1.0), (1, y)] for name, y in ends.items()}, up="a long name of an axis " * 4))
+    names = [(text.get_position()[1], text.get_text(), text.get_color()) for text in axes.texts]
+    heights = [height for height, *_ in names]
+    assert [name for _, name, _ in names] == list(ends) and 0 <= heights[0] and heights[-1] <= 1
+    assert min(b - a for a, b in itertools.pairwise(heights)) == pytest.approx(GAP)
+    assert [color for *_, color in names] == [line.get_color() for line in axes.lines]
+    reds = [line.get_color()[1] for line in axes.lines]
+    assert reds == sorted(reds) and "\n" in axes.get_ylabel() and axes.get_legend() is None
+
+
+@MATPLOTLIB
 def test_pictures_are_free_of_the_settings_of_the_user():
     import matplotlib
 

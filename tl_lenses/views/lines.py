@@ -1,9 +1,11 @@
 """Lines, points and bars in one frame, with bands, drawn by matplotlib (extra `plot`) as SVG and PNG."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from textwrap import fill
 from typing import Any
 
 from tl_lenses.checks import plain_text, several
@@ -11,6 +13,9 @@ from tl_lenses.files import readable
 from tl_lenses.views.canvas import plotting
 from tl_lenses.views.style import LINES
 
+LABELS = 12  # of more lines the names stand in a legend
+GAP = 0.055  # between two names, of the frame's height
+_LAYER = re.compile(r"(layer )?\d+")
 Point = tuple[float | int | str, float | int]
 
 
@@ -21,6 +26,7 @@ class Lines:
     Attributes:
         title: the heading.
         series: points `(x, y)` by name; a y that is not finite leaves a gap.
+            Names of up to 12 lines stand at their ends; names that are numbers or "layer 3" have colours from dark to bright.
         across, up: names of the axes, with units.
         points: dots alone (a scatter plot); otherwise they are joined.
         log_x, log_y: logarithmic axes; values must be positive.
@@ -95,20 +101,23 @@ def _drawn(lines: Lines) -> Any:
     lines = _printable(lines)
     _check(lines)
     longest = max(map(len, lines.series))
-    below = longest > 24  # the legend stands below the frame, else beside it
+    at_lines = not lines.bars and not lines.points and 1 < len(lines.series) <= LABELS
+    below = longest > 24 and not at_lines  # the legend stands below the frame, else beside it
     with plotting():
         from matplotlib.figure import Figure
 
         per_row = max(1, 90 // (longest + 7))
         height = 3.8 + below * 0.22 * math.ceil(len(lines.series) / per_row)
-        figure = Figure((max(6.4, 1 + 0.085 * len(lines.title)), height), layout="constrained")
+        wide = 6.4 + at_lines * max(0.0, 0.075 * (longest - 14))
+        figure = Figure((max(wide, 1 + 0.085 * len(lines.title)), height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(lines.title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
         axes.set_xlabel(lines.across, parse_math=False)
-        axes.set_ylabel(lines.up, parse_math=False)
+        axes.set_ylabel(fill(lines.up, 44), parse_math=False)  # as high as the frame
         places = _places(lines)
+        colors = _colors(list(lines.series))
         for i, (name, points) in enumerate(lines.series.items()):
-            _series(lines, axes, i, name, [(places[x], y) for x, y in points], places)
+            _series(lines, axes, i, colors[i], name, [(places[x], y) for x, y in points], places)
         if lines.log_x:
             axes.set_xscale("log")
             _plain_numbers(axes.xaxis, *axes.get_xlim())
@@ -116,13 +125,67 @@ def _drawn(lines: Lines) -> Any:
             axes.set_yscale("log")
             _plain_numbers(axes.yaxis, *axes.get_ylim())
         _ticks(lines, axes, places)
-        if len(lines.series) > 1:
+        if at_lines:
+            _labels(axes)
+        elif len(lines.series) > 1:
             beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
             under = {"loc": "outside lower left", "ncols": per_row}
             legend = figure.legend(**under, frameon=False) if below else axes.legend(**beside, frameon=False)
             for text in legend.get_texts():
                 text.set_parse_math(False)
     return figure
+
+
+def _labels(axes: Any) -> None:
+    """The name of each line beside its last point, in its colour; names that would overlap are moved apart."""
+    frame = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for line in axes.lines:
+        points = [(x, y) for x, y in line.get_xydata() if math.isfinite(y)]
+        if points:
+            ends.append((frame.transform(points[-1])[1], line, points[-1]))
+    ends.sort(key=lambda end: end[0])
+    n = len(ends)
+    heights = spread([height for height, *_ in ends], GAP)
+    heights = [min(max(height, i * GAP), 1 - (n - 1 - i) * GAP) for i, height in enumerate(heights)]  # inside the frame
+    for (_, line, end), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            line.get_label(), end, (1.02, height), xycoords="data", textcoords="axes fraction", va="center", color=line.get_color(),
+            fontsize=9, parse_math=False, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Increasing places, moved as little as it takes to be `gap` apart: neighbours that are too near share their middle.
+
+    >>> [round(x, 2) for x in spread([0.0, 0.5, 0.52], 0.1)]
+    [0.0, 0.46, 0.56]
+    """
+    groups: list[list[float]] = []  # each is spread evenly around its mean
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > 2 * _middle(groups[-1]) - _top(groups[-1], gap):
+            last = groups.pop()
+            groups[-1] += last
+    return [_middle(group) + gap * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
+
+
+def _middle(group: Sequence[float]) -> float:
+    return sum(group) / len(group)
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return _middle(group) + gap * (len(group) - 1) / 2
+
+
+def _colors(names: Sequence[str]) -> list[Any]:
+    """A colour for each series: from dark to bright where the names are numbers or "layer 3", else one unlike the others."""
+    if len(names) > 2 and all(_LAYER.fullmatch(name) for name in names):
+        from matplotlib import colormaps
+
+        return [colormaps["viridis"](0.8 * i / (len(names) - 1)) for i in range(len(names))]
+    return [LINES[i % len(LINES)] for i in range(len(names))]
 
 
 def _plain_numbers(axis: Any, low: Any, high: Any) -> None:
@@ -145,9 +208,11 @@ def _ticks(lines: Lines, axes: Any, places: Mapping[Any, float]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _series(lines: Lines, axes: Any, i: int, name: str, points: list[tuple[float, float | int]], places: Any) -> None:
+def _series(
+    lines: Lines, axes: Any, i: int, color: Any, name: str, points: list[tuple[float, float | int]], places: Any
+) -> None:
     """One series with its band. A name that starts with "_" is shown as well."""
-    color, label = LINES[i % len(LINES)], name if not name.startswith("_") else f"\u200b{name}"
+    label = name if not name.startswith("_") else f"\u200b{name}"
     xs, ys = [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
     band = [(places[x], low, high) for x, low, high in lines.bands.get(name, [])]
     if lines.bars:
