@@ -78,6 +78,22 @@ def test_a_head_is_its_z_through_w_o():
         assert torch.allclose(parts.values[parts.rows.index(f"1 head {head}")], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "gemma2"), zoo.FEW_KINDS))
+def test_half_precision_differs_by_its_rounding(arch, kind, dtype):
+    """Against the same model in float32; a state in half precision was taken for a nonlinearity that the rule does not know."""
+    half, whole = (zoo.build(arch, kind, precision) for precision in (dtype, torch.float32))
+    for call in (
+        lambda m: tll.components(m, tll.Lens(m), TOKENS, targets=7),
+        lambda m: tll.components(m, tll.Lens(m), TOKENS, 2, targets=7, heads=True),
+        lambda m: tll.detached(m, TOKENS, 7),
+    ):
+        ours, exact = call(half), call(whole)
+        assert ours.values.dtype == torch.float32 and ours.rows == exact.rows
+        for a, b in ((ours.values, exact.values), (ours.total, exact.total), (ours.rest, exact.rest)):
+            assert float((a - b).abs().max()) < (0.25 if dtype == torch.bfloat16 else 0.05)
+
+
 @pytest.mark.skipif(zoo.TL_VERSION < (4, 0), reason="TransformerLens has this tool from 4.0 on")
 def test_at_the_last_layer_it_is_direct_logit_attribution():
     from transformer_lens.tools.analysis import direct_logit_attribution

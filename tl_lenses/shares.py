@@ -15,7 +15,7 @@ from tl_lenses.hooks import Hook, check_edits, checked_hooks, patch, read, run
 from tl_lenses.layers import LayerOrSite, as_layer, layer_site, resolve_layer
 from tl_lenses.lens import LayerLens, Lens, named_lenses
 from tl_lenses.linearised import Linearised
-from tl_lenses.model import LensModel, check_model, lock_of, n_layers, name_of, prepare
+from tl_lenses.model import LensModel, check_model, dtype_of, lock_of, n_layers, name_of, prepare
 from tl_lenses.sites import positions, site
 from tl_lenses.token_text import token_text
 from tl_lenses.tokens import Batch
@@ -175,6 +175,7 @@ def components(
         ids = _targets(model, decode, hidden, targets)
         logits = _logits(decode, hidden, ids)
         (direction,) = torch.autograd.grad(logits.sum(), h)
+        direction, states = _wide(direction), [_wide(x) for x in states]
         names, rows = ["embedding"], [(states[0] * direction).sum(-1)]
         for i in range(end):
             before, between, after = states[2 * i : 2 * i + 3]
@@ -255,10 +256,14 @@ def detached(
         finally:
             for p, flag in flags:
                 p.requires_grad_(flag)
-    parts = [torch.zeros(()) if g is None else (g * x).detach().sum(-1) for g, x in zip(grads, asked, strict=True)]
+    parts = [
+        torch.zeros(()) if g is None else (_wide(g) * _wide(x)).detach().sum(-1)
+        for g, x in zip(grads, asked, strict=True)
+    ]
     explained = float(sum(part.double().sum() for part in parts[len(numbers) :]) + _output_bias(decode, ids))
     logit = logit.detach()
-    if abs(explained - float(logit)) > 1e-3 * max(1.0, float(hidden.detach().abs().max()), abs(float(logit))):
+    share = 1e-3 if dtype_of(model).itemsize >= 4 else 0.02  # of what half precision rounds
+    if abs(explained - float(logit)) > share * max(1.0, float(hidden.detach().abs().max()), abs(float(logit))):
         raise ValueError(
             f"states and biases of {name_of(model)!r} add up to {explained:.4f} and its logit is {float(logit):.4f}: it has a "
             "nonlinearity that the rule does not hold, so there is no exact sum for it"
@@ -333,8 +338,13 @@ def _targets(model: LensModel, decode: LayerLens, hidden: Tensor, targets: Any) 
 def _logits(decode: LayerLens, hidden: Tensor, ids: Tensor) -> Float[Tensor, " pos"]:
     """Of one token per position, before a soft cap."""
     w_u, b_u = decode.readout.weights()
-    logits = (hidden * w_u[:, ids].T).sum(-1)
+    logits = (_wide(hidden) * _wide(w_u[:, ids].T)).sum(-1)
     return logits if b_u is None else logits + b_u[ids]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: sums of half-precision products lose what small parts add."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _output_bias(decode: LayerLens, ids: Tensor) -> float:
