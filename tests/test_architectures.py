@@ -33,49 +33,70 @@ DOZEN = (
     "BartForConditionalGeneration",
     "native, attention only",
 )
+FEW = ("GPT2LMHeadModel", "CohereForCausalLM", "BartForConditionalGeneration")  # of the short table's versions
 KNOWN = {family.name: family for family in families.families()}
 
 
-def expected() -> dict[str, dict[str, str]]:
-    """The page's table: family -> column -> text; of a family that is not there, the reason under "not there"."""
-    text = PAGE.read_text(encoding="utf-8").split(architectures.BETWEEN[0])[1].split(architectures.BETWEEN[1])[0]
-    there, absent = re.split(r"^\| not there .*\n", text, flags=re.MULTILINE)
-    head, _, *lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in there.splitlines() if line[:1] == "|"
-    ]
-    table = {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in lines}
+def section(marks: tuple[str, str]) -> str:
+    """What stands between two marks of the page."""
+    return PAGE.read_text(encoding="utf-8").split(marks[0])[1].split(marks[1])[0]
+
+
+FULL, SHORT = (architectures.versions() in section(marks) for marks in (architectures.BETWEEN, architectures.SHORT))
+
+
+def tables(marks: tuple[str, str]) -> tuple[list[list[str]], dict[str, dict[str, str]]]:
+    """Rows of the first table between two marks, its head among them, and of a family that is not there the reason."""
+    there, absent = re.split(r"^\| not there .*\n", section(marks), flags=re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in there.splitlines() if line[:1] == "|"]
+    missing = {}
     for line in absent.splitlines()[1:]:
         if line[:1] == "|":
             reason, names = (cell.strip() for cell in line.split("|")[1:-1])
             # A variant has a comma in its name, but all variants are there.
-            table |= {name: {"not there": reason} for name in names.split(", ")}
-    return table
+            missing |= {name: {"not there": reason} for name in names.split(", ")}
+    return rows, missing
+
+
+def expected() -> dict[str, dict[str, str]]:
+    """The page's table of these versions: family -> column -> text; of a family that is not there, the reason."""
+    (head, _, *lines), missing = tables(architectures.BETWEEN if FULL else architectures.SHORT)
+    table = {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in lines}
+    if SHORT:  # a family without a row holds in everything
+        table = {name: {head[1]: ""} for name in KNOWN if name not in missing} | table
+    return table | missing
 
 
 def pytest_generate_tests(metafunc):
     if "family" not in metafunc.fixturenames:
         return
     asked = metafunc.config.getoption("markexpr")
-    others = [name for name in KNOWN if name not in DOZEN] if "slow" in asked and "not slow" not in asked else []
-    chosen = [pytest.param(name) for name in DOZEN if name in KNOWN]
+    quick = [name for name in DOZEN if name in KNOWN and (not SHORT or name in FEW)]
+    others = [name for name in KNOWN if name not in quick] if "slow" in asked and "not slow" not in asked else []
+    chosen = [pytest.param(name) for name in quick]
     metafunc.parametrize("family", chosen + [pytest.param(name, marks=pytest.mark.slow) for name in others])
 
 
 def needs_the_versions_of_the_page():
-    if architectures.versions() not in PAGE.read_text(encoding="utf-8"):
-        pytest.skip(f"the table is of other versions. {architectures.versions()}")
+    if not (FULL or SHORT):
+        pytest.skip(f"the tables are of other versions. {architectures.versions()}")
 
 
 def test_a_family_is_as_the_page_says(family, unchecked):
     needs_the_versions_of_the_page()
     row = architectures.run_family(KNOWN[family])
-    got = {"not there": row["absent"]} if "absent" in row else architectures.shown(row)
+    there = {"what does not hold": architectures.lacks(row)} if SHORT and "absent" not in row else None
+    got = {"not there": row["absent"]} if "absent" in row else there or architectures.shown(row)
     assert got == expected()[family], row
 
 
 def test_the_page_has_every_family():
     needs_the_versions_of_the_page()
     assert set(expected()) == set(KNOWN)
+    if SHORT:
+        rows, missing = tables(architectures.SHORT)
+        n = len(KNOWN) - len(missing)
+        assert f"All of it holds for {n - len(rows) + 2} families of {n}." in section(architectures.SHORT)
 
 
 def test_a_wrong_number_is_seen():

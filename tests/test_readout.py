@@ -157,3 +157,17 @@ def test_check_compares_with_the_plain_model():
     far = (bridge(TOKENS).log_softmax(-1) - plain(TOKENS).logits.log_softmax(-1)).abs().max()
     assert named(report).passed == bool(far < 1e-3) and report.ok == bool(far < 1e-3)
     assert any("not compared" in note for note in tll.check(bridge).notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "bloom", "gptj"), zoo.FEW_KINDS))
+def test_logits_by_columns_round_as_the_module_does(arch, kind, dtype, monkeypatch):
+    """A bias that was added to the product rounded it twice in half precision."""
+    readout = Readout(zoo.build(arch, kind, dtype))
+    monkeypatch.setitem(unembed.COLUMNS, "cpu", 48)
+    hidden = (3 * torch.randn(16, zoo.D_MODEL, generator=torch.Generator().manual_seed(0))).to(dtype)
+    by_columns, whole = readout.logits(hidden), readout.whole(hidden)
+    if dtype == torch.float32:
+        assert torch.allclose(by_columns, whole, atol=1e-4)
+    else:
+        assert float((by_columns != whole).double().mean()) < 0.01

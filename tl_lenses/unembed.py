@@ -144,8 +144,9 @@ class Readout:
         hidden = hidden.to(w_u)
         out = hidden.new_empty(len(hidden), w_u.shape[1]) if room is None else room[: len(hidden)]
         for part in S.evenly(w_u.shape[1], COLUMNS.get(w_u.device.type, COLUMNS["cuda"])):
-            z = hidden @ w_u[:, part]
-            out[:, part] = self.transform(z if b_u is None else z.add_(b_u[part]))
+            # In half precision a bias that is added afterwards rounds twice, and the module does not.
+            z = hidden @ w_u[:, part] if b_u is None else torch.addmm(b_u[part], hidden, w_u[:, part])
+            out[:, part] = self.transform(z)
         return out
 
     @property

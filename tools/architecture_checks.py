@@ -331,6 +331,7 @@ WORDS = (
     ("Sizes of tensors must match", "cache of another shape"),
     ("Expected size for first two dim", "mask and keys differ"),
     ("The size of tensor a", "folding weights fails"),
+    ("W_in not found", "folding weights fails"),
 )
 
 

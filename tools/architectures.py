@@ -4,6 +4,7 @@
     python tools/architectures.py --only LlamaForCausalLM       # some
     python tools/architectures.py --json results.json           # keeps what has run, and runs what is missing
     python tools/architectures.py --into docs/compatibility.md  # puts the table there
+    python tools/architectures.py --short --into docs/compatibility.md  # what does not hold, alone: of another TransformerLens
 
 Each family is a tiny random model in memory (`families.py`), asked the same questions (`architecture_checks.py`) as it is and in
 TransformerLens' compatibility mode. The table stands in docs/compatibility.md: a mark, or the reason in a few words. A family
@@ -35,6 +36,7 @@ PACKAGES = ("transformer-lens", "transformers", "torch")
 RAW, COMPATIBLE = "as it is", "compatibility mode"
 MARK, WHOLE = "✓", "not built"
 BETWEEN = ("<!-- families -->", "<!-- end of families -->")  # where the table stands in a page
+SHORT = ("<!-- families, short -->", "<!-- end of families, short -->")  # and that of `--short`
 
 
 def run_family(family: Family) -> dict[str, Any]:
@@ -118,19 +120,29 @@ def _write(rows: dict[str, Any], keep: Path) -> None:
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """The cells of a row by column: a mark, or the reason. Of compatibility mode, what is not the same as without it."""
     marks = {surface: _marks(row.get(surface, {})) for surface in (RAW, COMPATIBLE)}
-    other: dict[str, list[str]] = {}
-    for name, text in marks[COMPATIBLE].items():
-        if text != marks[RAW].get(name):
-            other.setdefault(text, []).append(name)
+    other = {name: text for name, text in marks[COMPATIBLE].items() if text != marks[RAW].get(name)}
     if set(marks[COMPATIBLE].values()) == {MARK}:
         compatible = MARK
     elif marks[COMPATIBLE] and not other:
         compatible = "the same"
     else:
-        compatible = "; ".join(
-            text if names == [WHOLE] else f"{', '.join(names)}: {text}" for text, names in other.items()
-        )
+        compatible = _by_text(other)
     return marks[RAW] | {COMPATIBLE: compatible}
+
+
+def _by_text(texts: dict[str, str]) -> str:
+    """Columns with one text together."""
+    columns: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        columns.setdefault(text, []).append(name)
+    return "; ".join(text if names == [WHOLE] else f"{', '.join(names)}: {text}" for text, names in columns.items())
+
+
+def lacks(row: dict[str, Any]) -> str:
+    """What does not hold of a family, as it is and in compatibility mode; empty where all does."""
+    texts = {name: text for name, text in cells(row).items() if text != MARK}
+    compatible = texts.pop(COMPATIBLE, "")
+    return "; ".join(filter(None, (_by_text(texts), f"{COMPATIBLE}: {compatible}" * bool(compatible))))
 
 
 def _marks(surface: dict[str, Any]) -> dict[str, str]:
@@ -153,13 +165,32 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines += [
         f"| {family} | {' | '.join(shown(row).values())} |" for family, row in rows.items() if "absent" not in row
     ]
+    return "\n".join(lines + _not_there(rows))
+
+
+def short_table(rows: dict[str, dict[str, Any]]) -> str:
+    """How many families hold in everything, what does not of the others, and why the rest is not there."""
+    lacking = {family: lacks(row) for family, row in rows.items() if "absent" not in row}
+    n = sum(not text for text in lacking.values())
+    lines = [
+        versions(),
+        "",
+        f"All of it holds for {n} families of {len(lacking)}.",
+        "",
+        "| family | what does not hold |",
+        "|---|---|",
+    ]
+    lines += [f"| {family} | {text} |" for family, text in lacking.items() if text]
+    return "\n".join(lines + _not_there(rows))
+
+
+def _not_there(rows: dict[str, dict[str, Any]]) -> list[str]:
     absent: dict[str, list[str]] = {}
     for family, row in rows.items():
         if "absent" in row:
             absent.setdefault(row["absent"], []).append(family)
-    lines += ["", "| not there | families |", "|---|---|"]
-    lines += [f"| {why} | {', '.join(sorted(names, key=str.lower))} |" for why, names in sorted(absent.items())]
-    return "\n".join(lines)
+    lines = ["", "| not there | families |", "|---|---|"]
+    return lines + [f"| {why} | {', '.join(sorted(names, key=str.lower))} |" for why, names in sorted(absent.items())]
 
 
 def versions() -> str:
@@ -167,12 +198,12 @@ def versions() -> str:
     return "With " + ", ".join(f"{package} {version(package).split('+')[0]}" for package in PACKAGES) + "."
 
 
-def write_into(page: Path, text: str) -> None:
+def write_into(page: Path, text: str, marks: tuple[str, str] = BETWEEN) -> None:
     """Put the table between the two marks of a page."""
-    before, after = (page.read_text(encoding="utf-8").split(mark) for mark in BETWEEN)
+    before, after = (page.read_text(encoding="utf-8").split(mark) for mark in marks)
     if len(before) != 2 or len(after) != 2:
-        raise ValueError(f"expected {BETWEEN[0]} and {BETWEEN[1]} once each in {page}")
-    page.write_text(f"{before[0]}{BETWEEN[0]}\n\n{text}\n\n{BETWEEN[1]}{after[1]}", encoding="utf-8")
+        raise ValueError(f"expected {marks[0]} and {marks[1]} once each in {page}")
+    page.write_text(f"{before[0]}{marks[0]}\n\n{text}\n\n{marks[1]}{after[1]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -182,6 +213,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("architectures.json"), help="where results are kept")
     parser.add_argument("--again", action="store_true", help="run what is kept already, too")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one family")
+    parser.add_argument(
+        "--short", action="store_true", help="a row for each family of which something does not hold, alone"
+    )
     parser.add_argument("--into", type=Path, help="a page that gets the table, between its marks")
     parser.add_argument("--worker", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -194,10 +228,11 @@ def main() -> None:
     names = options.only or list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no family {', '.join(unknown)}; there are {', '.join(known)}")
-    text = table(run_all(names, options.json, options.timeout, again=options.again))
+    rows = run_all(names, options.json, options.timeout, again=options.again)
+    text = short_table(rows) if options.short else table(rows)
     print(text)
     if options.into:
-        write_into(options.into, text)
+        write_into(options.into, text, SHORT if options.short else BETWEEN)
 
 
 if __name__ == "__main__":

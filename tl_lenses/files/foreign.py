@@ -122,10 +122,15 @@ def _checked(maps: Maps, given: Given) -> tuple[dict[str, Tensor], dict[str, Any
                 raise ValueError(f"the {name} of layer {source} has numbers that are not finite{half}")
         if not 0 <= source <= n_layers or not 0 <= target <= n_layers:
             raise ValueError(f"has a map from layer {source} to {target}, and its model has layers 0..{n_layers}")
-        if source != target:
-            rows.append([source, target])
-            weights.append(w.float())
-            biases.append(b.float())
+        if source == target and maps.kind != "selfie_adapter_v1":  # a target's own slot, which is not stored
+            if not torch.allclose(w.float(), torch.zeros(d, d) if maps.minus_identity else torch.eye(d), atol=1e-2):
+                raise ValueError(f"the matrix of layer {source} leads to that layer itself and is not the identity")
+            continue
+        rows.append([source, target])
+        weights.append(w.float())
+        biases.append(b.float())
+    if not rows:
+        raise ValueError("holds no matrix but the identity of its target")
     delta = torch.stack(weights) - (0 if maps.minus_identity else torch.eye(d))
     meta = {"basis": "raw", "d_model": d, "format": maps.kind, **maps.meta}
     config = {
@@ -175,7 +180,8 @@ def _pickled(path: Path, given: Given) -> Maps:
             return _jacobians(content, given)
         if "projection_state" in keys:
             config = content.get("config")
-            return _selfie(dict(content["projection_state"]), config if isinstance(config, Mapping) else {}, given)
+            record = {**content, **(config if isinstance(config, Mapping) else {})}
+            return _selfie(dict(content["projection_state"]), record, given)
         if keys & {"lens", "optim"} and isinstance(content.get("lens"), Mapping):
             raise ValueError(
                 f"is a training snapshot of tuned-lens: use the folder that it saved at the end ({CONFIG} and {PARAMS})"
@@ -387,6 +393,8 @@ def _selfie(tensors: dict[str, Tensor], record: Mapping[str, Any], given: Given)
         raise ValueError(
             f"a SelfIE adapter does not say which layer's vectors it reads: pass {' and '.join(f'{name}=' for name in missing)}"
         )
+    if unknown := sorted(set(tensors) - {"log_scale", "weight", "U", "V", "bias"}):
+        raise ValueError(f"a SelfIE adapter with {unknown} is of a projection that we do not know")
     tensors = {name: x.float() for name, x in tensors.items()}
     d = next(
         (x.shape[0] for name, x in tensors.items() if name in ("bias", "U", "weight")),
