@@ -270,6 +270,17 @@ def named_lenses(model: LensModel, lens: Any, alone: str = "") -> dict[str, Lens
     return lenses
 
 
+def one_lens(model: LensModel, lens: Any, what: str) -> dict[str, Lens]:
+    """A lens by itself, as `named_lenses` gives it.
+
+    Raises:
+        TypeError: several in a mapping, or no lens.
+    """
+    if isinstance(lens, Mapping):
+        raise TypeError(f"{what} reads through one lens, got a mapping of {len(lens)}: pass one of them")
+    return named_lenses(model, lens, alone="lens")
+
+
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 

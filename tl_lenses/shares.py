@@ -13,7 +13,7 @@ from tl_lenses.checks import several, whole_number
 from tl_lenses.files import csv_text, json_text, readable
 from tl_lenses.hooks import Hook, check_edits, checked_hooks, patch, read, run
 from tl_lenses.layers import LayerOrSite, as_layer, layer_site, resolve_layer
-from tl_lenses.lens import LayerLens, Lens, named_lenses
+from tl_lenses.lens import LayerLens, Lens, one_lens
 from tl_lenses.linearised import Linearised
 from tl_lenses.model import LensModel, check_model, dtype_of, lock_of, n_layers, name_of, prepare
 from tl_lenses.sites import positions, site
@@ -161,7 +161,7 @@ def components(
         >>> tll.components(model, lens, "The capital of France is", layer=6).save("parts.svg")      # doctest: +SKIP
     """
     check_model(model, what="an attribution")
-    named_lenses(model, lens, alone="lens")
+    one_lens(model, lens, "components")
     batch, depth = _prompt(model, tokens), n_layers(model)
     end = resolve_layer(as_layer(layer), depth)
     decode = lens[end]

@@ -15,10 +15,10 @@ from tl_lenses.checks import one_of
 from tl_lenses.experiments.basis import SOLVERS, Basis, bases_of, check_k
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, Texts, lenses_of, text_settings
+from tl_lenses.experiments.subject import Subject, Texts, text_settings
 from tl_lenses.hooks import patch, run
 from tl_lenses.layers import LayerOrSite
-from tl_lenses.lens import Lens
+from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel, d_model
 from tl_lenses.numerics import spearman
 from tl_lenses.progress import progress
@@ -118,7 +118,7 @@ def causal_basis(
         >>> print(causal_basis(model, lens, tokens, k=8))      # doctest: +SKIP
     """
     subject = Subject.of(
-        model, lenses_of(model, lens, "causal-basis"), layers, what="causal-basis", final="asked", every=True
+        model, one_lens(model, lens, "causal-basis"), layers, what="causal-basis", final="asked", every=True
     )
     check_k(k, d_model(model))
     one_of("solver", solver, tuple(SOLVERS))

@@ -16,7 +16,7 @@ from tl_lenses.experiments.report import Report
 from tl_lenses.experiments.subject import Subject, data_of, lenses_of
 from tl_lenses.hooks import Hook, checked_hooks, generate, run
 from tl_lenses.layers import LayerOrSite, site_layer
-from tl_lenses.lens import Lens
+from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel, bos_before, n_layers, prepare
 from tl_lenses.progress import progress
 from tl_lenses.sites import site
@@ -63,7 +63,7 @@ def sample_from(
     Example:
         >>> ids = sample_from(model, lens, 6, "Once upon a time", 20, seed=1)      # doctest: +SKIP
     """
-    lenses_of(model, lens, "sampling")
+    one_lens(model, lens, "sample_from")
     if do_sample and finite_number("temperature", temperature) <= 0:
         raise ValueError(
             f"temperature must be positive, got {temperature}: for the likeliest token pass do_sample=False"

@@ -12,10 +12,10 @@ from tl_lenses import stats as S
 from tl_lenses.checks import whole_number
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, lenses_of, text_settings
+from tl_lenses.experiments.subject import Subject, text_settings
 from tl_lenses.hooks import Hook
 from tl_lenses.layers import LayerOrSite
-from tl_lenses.lens import Lens
+from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel
 from tl_lenses.moments import Moments, moments
 from tl_lenses.numerics import spearman
@@ -186,7 +186,7 @@ def transfer(
         >>> result = transfer(model, lens, heldout)      # doctest: +SKIP
         >>> result.penalty, result.correlation(), result.outliers()      # doctest: +SKIP
     """
-    lenses_of(model, lens, "transfer")
+    one_lens(model, lens, "transfer")
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size, least=1)
     if lens.translators is None:
         raise ValueError(
