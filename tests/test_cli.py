@@ -380,6 +380,34 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
     assert done.exit_code == 0 and "same place" in done.stdout, done.stderr
 
 
+def test_recommend_says_which_lens_for_which_question(model, data, fitted, tmp_path):
+    (tmp_path / "lens-eval-own.json").write_text(
+        json.dumps(
+            {"items": [{"prompt": "the cat sat on the big ", "target": "tree", "intermediates": ["mat", "capital"]}]}
+        )
+    )
+    asked = "recommend", "--model", model, "--data", data, "--lens", f"own={fitted}", "--layers", "0,2", "--n", 400
+    done = run(*asked, "--items", tmp_path / "lens-eval-own.json", "--output", tmp_path / "a")
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    for word in (
+        "unigram",
+        "bits per byte",
+        "multiply-adds",
+        "early, layer 0",
+        "middle, layer 2",
+        "unspoken",
+        "random map",
+    ):
+        assert word in done.stdout, word
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert {row["lens"] for row in result["rows"]} == {"logit", "own", "unigram"}
+    assert all(row["kl_low"] <= row["kl"] <= row["kl_high"] for row in result["rows"])
+    assert [table["title"] for table in result["tables"]][-1] == "which lens" and (tmp_path / "a" / "kl.svg").is_file()
+    assert "no items" in refused(*asked, "--items", tmp_path / "a" / "nothing", "--output", tmp_path / "b")
+    assert "nothing" in refused(*asked, "--facts", tmp_path / "nothing", "--output", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_experiments_on_the_bundled_model(tmp_path):
     few = ("--layers", "0", "--output", tmp_path / "a", "--max-new-tokens", 5)
     done = run("experiment", "attributes", "--target-layers", "0", "--n", 8, *few)

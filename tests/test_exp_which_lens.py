@@ -1,6 +1,7 @@
 """Which lens to believe: ranks of unspoken intermediates against a naive loop, and swaps and angles of known directions."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import zoo
 from test_lens import _random
 
 import tl_lenses as tll
-from tl_lenses.experiments import Item, intermediates, lens_directions, read_items, readout_angle, usage
+from tl_lenses.experiments import Item, comparison, intermediates, lens_directions, read_items, readout_angle, usage
 from tl_lenses.experiments.which_lens.intermediates import RANDOM, forms_of
 from tl_lenses.linearised import Linearised
 
@@ -138,6 +139,9 @@ def test_swaps_move_answers_and_random_ones_do_not():
     assert float(report.grid["swap"][0]) > 4 * float(report.grid["swap_random"][0].abs())
     assert float(report.grid["ablate"][0]) < -4
     assert torch.allclose(report.grid["swap"][0], report.grid["swap"][1])  # a bias is in no direction
+    for key in ("swap", "flips", "ablate", "swap_random", "flips_random", "ablate_random"):
+        low, of, high = (report.grid[key + end] for end in ("_low", "", "_high"))
+        assert bool((low <= of).all() and (of <= high).all())
 
 
 # --- the comparison
@@ -160,6 +164,70 @@ def test_the_comparison_has_the_numbers_of_evaluate_and_the_unigram_guess():
     assert unigram["top1"] == pytest.approx(float((logp.argmax(-1) == mean.argmax()).double().mean()))
     following = mean.log()[tokens[:, 2:]]
     assert unigram["cross_entropy"] == pytest.approx(float(-following.mean()), rel=1e-5)
+
+
+def test_every_number_has_the_interval_of_its_kind():
+    """Means over positions by resampled rows, what is no mean by a jackknife over groups of rows, against loops over whole distributions."""
+    tokens, lens, seen = zoo.tokens(20, 12), tll.Lens(model(), _random(model())), {}
+    report = tll.compare(model(), lens, tokens, layers=[1], seed=3, show_progress=False)
+    row, unigram = report.rows()
+    logits = tll.run(model(), tokens, [tll.read(1, seen)])[:, 1:]
+    with torch.no_grad():
+        p, q = logits.double().log_softmax(-1), lens[1](seen[1][:, 1:]).double().log_softmax(-1)
+    index = torch.randint(20, (1000, 20), generator=torch.Generator().manual_seed(3))
+    following = q[:, :-1].gather(-1, tokens[:, 2:, None])[..., 0]
+    for key, by_row in {
+        "kl": (p.exp() * (p - q)).sum(-1).mean(1),
+        "top1": (p.argmax(-1) == q.argmax(-1)).double().mean(1),
+        "cross_entropy": -following.mean(1),
+    }.items():
+        draws = by_row[index].mean(1)
+        assert row[key] == pytest.approx(float(by_row.mean()), rel=1e-4)
+        assert row[f"{key}_low"] == pytest.approx(float(draws.quantile(0.025)), rel=1e-4, abs=1e-6)
+        assert row[f"{key}_high"] == pytest.approx(float(draws.quantile(0.975)), rel=1e-4, abs=1e-6)
+
+    def bias(rows):
+        a, b = (x[rows].exp().mean((0, 1)) for x in (p, q))
+        return float((a * (a / b).log()).sum())
+
+    def ece(rows):
+        sure, best = q[rows, :-1].exp().max(-1)
+        return tll.calibration((best == tokens[rows, 2:]).double(), sure).ece
+
+    group = torch.arange(20) % 8
+    for key, of in {"bias": bias, "ece": ece}.items():
+        without = torch.tensor([of(group != g) for g in range(8)])
+        wide = 2.365 * float(7 / 8 * (without - without.mean()).square().sum()) ** 0.5
+        assert row[key] == pytest.approx(of(group >= 0), rel=1e-4)
+        assert row[f"{key}_high"] - row[key] == pytest.approx(wide, rel=1e-2)
+    ratio = sum(len(model().tokenizer.decode(ids).encode()) for ids in tokens[:, 1:]) / tokens[:, 1:].numel()
+    for end in ("", "_low", "_high"):
+        assert row[f"bits_per_byte{end}"] == pytest.approx(row[f"cross_entropy{end}"] / math.log(2) / ratio)
+    d, vocab = 32, zoo.D_VOCAB
+    assert (row["multiply_adds"], row["bytes"]) == (d * d + d * vocab, 4 * (d * d + d))
+    assert (unigram["multiply_adds"], unigram["bytes"], unigram["bias"]) == (0, 4 * vocab, pytest.approx(0, abs=1e-9))
+    assert unigram["top1_low"] <= unigram["top1"] <= unigram["top1_high"]
+
+
+def test_what_a_comparison_keeps_does_not_grow_with_the_text(monkeypatch):
+    made = []
+    monkeypatch.setattr(comparison, "_grid", lambda *args, real=comparison._grid: made.append(args[:2]) or real(*args))
+    for rows in (10, 40):
+        tll.compare(model(), tll.Lens(model()), zoo.tokens(rows, 12), layers=[0, 1], show_progress=False)
+    wide = [[x.shape for sums in pair for x in sums.marginals.values()] for pair in made]
+    assert wide[0] == wide[1] == [(comparison.GROUPS, zoo.D_VOCAB)] * (2 + 1 + 1)
+    assert all(x.shape[1] < zoo.D_VOCAB for pair in made for sums in pair for xs in sums.by_row.values() for x in xs)
+
+
+def test_a_comparison_does_not_depend_on_batches_and_reads_a_text_once_given(tmp_path):
+    tokens, lens = zoo.tokens(9, 12), tll.Lens(model(), _random(model()))
+    asked = lambda text: tll.compare(model(), lens, text, layers=[1], show_progress=False).rows()
+    whole = asked(tokens)
+    tll.capture(model(), tokens, [1], tmp_path / "states", dtype="float32", show_progress=False)
+    for text in (tokens.split(4), (part for part in tokens.split(2)), tmp_path / "states"):
+        for a, b in zip(asked(text), whole, strict=True):
+            assert a.pop("lens") == b["lens"]
+            assert a == pytest.approx({key: b[key] for key in a}, rel=1e-4, abs=1e-5)
 
 
 def test_the_calibration_error_is_that_of_a_naive_loop():

@@ -322,17 +322,34 @@ def usage(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     return usage(run.model, lenses, layers=run.layers, n=run.n or 24, seed=run.seed)
 
 
-@command("compare", n="tokens", usual="4096", read=_read)
+def _read_compared(data: str | None, lens: Any, items: str | None, facts: str | None, **_: Any) -> dict[str, Any]:
+    from tl_lenses.experiments import read_facts, read_items
+
+    _ = (
+        items and read_items(items),
+        facts and facts != "bundled" and read_facts(facts),
+    )  # a file that is not there is refused at once
+    return _read(data, lens)
+
+
+@command("compare", n="tokens", usual="4096", read=_read_compared)
 def compare(
     run: Run,
     data: Data = None,
     lens: Lenses = None,
     items: Annotated[str | None, typer.Option(help="As for intermediates; without it they are left out.")] = None,
+    facts: Annotated[
+        str | None,
+        typer.Option(
+            help="For swaps: a file or folder as for attributes, or `bundled`; lab models take these, others none, by default."
+        ),
+    ] = None,
 ) -> Any:
     """Which lens should I believe? All lenses beside each other and beside controls; a sentence per band of layers."""
-    from tl_lenses.experiments.facts import read_facts
+    from tl_lenses.experiments import read_facts
 
     lenses = _lenses(run, *LENSES)
-    facts = read_facts() if run.is_lab else None  # what they know is bundled
+    facts = "bundled" if facts is None and run.is_lab else facts
+    asked = None if facts is None else read_facts(None if facts == "bundled" else facts)
     text = run.text(tokens=run.n or 4096)
-    return tll.compare(run.model, lenses, text, items=items, facts=facts, layers=run.layers, seed=run.seed)
+    return tll.compare(run.model, lenses, text, items=items, facts=asked, layers=run.layers, seed=run.seed)

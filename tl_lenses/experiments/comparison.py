@@ -1,16 +1,19 @@
 """Which lens should I believe? Lenses of one model beside each other and beside controls, with a sentence per band of layers."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import seed_of
-from tl_lenses.decode import decode, read_run
+from tl_lenses.decode import Chunk, decode, read_run
+from tl_lenses.evaluation import BytesPerToken
 from tl_lenses.experiments.facts import Fact
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.report import Report
@@ -18,13 +21,17 @@ from tl_lenses.experiments.subject import Subject, text_settings
 from tl_lenses.experiments.which_lens.intermediates import RANDOM, Intermediates, Item, intermediates
 from tl_lenses.experiments.which_lens.usage import Usage, usage
 from tl_lenses.layers import LayerOrSite
-from tl_lenses.lens import Lens, decoders_of, named_lenses
-from tl_lenses.model import LensModel
-from tl_lenses.numerics import DRAWS, percentiles, resampled
-from tl_lenses.tokens import next_tokens, used_positions
+from tl_lenses.lens import LayerLens, Lens, decoders_of, named_lenses
+from tl_lenses.model import LensModel, prepared
+from tl_lenses.numerics import DRAWS, jackknife, percentiles, resampled
+from tl_lenses.progress import progress
+from tl_lenses.text.batches import Text
+from tl_lenses.tokens import Batch, next_tokens, used_positions
+from tl_lenses.unembed import Readout
 from tl_lenses.views import Picture
 
 UNIGRAM = "unigram"
+GROUPS = 8  # of rows of the text: each keeps its mean distributions, so that memory does not grow with the rows
 _BINS = 10  # of the calibration
 
 
@@ -32,8 +39,10 @@ _BINS = 10  # of the calibration
 class Comparison(Report):
     """Lenses beside each other. The row "unigram" says the model's mean distribution over the text everywhere: what a frequent-token guess gets.
 
-    The grid has the axes lens and layer: `kl` to the model (nats) with `kl_low`, `kl_high` over resampled rows of the text, `top1` agreement, `cross_entropy` of the
-    next token (nats), `bias` (KL of the marginals, nats) and `ece`, the calibration error of the likeliest token as a guess of the next one.
+    The grid has the axes lens and layer: `kl` to the model (nats), `top1` agreement, `cross_entropy` of the next token (nats) and its `bits_per_byte`, `bias` (KL of
+    the marginals, nats) and `ece`, the calibration error of the likeliest token as a guess of the next one. Each has an interval, `kl_low` and `kl_high`: by
+    resampled rows of the text, of `bias` and `ece`, which are no means, by a jackknife over groups of rows. `multiply_adds` per position (map and unembedding) and `bytes` (of
+    the map) are counted, not measured: they have none.
 
     Attributes:
         sums: `[lens, layer, row]` of KL, and `counts [row]` positions, which the sentences resample.
@@ -110,14 +119,26 @@ class Comparison(Report):
         return f"{self.used.lenses[best]}, a swap moves {float(grid['swap'][best].mean()):.1f} nats, random directions {float(grid['swap_random'][best].mean()):.1f}"
 
     def tables(self) -> list[Table]:
-        """Next-token numbers, then those of the other reports, then the sentences."""
-        rows = [
-            [row["lens"], str(row["layer"]), interval(row["kl"], row["kl_low"], row["kl_high"]), f"{row['top1']:.1%}", *(f"{row[key]:.2f}" for key in ("cross_entropy", "bias", "ece"))]
+        """Next-token numbers and what they cost, then the tables of the other reports, then the sentences."""
+        shown = lambda row, key, k=1, digits=2: interval(*(k * row[f"{key}{end}"] for end in ("", "_low", "_high")), digits=digits)  # fmt: skip
+        text = "cross_entropy" if bool(self.grid["bits_per_byte"].isnan().all()) else "bits_per_byte"
+        first = [[shown(row, "kl"), shown(row, "top1", 100, 1), shown(row, text)] for row in self.grid.rows()]
+        second = [
+            [shown(row, "bias"), shown(row, "ece"), f"{row['multiply_adds'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.2f}"]
             for row in self.grid.rows()
+        ]
+        where = [[row["lens"], str(row["layer"])] for row in self.grid.rows()]
+        joined = lambda cells: [[*a, *b] for a, b in zip(where, cells, strict=True)]
+        said_as = "next token, nats" if text == "cross_entropy" else "bits per byte"
+        note = f"{int(self.counts.sum())} positions; KL to the model, nats; 95% over rows of the text; unigram: the mean distribution everywhere"
+        costs = (
+            f"bias in nats; 95%, jackknife over {min(GROUPS, len(self.counts))} groups of rows; a lens' cost is counted: millions of multiply-adds per position, "
+            "map and unembedding, and megabytes of the map"
+        )
+        tables = [
+            Table("next token", ["lens", "layer", "KL", "top-1, %", said_as], joined(first), note, percent=False),
+            Table("bias, calibration, cost", ["lens", "layer", "bias", "calibration error", "M multiply-adds", "MB"], joined(second), costs, percent=False),
         ]  # fmt: skip
-        columns = ["lens", "layer", "KL", "top-1", "next token", "bias", "calibration error"]
-        note = f"{int(self.counts.sum())} positions; KL to the model, next token and bias in nats; 95% over rows of the text; unigram: the mean distribution everywhere"
-        tables = [Table("next token", columns, rows, note, percent=False)]
         tables += [
             table for report in (self.unspoken, self.used) if report is not None for table in report.tables()[:1]
         ]
@@ -148,11 +169,12 @@ def compare(
 ) -> Comparison:
     """Lenses of one model on three questions, each with an interval and a control; `print` ends in a sentence per band of layers.
 
-    Next token: KL to the model, beside the unigram guess. Unspoken intermediates, where `items` are given, beside a random map and other labels. Use,
-    where `facts` are given: swaps along the lens' directions, beside the logit lens' and random ones. No single number ranks them.
+    Next token: KL to the model, agreement, bits per byte, bias, calibration and cost, beside the unigram guess. Unspoken intermediates, where `items` are given, beside a
+    random map and other labels. Use, where `facts` are given: swaps along the lens' directions, beside the logit lens' and random ones. No single number ranks them.
 
     Args:
-        lenses: a lens or `{name: lens}`; all share one pass over the text.
+        lenses: a lens or `{name: lens}`; all share one pass over the text. The guess, whose distribution is known at its end, takes another
+            pass without lenses.
         tokens: held-out text, as `evaluate` takes it.
         items: as `experiments.intermediates` takes them.
         facts: as `experiments.usage` takes them.
@@ -169,104 +191,182 @@ def compare(
     """
     lenses = named_lenses(model, lenses, alone="lens")
     subject = Subject.of(model, lenses, layers, what="a comparison", final="never" if layers is not None else "asked")
-    seed, made = seed_of(seed), _Sums(subject)
-    decoders, readout = decoders_of(subject.lenses, subject.layers), next(iter(subject.lenses.values())).readout
-    for batch, used in subject.batches(tokens, skip_first=skip_first, desc="comparing", show_progress=show_progress):
-        if used.any():
-            reading = read_run(model, batch, subject.layers, (), used)
-            goal = next_tokens(batch.tokens, used_positions(batch, False)).flatten()
-            for chunk in decode(reading, decoders, readout):
-                made.add(chunk, goal[chunk.at], made.n_rows + chunk.at // batch.tokens.shape[1])
-            made.n_rows += len(batch.tokens)
+    seed, text = seed_of(seed), Text.of(tokens)
+    text = Text(list(text), one_shot=True) if text.one_shot else text  # token ids, to be read twice
+    made, size = _Sums(), BytesPerToken(model, None)
+    decoders = decoders_of(subject.lenses, subject.layers)
+    for batch, used in _batches(model, text, skip_first, "comparing", show_progress, size):
+        made.start(len(batch.tokens))
+        for chunk, places in _chunks(model, batch, used, subject.layers, decoders):
+            made.add(chunk, places)
     if made.n_rows < 2:
         raise ValueError(f"an interval is over rows of the text, and there are {made.n_rows}: give two rows at least")
+    guess, of_guess = made.marginal().clamp_min(1e-30).log(), _Sums()
+    for batch, used in _batches(model, text, skip_first, "the unigram guess", show_progress):
+        of_guess.start(len(batch.tokens))
+        for chunk, places in _chunks(model, batch, used, [], decoders):
+            of_guess.add_lens(UNIGRAM, chunk, guess.to(chunk.p).expand_as(chunk.p), places)
     unspoken = used_by = None
     if items is not None:
         unspoken = intermediates(model, subject.lenses, items, layers=subject.layers, said=said, seed=seed, show_progress=show_progress)  # fmt: skip
     if facts is not None:
         used_by = usage(model, subject.lenses, facts, layers=subject.layers, seed=seed, show_progress=show_progress)
-    grid, sums, counts = made.grid(seed)
-    settings = {**text_settings(tokens), "skip_first": skip_first, "seed": seed, "positions": int(counts.sum())}
+    grid, sums, counts = _grid(made, of_guess, decoders, subject.layers, size.ratio, seed)
+    settings = {**text_settings(tokens), "skip_first": skip_first, "seed": seed, "positions": int(counts.sum()), "bytes_per_token": size.ratio}  # fmt: skip
     return Comparison(subject.name, sums, counts, unspoken, used_by, seed, grid=grid, settings=settings)
 
 
+def _batches(
+    model: LensModel, text: Text, skip_first: bool, desc: str, show: bool | None, size: BytesPerToken | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches with a position that counts, as they will run, and which positions count."""
+    for batch in progress(text, desc=desc, show=show):
+        ready = prepared(model, batch)
+        used = used_positions(ready, skip_first)
+        if size is not None:
+            size.add(batch.bytes_per_token, ready, used)
+        if used.any():
+            yield ready, used
+
+
+def _chunks(
+    model: LensModel, batch: Batch, used: Tensor, layers: Sequence[int], decoders: Mapping[str, Sequence[LayerLens]]
+) -> Iterator[tuple[Chunk, "_Places"]]:
+    """What lenses say at some positions, and which positions these are."""
+    reading = read_run(model, batch, layers, (), used)
+    goal = next_tokens(batch.tokens, used_positions(batch, False)).flatten()
+    for chunk in decode(reading, decoders, Readout(model)):
+        yield chunk, _Places(S.likeliest(chunk.logp), goal[chunk.at], chunk.at // batch.tokens.shape[1])
+
+
+class _Places(NamedTuple):
+    """Of some positions of a batch."""
+
+    top: Int[Tensor, " n"]  # the model's likeliest token
+    next: Int[Tensor, " n"]  # the next token, -1 where there is none
+    row: Int[Tensor, " n"]  # in the batch
+
+
+@dataclass
 class _Sums:
-    """Running sums over positions. `by_row[key][row of the text]` holds those that are resampled."""
+    """Running sums of lenses over a text: a few numbers per row of the text, and distributions over the vocabulary by group of rows.
 
-    def __init__(self, subject: Subject):
-        self.names, self.layers = list(subject.lenses), subject.layers
-        self.n_rows, self.counts = 0, {}
-        self.kl: dict[Any, dict[int, float]] = {}
-        self.totals: dict[Any, Tensor] = {}
-        self.marginals: dict[Any, Tensor] = {}
-        self.rows_p: dict[int, Tensor] = {}  # the model's distributions, summed by row of the text
-        self.entropy: dict[int, float] = {}
-        self.top: Tensor | None = None
-        self.next: Tensor | None = None
+    Attributes:
+        by_row: `[row, number]` of each lens and layer, a tensor per batch: KL, agreements, `log p(next)`, and per bin of the likeliest token's
+            probability `sum of probabilities - hits` as a guess of the next token.
+        counts: `[row, 2]`, positions, and those with a next token.
+        marginals: `[group, d_vocab]`, sums of probabilities of each lens and layer, and of the model under None.
+        n_rows: of the text so far; row r is in the group r modulo `GROUPS`.
+    """
 
-    def add(self, chunk: Any, goal: Tensor, rows: Tensor) -> None:
-        top, places = S.likeliest(chunk.logp), rows.cpu()
+    by_row: dict[Any, list[Tensor]] = field(default_factory=dict)
+    counts: list[Tensor] = field(default_factory=list)
+    marginals: dict[Any, Tensor] = field(default_factory=dict)
+    n_rows: int = 0
+
+    def start(self, n_rows: int) -> None:
+        """The next batch has so many rows."""
+        self.n_rows += n_rows
+        self.counts.append(torch.zeros(n_rows, 2, dtype=torch.float64))
+
+    def add(self, chunk: Chunk, places: _Places) -> None:
+        """Some positions of a batch."""
         if chunk.first:
-            count = lambda ids: torch.bincount(ids.cpu(), minlength=chunk.p.shape[1]).double()
-            self.top = count(top) + (0 if self.top is None else self.top)
-            self.next = count(goal[goal >= 0]) + (0 if self.next is None else self.next)
-            entropy = S.entropy(chunk.logp, chunk.p).double().cpu()
-            for row in places.unique().tolist():
-                inside = places == row
-                self.counts[row] = self.counts.get(row, 0) + int(inside.sum())
-                self.rows_p[row] = chunk.p[inside.to(chunk.p.device)].sum(0).double().cpu() + self.rows_p.get(row, 0)
-                self.entropy[row] = self.entropy.get(row, 0.0) + float(entropy[inside].sum())
+            one_each = torch.stack([torch.ones_like(places.next), places.next >= 0], 1)
+            self.counts[-1].index_add_(0, places.row.cpu(), one_each.double().cpu())
+            self._add_marginal(None, chunk.p, places.row)
         for i, by_name in chunk.logits.items():
             for name, logits in by_name.items():
-                logp = S.log_probs(logits)
-                kl = S.kl(chunk.logp, logp, chunk.p).double().cpu()
-                sums = self.kl.setdefault((name, i), {})
-                for row in places.unique().tolist():
-                    sums[row] = sums.get(row, 0.0) + float(kl[places == row].sum())
-                best, p, scored = S.likeliest(logp), logp.amax(-1).exp(), goal >= 0
-                bins = (p[scored] * _BINS).long().clamp(max=_BINS - 1)
-                table = torch.zeros(3, _BINS, dtype=torch.float64)
-                for k, x in enumerate((p[scored], (best == goal)[scored], torch.ones_like(p[scored]))):
-                    table[k].index_add_(0, bins.cpu(), x.double().cpu())
-                loss = -float(S.target_logprob(logp, goal).double().nansum())
-                numbers = torch.cat(
-                    [torch.tensor([float((best == top).sum()), loss], dtype=torch.float64), table.flatten()]
-                )
-                self.totals[name, i] = numbers + self.totals.get((name, i), 0)
-                self.marginals[name, i] = logp.exp().sum(0).double().cpu() + self.marginals.get((name, i), 0)
+                self.add_lens((name, i), chunk, S.log_probs(logits), places)
 
-    def grid(self, seed: int) -> tuple[Grid, Tensor, Tensor]:
-        """The grid, and KL by lens, layer and row of the text, with their numbers of positions."""
-        places = sorted(self.counts)
-        counts = torch.tensor([float(self.counts[row]) for row in places], dtype=torch.float64)
-        n, index = float(counts.sum()), resampled(len(places), DRAWS, seed)
-        whole = torch.stack([self.rows_p[row] for row in places])
-        marginal = whole.sum(0) / n
-        log_marginal = marginal.clamp_min(1e-30).log()
-        # KL(p || q) of q the same everywhere: sum over positions of -p . log q - H(p)
-        guess = -(whole @ log_marginal) - torch.tensor([self.entropy[row] for row in places], dtype=torch.float64)
-        sums = torch.stack([torch.stack([torch.tensor([self.kl[name, i][row] for row in places], dtype=torch.float64) for i in range(len(self.layers))]) for name in self.names] + [guess.expand(len(self.layers), -1)])  # fmt: skip
-        assert self.top is not None and self.next is not None
-        n_next = float(self.next.sum().clamp_min(1))
-        best = int(marginal.argmax())
-        rows = []
-        for k, name in enumerate([*self.names, UNIGRAM]):
-            for i, layer in enumerate(self.layers):
-                low, high = percentiles(sums[k, i][index].sum(-1) / counts[index].sum(-1))
-                row = {
-                    "lens": name,
-                    "layer": layer,
-                    "kl": float(sums[k, i].sum()) / n,
-                    "kl_low": float(low),
-                    "kl_high": float(high),
-                }
-                if name == UNIGRAM:
-                    right = float(self.next[best]) / n_next
-                    row |= {"top1": float(self.top[best]) / n, "cross_entropy": -float((self.next * log_marginal).sum()) / n_next, "bias": 0.0, "ece": abs(float(marginal[best]) - right)}  # fmt: skip
-                else:
-                    agreed, loss, *table = self.totals[name, i].tolist()
-                    said, right, _ = torch.tensor(table).view(3, _BINS)
-                    own = (self.marginals[name, i] / n).clamp_min(1e-30).log()
-                    row |= {"top1": agreed / n, "cross_entropy": loss / n_next, "bias": float(S.kl(log_marginal, own)), "ece": float((said - right).abs().sum()) / n_next}  # fmt: skip
-                rows.append(row)
-        return Grid.of_rows(rows, ["lens", "layer"]), sums, counts
+    def add_lens(self, key: Any, chunk: Chunk, logp: Float[Tensor, "n d_vocab"], places: _Places) -> None:
+        """What one lens says there."""
+        p, best, scored = logp.exp(), S.likeliest(logp), places.next >= 0
+        sure = p.amax(-1)
+        numbers = torch.zeros(len(best), 3 + _BINS, dtype=torch.float64)
+        numbers[:, 0] = S.kl(chunk.logp, logp, chunk.p).cpu()
+        numbers[:, 1] = (best == places.top).cpu()
+        numbers[:, 2] = S.target_logprob(logp, places.next).nan_to_num(0.0).cpu()
+        excess = torch.where(scored, sure - (best == places.next).to(sure), 0.0)
+        bins = 3 + (sure * _BINS).long().clamp(max=_BINS - 1)
+        numbers.scatter_(1, bins[:, None].cpu(), excess[:, None].double().cpu())
+        sums = self.by_row.setdefault(key, [])
+        if len(sums) < len(self.counts):
+            sums.append(torch.zeros(len(self.counts[-1]), 3 + _BINS, dtype=torch.float64))
+        sums[-1].index_add_(0, places.row.cpu(), numbers)
+        self._add_marginal(key, p, places.row)
+
+    def _add_marginal(self, key: Any, p: Float[Tensor, "n d_vocab"], row: Tensor) -> None:
+        if key not in self.marginals:
+            self.marginals[key] = torch.zeros(GROUPS, p.shape[1])
+        group = (self.n_rows - len(self.counts[-1]) + row) % GROUPS
+        for g in group.unique().tolist():
+            self.marginals[key][g] += p[group == g].sum(0).float().cpu()
+
+    def marginal(self) -> Float[Tensor, " d_vocab"]:
+        """The model's mean distribution."""
+        total = self.marginals[None].double().sum(0)
+        return total / total.sum()
+
+
+def _grid(
+    made: _Sums, of_guess: _Sums, decoders: Mapping[str, Sequence[LayerLens]], layers: list[int], ratio: float | None, seed: int
+) -> tuple[Grid, Tensor, Tensor]:  # fmt: skip
+    """The grid, and KL by lens, layer and row of the text, with their numbers of positions."""
+    counts = torch.cat(made.counts)
+    there = counts[:, 0] > 0
+    counts, index = counts[there], resampled(int(there.sum()), DRAWS, seed)
+    group = (torch.arange(len(there)) % GROUPS)[there]
+    rows, sums = [], []
+    for name in [*decoders, UNIGRAM]:
+        for i, layer in enumerate(layers):
+            source, key = (of_guess, UNIGRAM) if name == UNIGRAM else (made, (name, i))
+            x = torch.cat(source.by_row[key])[there]
+            sums.append(x[:, 0])
+            numbers = _numbers(x, counts, index)
+            numbers |= {f"bits_per_byte{end}": numbers[f"cross_entropy{end}"] / math.log(2) / (ratio or math.nan) for end in ("", "_low", "_high")}  # fmt: skip
+            numbers |= _of_groups(x, counts, group, made.marginals[None], source.marginals[key])
+            map_cost = (0.0, 4.0 * len(made.marginals[None][0])) if name == UNIGRAM else _cost(decoders[name][i])
+            rows.append({"lens": name, "layer": layer, **numbers, "multiply_adds": map_cost[0], "bytes": map_cost[1]})
+    shape = len(decoders) + 1, len(layers), len(counts)
+    return Grid.of_rows(rows, ["lens", "layer"]), torch.stack(sums).view(shape), counts[:, 0]
+
+
+def _numbers(x: Float[Tensor, "row n"], counts: Float[Tensor, "row two"], index: Tensor) -> dict[str, float]:
+    """Means over positions, and their intervals over resampled rows."""
+    found = {}
+    for name, own, of in (("kl", x[:, 0], 0), ("top1", x[:, 1], 0), ("cross_entropy", -x[:, 2], 1)):
+        low, high = percentiles(own[index].sum(-1) / counts[:, of][index].sum(-1))
+        mean = float(own.sum() / counts[:, of].sum())
+        found |= {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
+
+
+def _of_groups(x: Tensor, counts: Tensor, group: Tensor, model: Tensor, lens: Tensor) -> dict[str, float]:
+    """Bias and calibration error, and their jackknife intervals over groups of rows."""
+    kept = group.unique()
+    by_group = torch.stack([torch.cat([x[group == g, 3:].sum(0), counts[group == g, 1].sum()[None]]) for g in kept])
+    p, q = model[kept].double(), lens[kept].double()
+
+    def bias(some: Tensor) -> float:
+        logs = [m[some].sum(0).div(m[some].sum()).clamp_min(1e-30).log() for m in (p, q)]
+        return max(0.0, float(S.kl(*logs)))
+
+    def ece(some: Tensor) -> float:
+        *excess, n = by_group[some].sum(0)
+        return float(sum(abs(e) for e in excess) / n)
+
+    found = {}
+    for name, of in (("bias", bias), ("ece", ece)):
+        value, low, high = jackknife(of, len(kept))
+        found |= {name: value, f"{name}_low": max(0.0, low), f"{name}_high": high}
+    return found
+
+
+def _cost(decode: LayerLens) -> tuple[float, float]:
+    """Multiply-adds per position of map and unembedding, and bytes of the map."""
+    w_u, _ = decode.readout.weights()
+    if decode.affine is None:
+        return float(w_u.numel()), 0.0
+    parts = (decode.affine.weight, decode.affine.bias)
+    return float(w_u.numel() + parts[0].numel()), float(sum(x.numel() * x.element_size() for x in parts))

@@ -161,6 +161,9 @@ def _note(table: Table) -> str:
     return f"{table.note}{'; ' * bool(table.note)}in percent" if table.percent else table.note
 
 
+_WHOLE = 20  # characters of a cell that is kept on one line: a number with its interval
+
+
 def _drawn(tables: Iterable[Table]) -> list[Any]:
     from rich import box
     from rich.table import Table as RichTable
@@ -173,7 +176,9 @@ def _drawn(tables: Iterable[Table]) -> list[Any]:
             box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, int(len(table.columns) < 9)), header_style="bold", title_style="bold",
         )  # fmt: skip
         for i, column in enumerate(table.columns):
-            rich.add_column(Text(column), justify="right" if i else "left", no_wrap=not i)
+            widest = max((len(table.cell(row[i])) for row in table.rows), default=0)
+            least = widest if widest <= _WHOLE else None
+            rich.add_column(Text(column), justify="right" if i else "left", no_wrap=not i, min_width=least)
         for row in table.rows:
             rich.add_row(*(Text(table.cell(v)) for v in row))
         drawn += [*([Text("")] if drawn else []), rich]

@@ -32,9 +32,9 @@ LOGIT = "logit lens"
 class Usage(Report):
     """What swaps and ablations along a lens' directions do to an answer, nats, means over facts.
 
-    The grid has the axes lens and layer. `swap`: the change of `log p(other) - log p(answer)`, with `swap_low`, `swap_high` over resampled facts, and `flips`, the share of
-    facts whose likeliest token becomes the other answer. `ablate`: the change of the answer's log-odds. `..._random`: the same change of
-    the state in size, along random directions.
+    The grid has the axes lens and layer. `swap`: the change of `log p(other) - log p(answer)`, and `flips`, the share of facts whose likeliest token becomes the other
+    answer. `ablate`: the change of the answer's log-odds. `..._random`: the same change of the state in size, along random
+    directions. Each has an interval over resampled facts, `swap_low` and `swap_high`.
 
     Attributes:
         facts: whose answers the model gives.
@@ -49,12 +49,17 @@ class Usage(Report):
     def tables(self) -> list[Table]:
         """A row per lens and layer."""
         rows = [
-            [row["lens"], str(row["layer"]), interval(row["swap"], row["swap_low"], row["swap_high"], digits=1), f"{row['swap_random']:.1f}", f"{row['flips']:.0%}", f"{row['flips_random']:.0%}", f"{row['ablate']:.1f}", f"{row['ablate_random']:.1f}"]
+            [row["lens"], str(row["layer"]), *(cell for key, k, digits in (("swap", 1, 1), ("flips", 100, 0), ("ablate", 1, 1)) for cell in self._cells(row, key, k, digits))]
             for row in self.grid.rows()
         ]  # fmt: skip
-        columns = ["lens", "layer", "swap, nats", "random", "flips", "random", "ablate, nats", "random"]
+        columns = ["lens", "layer", "swap, nats", "random", "flips, %", "random", "ablate, nats", "random"]
         note = f"{len(self.facts)} facts; 95% over facts; random: a change of the same size along random directions"
         return [Table("decodable against used", columns, rows, note, percent=False)]
+
+    def _cells(self, row: dict[str, Any], key: str, k: int, digits: int) -> tuple[str, str]:
+        """A number with its interval, and its control."""
+        of = interval(*(k * row[f"{key}{end}"] for end in ("", "_low", "_high")), digits=digits)
+        return of, f"{k * row[f'{key}_random']:.{digits}f}"
 
     def pictures(self) -> dict[str, Picture]:
         """The effect of a swap by layer."""
@@ -191,14 +196,15 @@ def usage(
                 row: dict[str, Any] = {"lens": name, "layer": layer}
                 for key, (off, on) in {"": (s, t), "_random": (r[0], r[1])}.items():
                     swapped = _run(model, batch, layer, s, off, on)
-                    odds = _difference(swapped, ids) - _difference(plain, ids)
-                    row[f"swap{key}"] = float(odds.mean())
-                    row[f"flips{key}"] = float((swapped.argmax(-1) == ids[:, 1]).double().mean())
-                    if not key:
-                        low, high = percentiles(odds[index].mean(-1))
-                        row |= {"swap_low": float(low), "swap_high": float(high)}
                     ablated = _run(model, batch, layer, s, off, torch.zeros_like(off))
-                    row[f"ablate{key}"] = float((_log_odds(ablated, ids) - _log_odds(plain, ids)).mean())
+                    measured = {
+                        "swap": _difference(swapped, ids) - _difference(plain, ids),
+                        "flips": (swapped.argmax(-1).cpu() == ids[:, 1]).double(),
+                        "ablate": _log_odds(ablated, ids) - _log_odds(plain, ids),
+                    }
+                    for what, x in measured.items():
+                        low, high = percentiles(x[index].mean(-1))
+                        row |= {f"{what}{key}": float(x.mean()), f"{what}{key}_low": float(low), f"{what}{key}_high": float(high)}  # fmt: skip
                 rows.append(row)
                 bar.update()
     grid = Grid.of_rows(rows, ["lens", "layer"])
