@@ -121,6 +121,28 @@ def test_a_planted_mediator_has_angle_zero(kind):
     assert wrong.degrees > 20
 
 
+@pytest.mark.skipif(zoo.TL_VERSION < (4, 3), reason="TransformerLens has this tool from 4.3 on")
+def test_a_subspace_that_das_finds_is_near_the_lens_that_is_exact():
+    """Which of two tokens is likelier depends on one direction of a linear model's state: DAS is trained to find it."""
+    from transformer_lens.tools.analysis import fit_das
+
+    affine = zoo.affine_model("bridge")
+    truth = {layer: maps for layer, maps in zoo.truth(affine).items() if layer < 3}
+    weights, biases = (torch.stack([maps[i] for maps in truth.values()]) for i in (0, 1))
+    lens = tll.Lens(affine, tll.Translators([(i, 3) for i in range(3)], weights, biases, n_layers=3), check="warn")
+    base, source = torch.randint(zoo.D_VOCAB, (2, 256, 1), generator=torch.Generator().manual_seed(0))
+    answer = lambda tokens: affine(tokens)[:, -1, [5, 7]]
+    with torch.no_grad():
+        targets = answer(source).argmax(-1)
+    last = torch.zeros(256, dtype=torch.long)
+    das = fit_das(affine, tll.site(affine, 1), base, source, targets, answer, rank=1, base_positions=last, source_positions=last, epochs=15, lr=0.05)  # fmt: skip
+    v = lens_directions(lens, 1, torch.tensor([5, 7]))
+    angle = readout_angle(v[:1] - v[1:], das)
+    assert angle == readout_angle(v[:1] - v[1:], das.basis) == readout_angle(v[:1] - v[1:], das.subspace)
+    assert angle.degrees < 25 < angle.null[0]
+    assert readout_angle(lens_directions(lens, 1, torch.tensor([9])), das).degrees > 45
+
+
 def test_the_null_of_an_angle_is_haar():
     drawn = torch.randn(200, 1, 12, generator=torch.Generator().manual_seed(1))
     subspace = torch.eye(12)[:, :3]

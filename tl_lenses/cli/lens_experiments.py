@@ -325,10 +325,10 @@ def usage(run: Run, data: Data = None, lens: Lenses = None) -> Any:
 def _read_compared(data: str | None, lens: Any, items: str | None, facts: str | None, **_: Any) -> dict[str, Any]:
     from tl_lenses.experiments import read_facts, read_items
 
-    _ = (
-        items and read_items(items),
-        facts and facts != "bundled" and read_facts(facts),
-    )  # a file that is not there is refused at once
+    if items is not None:  # a file that is not there is refused at once
+        read_items(items)
+    if facts not in (None, "bundled"):
+        read_facts(facts)
     return _read(data, lens)
 
 

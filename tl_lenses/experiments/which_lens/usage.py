@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -94,6 +94,16 @@ def lens_directions(lens: Lens, layer: LayerOrSite, ids: Int[Tensor, " k"] | Seq
     return v if affine is None else v @ affine.weight.detach().to(v)
 
 
+@runtime_checkable
+class HasBasis(Protocol):
+    """What TransformerLens' `fit_das` returns: a learned subspace."""
+
+    @property
+    def basis(self) -> Float[Tensor, "d k"]:
+        """Orthonormal columns."""
+        ...
+
+
 @dataclass(frozen=True)
 class Angle:
     """The largest principal angle between two subspaces, degrees, and what random ones have.
@@ -111,11 +121,17 @@ class Angle:
 
 
 def readout_angle(
-    directions: Float[Tensor, "n d"], subspace: Float[Tensor, "d k"], *, draws: int = DRAWS, seed: int = 0
+    directions: Float[Tensor, "n d"], subspace: Float[Tensor, "d k"] | HasBasis, *, draws: int = DRAWS, seed: int = 0
 ) -> Angle:
     """The angle between a lens' directions and a subspace that a model uses, such as DAS finds (`transformer_lens.tools.analysis.fit_das`).
 
     `cos = the least singular value of Q_v^T Q_s`, of min(n, k) ones, Q orthonormal bases. A perfect readout at a random angle is no mediator.
+
+    Args:
+        directions: of a lens, such as `lens_directions` gives.
+        subspace: columns that span it, or what `fit_das` returns, at the same layer.
+        draws: random subspaces for the null.
+        seed: of these.
 
     Raises:
         ValueError: widths that differ; fewer dimensions than directions.
@@ -126,14 +142,15 @@ def readout_angle(
         >>> readout_angle(torch.eye(8)[:1], torch.eye(8)[:, :2]).degrees
         0.0
     """
+    subspace = subspace if isinstance(subspace, Tensor) else getattr(subspace, "basis", subspace)
     for name, x in (("directions", directions), ("subspace", subspace)):
         if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
             raise TypeError(f"{name} must be a matrix, got {type(x).__name__} {list(getattr(x, 'shape', []))}")
     d, draws, seed = directions.shape[1], whole_number("draws", draws, least=2), seed_of(seed)
     if len(subspace) != d or len(directions) > d or subspace.shape[1] > d:
         raise ValueError(f"directions [n, d] and a subspace [d, k] of one width, got {list(directions.shape)} and {list(subspace.shape)}")  # fmt: skip
-    basis = torch.linalg.qr(subspace.double())[0]
-    cosines = lambda v: torch.linalg.svdvals(torch.linalg.qr(v.double().mT)[0].mT @ basis).clamp(max=1)
+    basis = torch.linalg.qr(subspace.detach().double())[0]
+    cosines = lambda v: torch.linalg.svdvals(torch.linalg.qr(v.detach().double().mT)[0].mT @ basis).clamp(max=1)
     degrees = lambda c: c.amin(-1).acos().rad2deg()
     own = cosines(directions)
     drawn = torch.randn(draws, *directions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
