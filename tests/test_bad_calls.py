@@ -143,6 +143,7 @@ CALLS = {
         tll.token_batches, dict(source=[PROMPT * 9] * 3, tokenizer=model().tokenizer, seq_len=8, batch_size=2),
     ),
     "trajectory": lambda: (tll.trajectory, dict(model=model(), lens=lens(), tokens=TOKENS)),
+    "marginals": lambda: (tll.marginals, dict(model=model(), lens=lens(), tokens=TOKENS)),
     "Trajectory.delta": lambda: (traj()["a"].delta, dict(stat="kl")),
     "Trajectory.figure": lambda: (traj()["a"].figure, dict(stat="kl")),
     "Trajectory.save": lambda: (traj()["a"].save, dict(path="a.svg", stat="kl")),
@@ -386,7 +387,7 @@ def test_every_public_function_is_called():
         public |= {
             f"{room}.{n}" for n in getattr(tll, room).__all__ if inspect.isfunction(getattr(getattr(tll, room), n))
         }
-    results = {"Batch", "Trajectory", "Trajectories", "Scores", "PatchscopeResult"}  # made by the library
+    results = {"Batch", "Marginals", "Trajectory", "Trajectories", "Scores", "PatchscopeResult"}  # made by the library
     # an edit itself; no arguments; a tool's; a block that prints whatever name it gets
     rest = {"edits.zero", "lab.available", "lab.verify", "lab.exercise"}
     rest |= {f"experiments.{n}" for n in tll.__all__}  # the same functions

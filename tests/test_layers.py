@@ -31,7 +31,7 @@ FLOORS: list[list[str]] = [
     ["translators", "sites", "decoding", "effects", "unembed"],
     ["solve", "hooks", "identity"],
     ["lens", "decode", "patchscopes"],
-    ["trajectories", "evaluation", "capturing", "invariants", "fit", "lab", "shares"],
+    ["trajectories", "evaluation", "calibrating", "capturing", "invariants", "fit", "lab", "shares"],
     ["methods", "loading", "__init__"],
     ["experiments", "demo"],
     ["cli"],

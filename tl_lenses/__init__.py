@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tl_lenses import edits, solve
+from tl_lenses.calibrating import Marginals, marginals
 from tl_lenses.capturing import capture
 from tl_lenses.evaluation import Scores, evaluate
 from tl_lenses.fit.jacobian import fit_jacobian
@@ -39,6 +40,7 @@ __all__ = [
     "Affine",
     "Batch",
     "Lens",
+    "Marginals",
     "Moments",
     "PatchscopeResult",
     "Scores",
@@ -66,6 +68,7 @@ __all__ = [
     "generate",
     "lab",
     "load_model",
+    "marginals",
     "methods",
     "patch",
     "patchscope",

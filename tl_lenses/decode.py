@@ -40,6 +40,15 @@ class Decoder(Protocol):
         ...
 
 
+@runtime_checkable
+class Calibrated(Protocol):
+    """Scores of tokens beside what a lens says on average, as `tll.marginals` gives them."""
+
+    def score(self, name: str, layer: int | str, logp: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos d_vocab"]:
+        """Of a lens' log-probabilities at a layer."""
+        ...
+
+
 @dataclass(frozen=True)
 class Output:
     """What a run gave: its unembedding's input, or its logits where a hook may change them."""

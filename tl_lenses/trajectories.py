@@ -1,6 +1,6 @@
 """What a lens says layer by layer on a prompt: statistics of every layer and position from one forward pass."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import entry, one_of, several, whole_number
-from tl_lenses.decode import Chunk, Reading, decode, most_rows, read_cache, read_run
+from tl_lenses.decode import Calibrated, Chunk, Reading, decode, most_rows, read_cache, read_run
 from tl_lenses.deprecation import renamed
 from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.layers import LayerOrSite
@@ -54,7 +54,8 @@ class Trajectory:
         tokens: `[batch, pos]`; `mask` is False at pads; `targets` is the id scored at each position (-1 where there
             is none).
         stats: the statistics by name, also as attributes: `entropy`, `kl` (KL(model || lens), nats), `cross_entropy`
-            (nats), `rank` (1 is the top token), `max_prob`, `target_logprob`, `logprob_diff` (target minus anti-target).
+            (nats), `rank` (1 is the top token), `max_prob`, `target_logprob`, `logprob_diff` (target minus anti-target), and
+            `score` (of the target, where the call had `calibrated`).
         top_ids, top_probs: `[layer, batch, pos, k]`, best first.
         settings: "bos", the text of the BOS that was put before a text; None before ids, and where there is none.
             "lens", the lens' kind: "logit", or its fitter.
@@ -79,8 +80,9 @@ class Trajectory:
     tracked: Tracked | None = None
 
     def _stat(self, name: str) -> Float[Tensor, "layer batch pos"] | Int[Tensor, "layer batch pos"]:
-        if isinstance(name, str) and name == "logprob_diff" and name not in self.stats:
-            raise ValueError("logprob_diff needs anti_targets: pass them to trajectory(...)")
+        needed = {"logprob_diff": "anti_targets: pass them", "score": "calibrated=tll.marginals(...): pass it"}
+        if isinstance(name, str) and name in needed and name not in self.stats:
+            raise ValueError(f"{name} needs {needed[name]} to trajectory(...)")
         if not isinstance(name, str) or name not in self.stats:
             raise ValueError(f"no statistic {name!r}; there are {', '.join(self.stats)}")
         return self.stats[name]
@@ -95,6 +97,10 @@ class Trajectory:
     max_prob = property(lambda self: self._stat("max_prob"), doc="Probability of the top token.")
     target_logprob = property(lambda self: self._stat("target_logprob"), doc="`log p(target)`, nats.")
     logprob_diff = property(lambda self: self._stat("logprob_diff"), doc="`log p(target) - log p(anti_target)`, nats.")
+
+    score = property(
+        lambda self: self._stat("score"), doc="Calibrated score of the target; NaN at the model's own row."
+    )
 
     def delta(self, stat: str) -> Float[Tensor, "layer_minus_1 batch pos"] | Int[Tensor, "layer_minus_1 batch pos"]:
         """Change of a statistic from each row to the next."""
@@ -273,6 +279,7 @@ def trajectory(
     anti_targets: Int[Tensor, "batch pos"] | int | str | None = None,
     top_k: int = 10,
     track: Iterable[str | int] | None = None,
+    calibrated: Calibrated | None = None,
     hooks: Iterable[Hook] = (),
     teacher: Literal["clean"] | None = None,
     cache: Any = None,
@@ -293,6 +300,8 @@ def trajectory(
         track: tokens (one token's text, or ids) whose rank and probability are kept at every cell, for `traj.tracked` and
             the page. By default the model's own top tokens, the last 8 different ones of a row, in batches of up to 1,024
             tokens; () for none.
+        calibrated: of `marginals`: ranks and top tokens go by the score of a token beside what the lens says on average (z, or
+            log-probability minus the marginal's), the target's is the statistic `score`. Probabilities stay, and so does the model's own row.
         hooks: your interventions; they run before our reads, and the teacher of KL is the same hooked run.
         teacher: "clean" compares with one more run without `hooks`.
         cache: an `ActivationCache` to read residuals from instead of running the model; `tokens` must be its token ids.
@@ -324,6 +333,8 @@ def trajectory(
     k = min(whole_number("top_k", top_k, least=0), int(model.cfg.d_vocab))
     if chunk_size is not None:
         chunk_size = whole_number("chunk_size", chunk_size, least=1)
+    if calibrated is not None and not isinstance(calibrated, Calibrated):
+        raise TypeError(f"calibrated must be what tll.marginals returns, got {type(calibrated).__name__}")
     rows = common_layers(lenses, layers, n_layers(model))
     decoders = decoders_of(lenses, rows)
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
@@ -338,15 +349,17 @@ def trajectory(
         reading = read_cache(model, batch, rows, cache, mask)
     readout = next(iter(lenses.values())).readout
     followed = _own_top(reading, readout, mask) if track is None else _named_ids(model, track, batch.tokens)
-    table = _Table.empty(
-        list(lenses), len(rows), len(reading.where), (k, followed.shape[1]), with_anti=anti is not None
-    )
+    more = ("logprob_diff",) * (anti is not None) + ("score",) * (calibrated is not None)
+    table = _Table.empty(list(lenses), len(rows), len(reading.where), (k, followed.shape[1]), more)
+    score = lambda name, i, logp: None if calibrated is None or reading.is_model(rows[i]) else calibrated.score(name, rows[i], logp)  # fmt: skip
     with progress(total=len(rows) * len(reading.where), desc="trajectory") as bar:
         for chunk in decode(reading, decoders, readout, chunk_size):
             other = None if anti is None else anti.flatten()[chunk.at]
-            table.fill(chunk, goal.flatten()[chunk.at], other, followed[chunk.at // mask.shape[1]])
+            table.fill(chunk, (goal.flatten()[chunk.at], other, followed[chunk.at // mask.shape[1]]), score)
             bar.update(len(chunk.logits) * len(chunk.at))
-    settings = {"bos": bos_before(model, tokens, prepend_bos)}
+    settings = {"bos": bos_before(model, tokens, prepend_bos)} | (
+        {} if calibrated is None else {"calibrated": repr(calibrated)}
+    )
     made = table.trajectories(model, rows, Batch(batch.tokens, mask), (goal, anti, followed), settings)
     made = replace(made, by_name={name: _of_lens(t, lenses[name]) for name, t in made.by_name.items()})
     return made if isinstance(lens, Mapping) else made[""]
@@ -394,10 +407,10 @@ class _Table:
     pairs: dict[tuple[str, str, str], Tensor]
 
     @classmethod
-    def empty(cls, names: list[str], n_rows: int, n: int, sizes: tuple[int, int], *, with_anti: bool) -> "_Table":
-        """Zeros to be filled, for so many likeliest and so many tracked tokens."""
+    def empty(cls, names: list[str], n_rows: int, n: int, sizes: tuple[int, int], more: Sequence[str]) -> "_Table":
+        """Zeros to be filled, for so many likeliest and so many tracked tokens, with `more` statistics than those of every call."""
         k, n_tracked = sizes
-        kinds = [s for s in STATISTICS if s != "logprob_diff" or with_anti]
+        kinds = [*(s for s in STATISTICS if s != "logprob_diff"), *more]
         dtype = lambda s: torch.long if s == "rank" else torch.float32
         return cls(
             {name: {s: torch.zeros(n_rows, n, dtype=dtype(s)) for s in kinds} for name in names},
@@ -414,28 +427,36 @@ class _Table:
             },
         )
 
-    def fill(self, chunk: Chunk, target: Tensor, other: Tensor | None, followed: Tensor) -> None:
-        """The numbers of some positions; `target`, `other` and `followed` are the ids scored there."""
-        part = chunk.part
+    def fill(
+        self, chunk: Chunk, ids: tuple[Tensor, Tensor | None, Tensor], score: Callable[[str, int, Tensor], Tensor | None]
+    ) -> None:  # fmt: skip
+        """The numbers of some positions; `ids` are targets, anti-targets and tokens to follow, `score` calibrates log-probabilities, if it does."""
+        part, (target, other, followed) = chunk.part, ids
         for i, by_name in chunk.logits.items():
             distributions: dict[str, tuple[Tensor, Tensor]] = {}
             for name, logits in by_name.items():
                 logp = S.log_probs(logits)
                 distributions[name] = logp.exp(), logp
-                put, p = self.stats[name], distributions[name][0]
-                put["rank"][i, part] = S.rank(logits, target).cpu()
+                put, p, calibrated = self.stats[name], distributions[name][0], score(name, i, logp)
+                order = logits if calibrated is None else calibrated
+                put["rank"][i, part] = S.rank(order, target).cpu()
                 put["entropy"][i, part] = S.entropy(logp, p).cpu()
                 put["kl"][i, part] = S.kl(chunk.logp, logp, chunk.p).float().cpu()
-                score = S.target_logprob(logp, target)
-                put["target_logprob"][i, part] = score.cpu()
-                put["cross_entropy"][i, part] = -score.cpu()
+                of_target = S.target_logprob(logp, target)
+                put["target_logprob"][i, part] = of_target.cpu()
+                put["cross_entropy"][i, part] = -of_target.cpu()
+                if "score" in put:
+                    put["score"][i, part] = (
+                        torch.nan if calibrated is None else S.target_logprob(calibrated, target).cpu()
+                    )
                 put["max_prob"][i, part] = logp.amax(-1).exp().cpu()
                 if other is not None:
-                    put["logprob_diff"][i, part] = (score - S.target_logprob(logp, other)).cpu()
-                ids, probs = S.top_k(logp, self.top_ids[name].shape[-1])
-                self.top_ids[name][i, part], self.top_probs[name][i, part] = ids.cpu(), probs.cpu()
+                    put["logprob_diff"][i, part] = (of_target - S.target_logprob(logp, other)).cpu()
+                best, _ = S.largest(logp if calibrated is None else calibrated, self.top_ids[name].shape[-1])
+                self.top_ids[name][i, part] = best.cpu()
+                self.top_probs[name][i, part] = logp.gather(-1, best).exp().cpu()
                 for j, token in enumerate(followed.unbind(1)):
-                    self.ranks[name][i, part, j] = S.rank(logits, token).int().cpu()
+                    self.ranks[name][i, part, j] = S.rank(order, token).int().cpu()
                     self.probs[name][i, part, j] = S.target_logprob(logp, token).exp().cpu()
             for a, b in combinations(distributions, 2):
                 (p, logp), (q, logq) = distributions[a], distributions[b]

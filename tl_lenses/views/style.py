@@ -36,7 +36,7 @@ class Stat:
 
 
 _UNSURE, _SURE, _MISS, _HIT = "uncertain", "certain", "misses the target", "predicts the target"
-_SIDES = ("anti-target", "target")
+_SIDES, _USUAL = ("anti-target", "target"), ("less than usual", "more than usual")
 STATS: dict[str, Stat] = {
     s.name: s
     for s in (
@@ -46,6 +46,7 @@ STATS: dict[str, Stat] = {
         Stat("rank", "rank of the target", "1 = top", "low", "log", low=1.0, dark=_MISS, bright=_HIT),
         Stat("max_prob", "probability of the top token", "", "high", low=0.0, high=1.0, dark=_UNSURE, bright=_SURE),
         Stat("target_logprob", "log-probability of the target", "nats", "high", "sqrt", False, None, 0.0, _MISS, _HIT),
+        Stat("score", "calibrated score of the target", "", "high", "linear", True, None, None, *_USUAL),
         Stat("logprob_diff", "log p(target) − log p(anti-target)", "nats", "high", "linear", True, None, None, *_SIDES),
     )
 }
