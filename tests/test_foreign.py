@@ -241,6 +241,20 @@ def test_the_other_forms_of_jacobian_lenses(tmp_path):
         tll.Translators.load(tmp_path / "bare.safetensors", n_layers=N)
 
 
+def test_a_format_is_told_by_what_is_in_the_file_and_not_by_its_name(tmp_path):
+    matrices = write_jacobians(tmp_path / "pickled.pt")
+    (tmp_path / "pickled.pt").rename(tmp_path / "lens.safetensors")
+    save_file({f"jacobians.{k}": J for k, J in matrices.items()}, tmp_path / "stored.pt")
+    for name in ("lens.safetensors", "stored.pt"):
+        lens = quietly(tll.Translators.load, tmp_path / name, n_layers=N)
+        assert torch.allclose(lens.weights, torch.stack(list(matrices.values())), atol=1e-6), name
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "stored.pt").read_bytes()[:-100])
+    (tmp_path / "text.safetensors").write_bytes(b"nothing of the kind")
+    for name in ("cut", "text"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors: is damaged or no safetensors file"):
+            tll.Translators.load(tmp_path / f"{name}.safetensors", n_layers=N)
+
+
 @pytest.mark.parametrize(
     "matrices, more, message",
     [

@@ -164,9 +164,17 @@ def _folder(path: Path, given: Given) -> Maps:
 def _file(path: Path, given: Given) -> Maps:
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")
-    maps = _safetensors(path, given) if path.suffix == ".safetensors" else _pickled(path, given)
+    maps = _safetensors(path, given) if _is_safetensors(path) else _pickled(path, given)
     maps.meta["converted_from"] = {"file": path.name, "sha256": sha256(path)}
     return maps
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Told by the beginning, a length and a JSON object; a file of the name that does not begin so is damaged."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    is_one = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return is_one or path.suffix == ".safetensors" and head[:2] != b"PK"  # torch.save writes a zip file
 
 
 def _pickled(path: Path, given: Given) -> Maps:

@@ -29,9 +29,9 @@ class _Plain(pickle.Unpickler):
 def plain(path: Path) -> Any:
     """The content of a file of `torch.save` or `pickle`, where it is tensors, numbers, text, lists and dicts alone."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:  # of a path torch would look at the suffix
             warnings.simplefilter("ignore")  # that it may not know a pickle's protocol, before it fails or does not
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         try:
             with path.open("rb") as file:
