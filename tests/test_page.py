@@ -174,6 +174,9 @@ def test_bright_is_good():
     high, low = (views.heat([[0.0, 1.0]], good=good).picture.scale for good in ("high", "low"))
     assert [high.position(v) for v in (0.0, 1.0)] == [low.position(v) for v in (1.0, 0.0)] == [0.0, 1.0]
     assert views.heat([[-3.0, 1.0]], good=None).picture.scale.position(0.0) == 0.5
+    # nearly all at 0: the one that is not is in the scale
+    rare = views.heat([[0.0] * 20, [0.01] * 19 + [1.0]]).picture.scale
+    assert (rare.low, rare.high, rare.clipped) == (0.0, 1.0, (False, False))
 
 
 @pytest.mark.parametrize(

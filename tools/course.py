@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 COURSE = Path(__file__).resolve().parents[1] / "docs" / "course"
 PAGES = sorted(COURSE.glob("[0-9]-*.md"))
 MODEL = 'NAME = "lab-gpt2"'
@@ -73,6 +75,7 @@ def clean(text: str) -> str:
 def outputs(page: str, name: str, namespace: dict[str, Any], model: str | None = None) -> Iterator[Output]:
     """Every cell of a page with what it prints and draws today, run in the namespace and in a folder of their own."""
     here = Path.cwd()
+    torch.set_grad_enabled(True)  # a page may switch gradients off
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:

@@ -1,5 +1,6 @@
 """Any matrix in the same frame as a trajectory: the page, the picture, the text and the numbers."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ def heat(
         plain_text(name, text)
     names = labels("rows", rows, len(matrix)), labels("columns", columns, len(matrix[0]))
     ends = {"high": ("low", "high"), "low": ("high", "low"), None: ("negative", "positive")}[good]
-    stat = Stat("value", title or "value", unit, good, diverging=good is None, dark=ends[0], bright=ends[1])
-    colors = scale_of(stat, (float(v) for row in matrix for v in row))
+    finite = [float(v) for row in matrix for v in row if math.isfinite(v)] or [0.0]
+    # From end to end: in a matrix of patching effects the few far from 0 are what there is to see.
+    low, high, diverging = min(finite), max(finite), good is None
+    stat = Stat("value", title or "value", unit, good, "linear", diverging, low, high, dark=ends[0], bright=ends[1])
+    colors = scale_of(stat, finite)
     return Matrix(Heat(title, *names, matrix, down, across, colors=colors))
