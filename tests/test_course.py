@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from course import COURSE, PAGES, notebook, outputs, run, written
-from test_docs import same_output
+from test_docs import same_output, words
 
 import tl_lenses as tll
 
@@ -30,11 +30,6 @@ def as_it_was(monkeypatch):
     monkeypatch.setattr(tll, "load_model", load)
     with torch.set_grad_enabled(True):
         yield
-
-
-def words(svg):
-    """The texts of a picture."""
-    return " ".join(re.findall(r"<text[^>]*>(?:<[^>]*>)*([^<]*)", svg))
 
 
 def faults(page, name, stored):

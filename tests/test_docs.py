@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from page_outputs import pictures
 
 import tl_lenses as tll
 
@@ -38,7 +39,7 @@ def examples():
 _BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _OUTPUT = re.compile(r"\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # On these every block that prints is followed by what it prints.
-SHOWN = {"believe", "quickstart", "lenses", "trajectories", "patchscopes", "fitting"}
+SHOWN = {"believe", "coming-from", "cookbook", "quickstart", "lenses", "trajectories", "patchscopes", "fitting"}
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 every_page = pytest.mark.parametrize("page", [*PAGES, *COURSE], ids=lambda page: page.stem)
@@ -63,6 +64,11 @@ def same_output(shown, printed):
     return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.011)
 
 
+def words(svg):
+    """The texts of a picture."""
+    return " ".join(re.findall(r"<text[^>]*>(?:<[^>]*>)*([^<]*)", svg))
+
+
 @pytest.fixture(scope="module")
 def load():
     """Each page loads the bundled model; once is enough."""
@@ -82,6 +88,9 @@ def test_the_python_of_a_page_runs(page, load, tmp_path, monkeypatch):
         printed = output.getvalue()
         if shown is not None or (printed and page.stem in SHOWN):
             assert same_output(shown or "", printed), f"{page.name}:{line + 1} prints\n{printed}"
+    for name, made in pictures(page.read_text(encoding="utf-8"), tmp_path).items():
+        shown, drawn = (words(file.read_text(encoding="utf-8")) for file in (page.parent / name, made))
+        assert same_output(shown, drawn), f"{name} shows other words than {page.name} draws: tools/page_outputs.py"
     points = {id(p): p for p in load("lab-gpt2").hook_dict.values()}.values()
     assert not any(p._forward_hooks for p in points)
 

@@ -1,6 +1,7 @@
 """Write what the Python of a page prints after it: python tools/page_outputs.py docs/quickstart.md
 
-A block of ```text that follows a block of ```python is its output. tests/test_docs.py compares them.
+A block of ```text that follows a block of ```python is its output, and ![...](figures/NAME.svg) a picture, made anew where the
+page saves a NAME.svg. tests/test_docs.py compares both.
 """
 
 import contextlib
@@ -32,12 +33,25 @@ def written(page: str) -> str:
     return PAIR.sub(run, page)
 
 
+PICTURE = re.compile(r"\]\((figures/[\w-]+\.svg)\)")
+
+
+def pictures(page: str, folder: Path) -> dict[str, Path]:
+    """The pictures that a page shows and has saved into the folder: by its name for them."""
+    return {name: folder / Path(name).name for name in PICTURE.findall(page) if (folder / Path(name).name).is_file()}
+
+
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "80"
     for name in sys.argv[1:]:
         file = Path(name).resolve()
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.chdir(folder) if sys.version_info >= (3, 11) else contextlib.nullcontext(),
-        ):
-            file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
+        here = Path.cwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                page = written(file.read_text(encoding="utf-8"))
+            finally:
+                os.chdir(here)
+            file.write_text(page, encoding="utf-8")
+            for name, made in pictures(page, Path(folder)).items():
+                (file.parent / name).write_bytes(made.read_bytes())
