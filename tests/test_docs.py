@@ -64,9 +64,11 @@ def same_output(shown, printed):
     return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.011)
 
 
-def words(svg):
-    """The texts of a picture."""
-    return " ".join(re.findall(r"<text[^>]*>(?:<[^>]*>)*([^<]*)", svg))
+def words(drawn):
+    """The texts of a picture or a live page."""
+    if not drawn.startswith("<!doctype html"):
+        return " ".join(re.findall(r"<text[^>]*>(?:<[^>]*>)*([^<]*)", drawn))
+    return re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", drawn)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,12 @@ def test_what_a_page_shows_is_compared_with_what_is_printed():
         "",
     ):
         assert not same_output(table, other)
+
+
+def test_the_gallery_is_small_and_asks_for_nothing():
+    pages = list((ROOT / "docs" / "gallery").glob("*.html"))
+    assert len(pages) >= 4 and sum(page.stat().st_size for page in pages) < 300_000
+    assert not [page for page in pages if re.search(r"(?:src|href)=|https?://", page.read_text(encoding="utf-8"))]
 
 
 def api():

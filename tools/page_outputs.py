@@ -1,7 +1,7 @@
 """Write what the Python of a page prints after it: python tools/page_outputs.py docs/quickstart.md
 
-A block of ```text that follows a block of ```python is its output, and ![...](figures/NAME.svg) a picture, made anew where the
-page saves a NAME.svg. tests/test_docs.py compares both.
+A block of ```text that follows a block of ```python is its output. Links to figures/NAME.svg and gallery/NAME.html are made anew
+where the page saves a file of that name. tests/test_docs.py compares both.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ def written(page: str) -> str:
     return PAIR.sub(run, page)
 
 
-PICTURE = re.compile(r"\]\((figures/[\w-]+\.svg)\)")
+PICTURE = re.compile(r"\]\((figures/[\w-]+\.svg|gallery/[\w-]+\.html)\)")
 
 
 def pictures(page: str, folder: Path) -> dict[str, Path]:
-    """The pictures that a page shows and has saved into the folder: by its name for them."""
+    """The pictures and live pages that a page links to and has saved into the folder, by its name for them."""
     return {name: folder / Path(name).name for name in PICTURE.findall(page) if (folder / Path(name).name).is_file()}
 
 
