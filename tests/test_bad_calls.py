@@ -192,6 +192,7 @@ CALLS = {
     "scopes.token_identity": lambda: (tll.scopes.token_identity, {}),
     "scopes.next_token": lambda: (tll.scopes.next_token, {}),
     "scopes.entity_description": lambda: (tll.scopes.entity_description, {}),
+    "scopes.reverse_dictionary": lambda: (tll.scopes.reverse_dictionary, {}),
     "scopes.attribute": lambda: (tll.scopes.attribute, dict(relation="country_capital_city")),
     "Target.chat": lambda: (tll.Target.chat, dict(messages=[{"role": "user", "content": "a x"}], marker="x")),
     "scopes.activation_oracle": lambda: (tll.scopes.activation_oracle, dict(question="who?", layer=2)),

@@ -264,7 +264,7 @@ def test_help_gives_examples_and_is_light():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(tll.__file__).parents[1])
 
 
-def test_patchscope_prints_and_saves(model, tmp_path):
+def test_patchscope_prints_and_saves(model, tmp_path, monkeypatch):
     done = run("patchscope", "the cat sat", "--model", model)
     assert done.exit_code == 0 and done.stderr == "" and "cat -> cat" in done.stdout, done.stderr
     asked = ("patchscope", "the cat sat", "--model", model, "--position", "cat", "--scope", "the king of x is")
@@ -290,7 +290,19 @@ def test_patchscope_prints_and_saves(model, tmp_path):
     done, lines = run(*asked), lambda text: [line.rstrip() for line in text.splitlines()]
     expected = lines(str(tll.faithfulness(texts)))
     assert done.exit_code == 0 and lines(done.stdout)[-len(expected) :] == expected, done.stderr
-    assert "texts of 11 sources" in run("patchscope", "the cat", "--model", model, "--layers", "1", "--faithful").stdout
+    alone, beside = ("patchscope", "the cat", "--model", model, "--layers", "1"), []
+    patched = tll.patchscope
+    monkeypatch.setattr(tll, "patchscope", lambda m, sources, *rest, **how: beside.append(len(sources)) or patched(m, sources, *rest, **how))  # fmt: skip
+    contents = []
+    for more in ((), ("--faithful",)):
+        done = run(*alone, "--save", tmp_path / "b.json", *more)
+        contents.append(json.loads((tmp_path / "b.json").read_text()))
+    assert "texts of 11 sources" in done.stdout and beside == [1, 11]  # the own source once
+    for content in contents:
+        content.pop("plan")
+        for cell in content["cells"]:
+            cell["top"] = [[token, pytest.approx(p, abs=1e-5)] for token, p in cell["top"]]
+    assert contents[1] == contents[0]
 
 
 def test_fit_scope_saves_a_map_for_patchscope(model, data, tmp_path):

@@ -80,6 +80,7 @@ def _targets():
     yield "token_identity", scopes.token_identity(), ["?"]
     yield "next_token", scopes.next_token(), ["?"]
     yield "entity_description", scopes.entity_description(), ["x"]
+    yield "reverse_dictionary", scopes.reverse_dictionary(), ["x"]
     yield "selfie", scopes.selfie(), ["_"] * 5
     yield "future_lens", scopes.future_lens(), ['"']
     for name in scopes.RELATIONS:
@@ -114,7 +115,7 @@ def test_the_placeholders_are_one_token_each(lab, name):
     tokens = _ids(lab, target.prompt)
     columns = tll.positions(lab, tokens, target.pos)[0].tolist()
     assert [lab.tokenizer.decode([i]).strip() for i in tokens[0, columns].tolist()] == words
-    if name != "selfie":
+    if name not in ("selfie", "reverse_dictionary"):
         assert columns == [tokens.shape[1] - 1]
     assert ready_target(lab, target, -1, 20).place == tuple(columns)
 
@@ -125,6 +126,7 @@ SHORT = {
     "entity_description": (scopes.entity_description(shots={"cat": "an animal", "Paris": "a capital"}), [-1]),
     "attribute": (scopes.attribute("country_capital_city"), [-1]),
     "own attribute": (scopes.attribute("the king of z is", placeholder="z"), None),
+    "own dictionary": (scopes.reverse_dictionary("z", shots={"an animal": "cat", "in France": "Paris"}), None),
     "selfie": (scopes.selfie(2, "I sum:", chat=("[", "]")), None),
     "future_lens": (scopes.future_lens('The tree "'), [-1]),
 }

@@ -4,6 +4,8 @@
     python tools/lab_numbers.py --only cards          # or: experiments, picture
     python tools/lab_numbers.py --only experiments --experiment quality
 
+Blocks of another model than a lab model are run where their experiment is named, beside the lenses that their page says how to fit.
+
 Cards need the work folder of `tools/train_lab.py` (its held-out text and the snapshots along training). The thresholds of the
 tests are read from `measured.json`, which the cards' step writes, so they follow by themselves.
 """
@@ -42,7 +44,8 @@ def experiments(names: Sequence[str] = ()) -> None:
 
     def filled(match: re.Match[str]) -> str:
         command = match[2].split()[1:]
-        if names and command[1] not in names:
+        of_lab = "--model" not in command or command[command.index("--model") + 1].startswith("lab-")
+        if command[1] not in names if names else not of_lab:
             return match[0]
         print(f"running {match[2]}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:

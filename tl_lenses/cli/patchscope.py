@@ -1,6 +1,7 @@
 """The command `tl-lenses patchscope`: decode one vector with one prompt."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,15 +77,24 @@ def patchscope(
         max_new_tokens=max_new_tokens, norm=_norm(norm),
     )  # fmt: skip
     own = tll.Source(prompt, place)
+    others = _others(prompt, place, against) if faithful or against else []
     with sharing(shard, save):
-        result = ask(own)
-        beside = ask([own, *_others(prompt, place, against)]) if faithful or against else None
+        asked = ask([own, *others])
+    result = _of_first(asked) if others else asked
     say(str(result))
-    if beside is not None:
-        say(str(tll.faithfulness(beside)))
+    if others:
+        say(str(tll.faithfulness(asked)))
     if save is not None:
         result.save(save)
         say(f"saved in {save}")
+
+
+def _of_first(result: Any) -> Any:
+    """The reading of the first source alone, as a call with this source would have given it."""
+    request = replace(result.request, sources=result.request.sources[:1], targets=result.request.targets[:1])
+    rows = ("sources", "top_ids", "top_probs", "kept_logits", "text", "tokens")
+    cut = {name: value[:1] for name in rows if (value := getattr(result, name)) is not None}
+    return replace(result, **cut, request=request, settings=request.settings())
 
 
 def _others(prompt: str, place: int | str, against: list[str] | None) -> list[Any]:
@@ -103,7 +113,15 @@ def target_named(scope: str, placeholder: str = "x") -> Any:
 
     ready: dict[str, Callable[[], Any]] = {
         name.replace("_", "-"): getattr(scopes, name)
-        for name in ("token_identity", "repeat", "next_token", "entity_description", "selfie", "future_lens")
+        for name in (
+            "token_identity",
+            "repeat",
+            "next_token",
+            "entity_description",
+            "reverse_dictionary",
+            "selfie",
+            "future_lens",
+        )
     }
     if scope in ready:
         return ready[scope]()

@@ -15,7 +15,7 @@ from tl_lenses.sites import at
 
 __all__ = [
     "RELATIONS", "activation_oracle", "attribute", "entity_description", "future_lens", "latent_qa", "next_token", "nla", "repeat",
-    "selfie", "token_identity",
+    "reverse_dictionary", "selfie", "token_identity",
 ]  # fmt: skip
 
 # The relations that `attribute` knows, by the names of the authors' files, with the target prompts of their data set, word
@@ -128,6 +128,35 @@ def entity_description(placeholder: str = "x", *, shots: Mapping[str, str] | Non
     entities = _ENTITIES if shots is None else shots
     shown = "".join(f"{name}: {description}, " for name, description in entities.items())
     return _target(shown, placeholder, ends_with_it=True)
+
+
+_DESCRIBED = {
+    "a small animal that people keep and that catches mice": "cat",
+    "water that is frozen": "ice",
+    "a place where books are kept and lent": "library",
+    "the meal that is eaten in the morning": "breakfast",
+}
+
+
+def reverse_dictionary(placeholder: str = "x", *, shots: Mapping[str, str] | None = None) -> Target:
+    """Descriptions and their words, `description ⇒ word`, then `x ⇒`: which word does the vector of a description stand for?
+
+    Used with the last token of a description as source. The score is the word's: `result.rank(" word")`, `result.probability(" word")`, or the share of
+    texts that are the word (the paper's accuracy, of descriptions in words: pass them as the prompt, or see `faithfulness`, "source as text").
+
+    Args:
+        placeholder: the word that receives the vector; one token.
+        shots: descriptions and their words, in order; the paper has up to 48, of THINGS.
+
+    Source: Xu et al. 2024 (On the Tip of the Tongue, 2402.14404), the reverse-dictionary probe; the examples are ours.
+
+    >>> reverse_dictionary(shots={"water that is frozen": "ice"}).prompt
+    'water that is frozen ⇒ ice\\nx ⇒'
+    """
+    if shots is not None and not isinstance(shots, Mapping):
+        raise TypeError(f"shots must be a mapping {{description: word}}, got {type(shots).__name__}")
+    shown = "".join(f"{text} ⇒ {word}\n" for text, word in (_DESCRIBED if shots is None else shots).items())
+    return _target(f"{shown}{placeholder} ⇒", placeholder)
 
 
 def attribute(relation: str, placeholder: str = "x") -> Target:
