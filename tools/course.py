@@ -67,6 +67,13 @@ def run(cell: Cell, namespace: dict[str, Any], name: str = "cell") -> tuple[str,
     return clean(printed.getvalue()), value.svg() if hasattr(value, "svg") else None
 
 
+def tried(cell: Cell, solution: str, namespace: dict[str, Any]) -> str:
+    """What the check of an exercise says of a solution; the namespace stays as it is."""
+    solved = dict(namespace)
+    exec(solution, solved)
+    return run(cell, solved)[0]
+
+
 def clean(text: str) -> str:
     """Without spaces at the ends of lines."""
     return "".join(f"{line.rstrip()}\n" for line in text.rstrip().splitlines())
@@ -146,8 +153,9 @@ if __name__ == "__main__":
     for path in [path.resolve() for path in arguments.pages]:
         source = path.read_text(encoding="utf-8")
         if arguments.model is not None:
-            for cell, text, _ in outputs(source, str(path), {}, arguments.model):
-                print(cell.code, text, sep="\n")
+            namespace: dict[str, Any] = {}
+            for cell, text, _ in outputs(source, str(path), namespace, arguments.model):
+                print(cell.code, text, *(tried(cell, solution, namespace) for solution in cell.solutions), sep="\n")
             continue
         made = list(outputs(source, str(path), {}))
         for cell, _, svg in made:
