@@ -541,3 +541,11 @@ def test_a_fixed_number_of_steps_cools_down_to_its_end_or_stops_before():
     for step, loss in ((0, 1.0), (2, 1.1)):
         fixed.look(step, torch.full((1,), loss), torch.zeros(1, 2, 2), torch.zeros(1, 2))
     assert fixed.ended(2)
+
+
+@pytest.mark.parametrize(("n", "d_vocab"), [(6, 2**18), (32, 3 * 2**14), (5, 2**18)])
+def test_products_of_bf16_do_not_end_the_process(n, d_vocab):
+    generator = torch.Generator().manual_seed(0)
+    p, w_u = (torch.randn(k, d_vocab, generator=generator).bfloat16() for k in (n, 8))
+    got = D.unembedded_back(p, w_u)  # of 6 or 32 rows torch itself raises SIGFPE on a processor with AMX
+    assert torch.allclose(got.double(), p.double() @ w_u.double().mT, rtol=1e-2, atol=4.0)
