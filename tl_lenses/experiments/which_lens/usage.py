@@ -142,14 +142,14 @@ def readout_angle(
         >>> readout_angle(torch.eye(8)[:1], torch.eye(8)[:, :2]).degrees
         0.0
     """
-    subspace = subspace if isinstance(subspace, Tensor) else getattr(subspace, "basis", subspace)
-    for name, x in (("directions", directions), ("subspace", subspace)):
+    span: Tensor = subspace if isinstance(subspace, Tensor) else getattr(subspace, "basis", subspace)  # type: ignore[assignment]
+    for name, x in (("directions", directions), ("subspace", span)):
         if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
             raise TypeError(f"{name} must be a matrix, got {type(x).__name__} {list(getattr(x, 'shape', []))}")
     d, draws, seed = directions.shape[1], whole_number("draws", draws, least=2), seed_of(seed)
-    if len(subspace) != d or len(directions) > d or subspace.shape[1] > d:
-        raise ValueError(f"directions [n, d] and a subspace [d, k] of one width, got {list(directions.shape)} and {list(subspace.shape)}")  # fmt: skip
-    basis = torch.linalg.qr(subspace.detach().double())[0]
+    if len(span) != d or len(directions) > d or span.shape[1] > d:
+        raise ValueError(f"directions [n, d] and a subspace [d, k] of one width, got {list(directions.shape)} and {list(span.shape)}")  # fmt: skip
+    basis = torch.linalg.qr(span.detach().double())[0]
     cosines = lambda v: torch.linalg.svdvals(torch.linalg.qr(v.detach().double().mT)[0].mT @ basis).clamp(max=1)
     degrees = lambda c: c.amin(-1).acos().rad2deg()
     own = cosines(directions)
