@@ -77,9 +77,11 @@ ROOMS: dict[str, list[list[str]]] = {
     "views": [
         ["style", "glyphs"],
         ["canvas", "cells", "grid"],
-        ["heatmap", "lines", "rows", "saving"],
-        ["page", "picture", "scope", "scores", "table", "term"],
-        ["matrix"],
+        ["document", "heatmap", "lines", "rows", "saving"],
+        ["picture", "scope", "scores", "table", "term"],
+        ["matrix", "reading"],
+        ["page"],
+        ["pages"],
     ],
     "cli": [
         ["memory", "messages", "states"],
@@ -225,7 +227,7 @@ def test_import_is_light():
         "import sys, tl_lenses\n"
         "heavy = [m for m in ('transformer_lens', 'transformers', 'datasets', 'pandas', 'plotly', 'matplotlib', 'rich', 'typer', 'safetensors', 'sklearn') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
-        "assert set(tl_lenses.__all__) <= set(dir(tl_lenses)) | {'calibration', 'compare', 'experiments', 'faithfulness', 'lab', 'load_model', 'methods', 'views'}\n"
+        "assert set(tl_lenses.__all__) <= set(dir(tl_lenses)) | {'calibration', 'compare', 'experiments', 'faithfulness', 'lab', 'load_model', 'methods', 'page', 'views'}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from test_views import fake, parsed
+from test_views_scope import fake as scope
 
+import tl_lenses as tll
 from tl_lenses import views
+from tl_lenses.views.document import CODES, rank_steps
 from tl_lenses.views.grid import base_name, heading
-from tl_lenses.views.page import _CODES, _rank_steps
 from tl_lenses.views.style import DIVERGING
 
 BROWSER = os.environ.get("TL_LENSES_BROWSER") or next(
@@ -70,16 +73,16 @@ def test_ranks_are_a_character_each_and_read_back_to_a_few_percent():
     stored = len(json.dumps(cells["ranks"]).encode())
     assert stored < 300_000 and json.dumps(cells["ranks"][0]) in page  # nothing is escaped on the way
     steps = data_of(page)["ranks"]
-    back = torch.tensor([[steps[_CODES.index(c)] for c in line] for line in cells["ranks"]])
+    back = torch.tensor([[steps[CODES.index(c)] for c in line] for line in cells["ranks"]])
     true = t.tracked.ranks[:, 0].flatten(0, 1).T
     assert (back <= true).all() and (true <= back * 1.2 + 1).all()
 
 
 @pytest.mark.parametrize("worst", [1, 2, 60, 89, 90, 91, 50_257, 262_144])
-def test_rank_steps_fit_the_characters_and_are_exact_first(worst):
-    steps = _rank_steps(worst)
-    assert steps[0] == 1 and steps[-1] == worst and len(steps) <= len(_CODES) and steps == sorted(set(steps))
-    assert steps[:9] == list(range(1, 10))[: len(steps)] and (worst > len(_CODES)) == (
+def testrank_steps_fit_the_characters_and_are_exact_first(worst):
+    steps = rank_steps(worst)
+    assert steps[0] == 1 and steps[-1] == worst and len(steps) <= len(CODES) and steps == sorted(set(steps))
+    assert steps[:9] == list(range(1, 10))[: len(steps)] and (worst > len(CODES)) == (
         steps != list(range(1, worst + 1))
     )
 
@@ -186,6 +189,62 @@ def test_bright_is_good():
 def test_no_matrix_is_refused(values, match):
     with pytest.raises((TypeError, ValueError), match=match):
         views.heat(values)
+
+
+# --- patchscopes of a trajectory's vectors
+
+
+def said(traj, **how):
+    """A result of patchscopes of the last two tokens of a fake trajectory's prompt, at layers 0 and 2."""
+    made, ids = (
+        scope(["all but one", "all"], pairs=[(0, 1), (2, 1)], model=traj.model_name, **how),
+        traj.tokens[0].tolist(),
+    )
+    prompt = lambda n: SimpleNamespace(ids=ids[:n], texts=[f"<{i}>" for i in ids[:n]], at=(n - 1,))
+    into = SimpleNamespace(ids=[1, 2, 3], texts=["What is", " x", "?"], at=(1,))
+    return SimpleNamespace(**vars(made), source_prompts=[prompt(len(ids) - 1), prompt(len(ids))], target_prompts=[into])
+
+
+def test_a_vector_is_that_of_a_cell_if_all_up_to_its_token_is_the_same():
+    t = fake()
+    (found,) = data_of(tll.page(t, scopes=[said(t, text="made")]).text)["readings"]
+    assert found["into"] == ["What is", " x", "?"]
+    (cells,) = found["cells"]
+    assert sorted(cells) == ["0,2", "0,3", "2,2", "2,3"]
+    into, text, tops, probs, scores = cells["2,3"][0]
+    vocab = data_of(tll.page(t, scopes=[said(t, text="made")]).text)["vocab"]
+    assert (into, vocab[text], len(tops), probs[0], scores) == ("1", '" Tokyo 11↵and"', 3, 6000, "")
+    other = said(t)
+    other.source_prompts = [SimpleNamespace(ids=[7, 7], texts=["a", "b"], at=(1,)), None]
+    with pytest.raises(ValueError, match="no vector of the patchscope of 'all but one' is a cell of this trajectory"):
+        tll.page(t, scopes=[other])
+    with pytest.raises(ValueError, match="vectors are of 'another', the trajectory is of 'toy'"):
+        tll.page(
+            SimpleNamespace(**{**vars(t), "model_name": "toy"}),
+            scopes=[said(SimpleNamespace(**{**vars(t), "model_name": "another"}))],
+        )
+    with pytest.raises(ValueError, match="are of the page of a trajectory"):
+        tll.page(scope(), scopes=[other])
+
+
+def test_a_page_of_real_results(tmp_path):
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    prompt = "the cat sat on the mat"
+    result = tll.patchscope(
+        model, [tll.Source(prompt, 2), tll.Source(prompt, "mat")], tll.Target("the sat is cat", 3), [0, 2]
+    )
+    (taken, _), (put,) = result.source_prompts, result.target_prompts
+    assert (
+        taken.at == (2,) and taken.ids == model.to_tokens(prompt)[0].tolist() and put.at == (3,) and len(put.texts) > 3
+    )
+    found = tll.faithfulness(result, draws=2)
+    linked = tll.page(tll.trajectory(model, tll.Lens(model), prompt), scopes=[found])
+    cells = data_of(linked.text)["readings"][0]["cells"][0]
+    assert sorted(cells) == ["0,2", f"0,{len(taken.ids) - 1}", "2,2", f"2,{len(taken.ids) - 1}"]
+    assert "specificity" in cells["0,2"][0][4] and "rank of its own vector" in cells["0,2"][0][4]
+    stats = data_of(tll.page(found).text)["lenses"][0]["rows"][0]["stats"]
+    assert stats["specificity"][0] == pytest.approx(float(found.of_texts()["specificity"][0, 0]), rel=1e-3)
+    assert linked.save(tmp_path / "x.html").read_text("utf-8") == linked.text and "<iframe" in linked._repr_html_()
 
 
 # --- names, and few colours
@@ -320,3 +379,71 @@ def test_the_page_of_a_matrix_works(tmp_path):
         out.value = $$("#panel dd")[0].textContent; out.ticks = $$("#panel figure svg text").map((e) => e.textContent);
     """)  # fmt: skip
     assert out["where"] == "layer 0, head 1" and out["value"] == "1.000" and out["ticks"][-1] == "layer"
+
+
+@driven
+def test_the_page_of_a_patchscope_works(tmp_path):
+    result = said(fake(), text="made")
+    out = drive(views.patchscope_html(result), tmp_path, TOOLS + """
+        out.asked = $$(".sub mark").map((e) => e.textContent); out.rows = $$("tbody th").map((e) => e.textContent);
+        cell(0, 1).focus(); key("ArrowDown"); key("Enter");
+        out.where = $$("#panel .where").map((e) => e.textContent); out.text = $$("#panel .said")[0].textContent;
+        out.mark = $$("#panel mark").map((e) => e.textContent); out.numbers = cell(0, 0).dataset.v;
+        document.getElementById("numbers").click(); out.plain = cell(0, 0).dataset.v ?? "none"; out.charts = $$("#panel figure").length;
+    """)  # fmt: skip
+    assert out["asked"] == ["<3>", "<4>", " x"] and out["rows"] == ["2 → 1", "0 → 1"]
+    assert out["where"] == ["l → l*: 0 → 1, source all", "vector of <1><2><3><4>"] and out["mark"] == ["<4>"]
+    assert out["text"] == '" Tokyo 10↵and"' and (out["numbers"], out["plain"], out["charts"]) == ("0.80", "none", 1)
+
+
+@driven
+def test_a_sweep_has_a_matrix_for_each_source(tmp_path):
+    result = scope(["a", "b"], pairs=[(a, b) for a in range(3) for b in range(4) if b <= a + 1], text="made")
+    out = drive(views.patchscope_html(result), tmp_path, TOOLS + """
+        out.first = cell(2, 1).textContent; choose("row", "1: b"); out.second = cell(2, 1).textContent;
+        cell(2, 3).click(); out.hole = $$("#panel .tok.word").length; cell(2, 1).click();
+        out.where = document.querySelector("#panel .where").textContent;
+    """)  # fmt: skip
+    assert out["first"] == '" Tokyo 01↵and"' and out["second"] == '" Tokyo 11↵and"' and out["hole"] == 0
+    assert out["where"] == "source layer l 0, target layer l* 1"
+
+
+@driven
+def test_a_click_shows_what_patchscopes_say_of_the_vector(tmp_path):
+    t = fake()
+    out = drive(tll.page(t, scopes=[said(t, text="made"), said(t)]).text, tmp_path, TOOLS + """
+        out.marked = $$("td.s").length; cell(0, 3).click(); out.facts = $$("#panel .facts").length;
+        out.lines = $$("#panel .said").map((e) => e.textContent); out.into = $$("#panel code").map((e) => e.textContent);
+        cell(1, 3).click(); out.none = $$("#panel .said").length;
+    """)  # fmt: skip
+    assert out["marked"] == 4 and out["facts"] == 3 and out["none"] == 0
+    assert out["lines"] == ['l* 1 " Tokyo 11↵and" 60.0%', "l* 1 日本 60.0%"] and out["into"] == ["What is x?"] * 2
+
+
+@driven
+def test_zoom_by_keys_and_buttons_and_numbers_beside_colours(tmp_path):
+    t = fake(pos=60)
+    out = drive(views.html(t, "kl"), tmp_path, TOOLS + """
+        const width = () => document.querySelector("#tables table").offsetWidth;
+        out.widths = [width()]; cell(0, 3).focus();
+        key("+"); out.widths.push(width()); for (let i = 0; i < 9; i++) key("-"); out.widths.push(width());
+        out.here = document.activeElement.cellIndex; $$("#zoom button")[1].click(); out.widths.push(width());
+        document.getElementById("numbers").click(); out.v = cell(2, 1).dataset.v; out.shade = getComputedStyle(cell(2, 1)).backgroundColor;
+    """)  # fmt: skip
+    one, more, least, next_ = out["widths"]
+    assert more > 1.2 * one and least < 60 * 12 and least < next_ < one and out["here"] == 4
+    assert out["v"] == f"{t.stats['kl'][0, 0, 1]:.2f}" and out["shade"] != "rgba(0, 0, 0, 0)"
+
+
+@driven
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_a_notebook_gives_its_theme_to_the_frame(tmp_path, theme):
+    fragment = views.html_fragment(fake()).replace(
+        "&lt;/body&gt;",
+        "&lt;script&gt;parent.postMessage(matchMedia(&#x27;(prefers-color-scheme: dark)&#x27;).matches, &#x27;*&#x27;)&lt;/script&gt;&lt;/body&gt;",
+    )
+    page = f"<body data-jp-theme-light={str(theme == 'light').lower()}>{fragment}"
+    out = drive(page, tmp_path, """
+        addEventListener("message", (e) => { out.dark = e.data; document.getElementById("out").textContent = JSON.stringify(out); });
+    """)  # fmt: skip
+    assert out["dark"] == (theme == "dark")

@@ -1,15 +1,17 @@
 """The views of a patchscope on small fake results: what they say, that odd input breaks nothing, that nothing leaks."""
 
+import json
 import re
 import sys
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from test_views import parsed
 
 from tl_lenses import views
 from tl_lenses.patchscopes import PatchscopeResult
@@ -80,10 +82,10 @@ def test_tables_fit_the_width(case):
             assert all(cell_len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= width for line in text.splitlines())
 
 
-def test_html_is_well_formed_and_loads_nothing(case):
+def test_the_page_is_well_formed_and_loads_nothing(case):
     page = views.patchscope_html(case)
     assert parsed(page).rows
-    assert not re.search(r"https?://|@import|url\(|<script|<img", page)
+    assert not re.search(r"https?://|@import|url\(|<img", page)
 
 
 @FIGURE
@@ -94,7 +96,7 @@ def test_figures(case):
 
 def test_the_result_shows_itself(case):
     assert str(case).splitlines()[0].startswith("patchscope")
-    assert case._repr_html_() == views.patchscope_html(case)
+    assert "<iframe" in case._repr_html_() and 'sandbox="allow-scripts"' in case._repr_html_()
     out = StringIO()
     Console(file=out, width=60, color_system=None).print(case)
     assert out.getvalue().startswith("patchscope")
@@ -198,49 +200,60 @@ def test_nothing_to_show():
             view(empty)
 
 
-# --- html
+# --- page
 
 
-class Page(HTMLParser):
-    """Balanced tags and the texts and titles of cells."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.rows, self.titles, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.open.append(tag)
-        self.titles += [v for k, v in attrs if k == "title"]
-        assert not {k for k, _ in attrs} & {"src", "href", "onclick"}
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        self.text += data
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
+def data_of(page):
+    return json.loads(parsed(page).data)
 
 
-def parsed(page):
-    p = Page()
-    p.feed(page)
-    assert not p.open
-    return p
-
-
-def test_the_table_says_what_the_terminal_says():
+def test_the_page_says_what_the_terminal_says_last_layer_on_top():
     page = parsed(views.patchscope_html(fake(["one", "two"])))
-    assert page.rows == [["layer", "one", "two"], ["0", "·Tokyo0.90", "⟨0xE2⟩0.70"], ["1", "↵0.80", "日本0.60"]]
-    assert page.titles[0].splitlines() == ["layer 0", " 90.00%  ·Tokyo", " 45.00%  ↵", " 30.00%  ⟨0xE2⟩"]
+    assert page.rows == [["layer", "one", "two"], ["1", "↵", "日本"], ["0", "·Tokyo", "⟨0xE2⟩"]]
     sweep = parsed(views.patchscope_html(fake(pairs=[(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)])))
-    assert sweep.rows[1:] == [["0", "·Tokyo", "↵"], ["1", "⟨0xE2⟩", "日本"], ["2", "[red]", ""]]
+    assert sweep.rows[1:] == [["2", "[red]", ""], ["1", "⟨0xE2⟩", "日本"], ["0", "·Tokyo", "↵"]]
     text = parsed(views.patchscope_html(fake(text=[[" a\nb", ""]])))
-    assert text.rows[1:] == [["0", '" a↵b"'], ["1", '""']]
+    assert text.rows[1:] == [["1", '""'], ["0", '" a↵b"']]
+    many = parsed(views.patchscope_html(CASES["many sources"])).rows
+    assert many[1][0].endswith("number 0 is the city of") and many[-1][0].endswith("number 19 is the city of")
+
+
+def test_the_data_of_the_page_has_every_cell():
+    result = fake(["a", "b"], pairs=SWEEP, text="made")
+    data = data_of(views.patchscope_html(result))
+    assert [row["name"] for row in data["rows"]] == ["0: a", "1: b"] and data["layers"] == ["0", "1", "2"]
+    cells = data["lenses"][0]["rows"][1]
+    assert [data["vocab"][i] for i in cells["shown"]] == [f'" Tokyo 1{p}↵and"' for p in range(12)]
+    assert cells["stats"]["max_prob"] == pytest.approx(result.top_probs[1, :, 0].tolist(), rel=1e-3)
+    assert len(cells["top"]) == len(cells["probs"]) == 12 * 3 and cells["from"] == [1] * 12
+    holes = data_of(views.patchscope_html(CASES["sweep with holes"]))["lenses"][0]["rows"][0]
+    assert holes["stats"]["max_prob"][3] is None and holes["top"][9:12] == [-1] * 3 and holes["from"][3] == -1
+
+
+def test_where_vectors_come_from_and_go_to_is_marked():
+    result = fake(["The city of", "a"])
+    prompts = [SimpleNamespace(ids=[9, 5, 6, 7], texts=["<s>", "The", " city", " of"], at=(2,)), None]
+    into = [SimpleNamespace(ids=[9, 1], texts=["<s>", "?"], at=(1,))]
+    made = SimpleNamespace(**{**vars(result), "source_prompts": prompts, "target_prompts": into})
+    made.settings = made.settings | {"bos": "<s>", "target_bos": "<s>"}
+    page = views.patchscope_html(made)
+    assert "<code>The<mark> city</mark> of</code>" in page and "<code><mark>?</mark></code>" in page
+    assert data_of(page)["from"] == [["The", " city", " of"], ["a"]]
+
+
+def test_scores_stand_beside_the_texts():
+    result = fake(["a", "b"], text="made")
+    scores = {"specificity": torch.tensor([[1.5, -2.0]]), "own_rank": torch.tensor([[1.0, 7.0]])}
+    found = SimpleNamespace(result=result, of_texts=lambda: scores)
+    data = data_of(views.patchscope_html(found))
+    stats = data["lenses"][0]["rows"][0]["stats"]
+    assert data["stat"] == "specificity" and data["stats"]["own_rank"]["flip"] and data["numbers"]
+    assert stats["specificity"] == [1.5, None, -2, None] and stats["own_rank"] == [
+        1,
+        None,
+        7,
+        None,
+    ]  # of the first source alone
 
 
 def test_user_text_is_harmless():
@@ -249,18 +262,28 @@ def test_user_text_is_harmless():
     result.vocab.update(dict.fromkeys(VOCAB, evil))
     for shown in (result, PatchscopeResult(**{**vars(result), "text": None})):
         page = views.patchscope_html(shown)
-        assert "<script" not in page and "<img" not in page
-        assert parsed(page).rows and "&amp;amp;" in page
-        assert "<script" not in "".join(parsed(page).open)
+        assert page.count("<script") == 2 and "<img" not in page and "&amp;amp;" in page
+        assert "</script>" in str(data_of(page)["vocab"])
     if find_spec("plotly"):
         fig = views.patchscope_figure(result)
         assert "<script" not in fig.data[0].text[0][0] + fig.data[0].customdata[0][0] + fig.layout.title.text
 
 
-def test_styles_stay_inside_the_fragment():
-    css = re.search(r"<style>(.*?)</style>", views.patchscope_html(fake()), re.DOTALL)[1]
-    for selectors in re.findall(r"([^{}]+)\{", css):
-        assert all(s.strip().startswith(".tl-lenses-scope") for s in selectors.split(",")), selectors
+# --- heat map
+
+
+def test_the_picture_of_a_result_cuts_nothing_and_has_a_legend():
+    long = "a text of more than forty-eight characters, all of which are there"
+    svg = views.patchscope_heat(fake(text=[[long, "x"]], target="t " * 80)).svg()
+    assert (
+        f"&quot;{long}&quot;" in svg
+        and svg.count("t t t t") > 15
+        and svg.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="763"')
+        and "probability of the top token" in svg
+        and "…" not in svg
+    )
+    sweep = views.patchscope_heat(fake(pairs=SWEEP, text="made"))
+    assert sweep.rows == ["2", "1", "0"] and sweep.texts[2][1] == '" Tokyo 01↵and"'
 
 
 # --- figure
@@ -270,19 +293,19 @@ def test_styles_stay_inside_the_fragment():
 def test_the_figure_of_a_sweep_has_l_down():
     fig = views.patchscope_figure(fake(pairs=SWEEP))
     heat = fig.data[0]
-    assert list(heat.text[0][:2]) == ["·Tokyo", "↵"] and heat.z[1][0] == pytest.approx(0.5)
-    assert fig.layout.yaxis.ticktext == ("0", "1", "2") and fig.layout.xaxis.ticktext == ("0", "1", "2", "3")
+    assert list(heat.text[2][:2]) == ["·Tokyo 0.90", "↵     0.80"] and heat.z[1][0] == pytest.approx(0.5)
+    assert fig.layout.yaxis.ticktext == ("2", "1", "0") and fig.layout.xaxis.ticktext == ("0", "1", "2", "3")
     assert fig.layout.yaxis.autorange == "reversed" and (heat.zmin, heat.zmax) == (0.0, 1.0)
-    assert "l = 0 → l* = 1" in heat.customdata[0][1]
-    assert views.patchscope_figure(CASES["sweep with holes"]).data[0].z[0][3] is None
+    assert "l = 0 → l* = 1" in heat.customdata[2][1]
+    assert views.patchscope_figure(CASES["sweep with holes"]).data[0].z[2][3] is None
 
 
 @FIGURE
 def test_the_figure_of_a_diagonal_is_a_column_with_its_texts():
     result = fake(["a", "b"], text="made")
     fig = views.patchscope_figure(result, 1)
-    assert [len(row) for row in fig.data[0].z] == [1, 1] and fig.data[0].text[0][0] == "⟨0xE2⟩"
-    assert [a.text for a in fig.layout.annotations] == ['" Tokyo 10↵and"', '" Tokyo 11↵and"']
+    assert [len(row) for row in fig.data[0].z] == [1, 1] and fig.data[0].text[1][0] == "⟨0xE2⟩ 0.70"
+    assert [a.text for a in fig.layout.annotations] == ['" Tokyo 11↵and"', '" Tokyo 10↵and"']
     assert not views.patchscope_figure(fake()).layout.annotations
     assert views.patchscope_figure(result, -1).data[0].z == fig.data[0].z
     with pytest.raises(ValueError, match=r"source=2 is out of range: this result has 2 sources \(0\.\.1\)"):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tl_lenses.experiments.calibration import calibration
     from tl_lenses.experiments.faithful import faithfulness
     from tl_lenses.loading import load_model
+    from tl_lenses.views.pages import page
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "load_model",
     "marginals",
     "methods",
+    "page",
     "patch",
     "patchscope",
     "positions",
@@ -91,6 +93,7 @@ def __getattr__(name: str) -> Any:
         "calibration": "tl_lenses.experiments.calibration",
         "faithfulness": "tl_lenses.experiments.faithful",
         "load_model": "tl_lenses.loading",
+        "page": "tl_lenses.views.pages",
     }
     if name in late:
         return getattr(import_module(late[name]), name)

@@ -272,7 +272,7 @@ def _ids(model: LensModel, scored: Any, tokens: Tensor, mask: Tensor, what: str)
 def trajectory(
     model: LensModel,
     lens: Lens | Mapping[str, Lens],
-    tokens: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+    tokens: str | list[Any] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
     layers: Iterable[LayerOrSite] | slice | None = None,
     targets: Int[Tensor, "batch pos"] | int | str | None = None,
     *,
@@ -291,7 +291,7 @@ def trajectory(
 
     Args:
         lens: a `Lens`, or `{name: Lens}` for `Trajectories`.
-        tokens: text (BOS is prepended), several texts, or token ids `[batch, pos]`.
+        tokens: text (BOS is prepended), several texts, messages of a chat or several chats, or token ids `[batch, pos]`.
         layers: layers or sites; a slice strides over the lens' layers and keeps the last; all of the lens' by default.
         targets: the id scored *at* each position, `[batch, pos]` (-1 for none), or one id or token for all; by
             default the next token.

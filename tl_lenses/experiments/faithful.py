@@ -47,6 +47,7 @@ class Faithfulness(Report):
         said: by condition `[source][cell]`, the condition's own texts.
         grid: means over sources with their intervals, over the axes "condition" and "cell".
         chance: of an identification.
+        result: the result whose texts were scored; `tll.page` shows it with the scores beside the texts.
     """
 
     sources: list[str] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Faithfulness(Report):
     scores: dict[str, Float[Tensor, "cell text source"]] = field(default_factory=dict)
     said: dict[str, list[list[str]]] = field(default_factory=dict)
     chance: float = math.nan
+    result: Any = None
 
     name = "faithfulness"
 
@@ -62,6 +64,12 @@ class Faithfulness(Report):
     def best(self) -> int:
         """The cell whose texts are the most specific."""
         return int(self.grid.at(condition=VECTOR)["specificity"].nan_to_num(-math.inf).argmax())
+
+    def of_texts(self) -> dict[str, Float[Tensor, "source cell"]]:
+        """Of every text its specificity, nats per token, and the rank of its own vector among all that it was scored with."""
+        a = self.scores[VECTOR]
+        rank = 1 + (a > a.diagonal(dim1=1, dim2=2)[..., None] + SAME).sum(-1).double()
+        return {"specificity": specificity(a).T / self.grid["length"], "own_rank": rank.T}
 
     def tables(self) -> list[Table]:
         """The vector cell by cell, all conditions in the most specific cell, and the texts there."""
@@ -72,10 +80,8 @@ class Faithfulness(Report):
             for p, label in enumerate(cells)
         ]
         by_condition = [[c, *self._row(c, best, "margin", "same", "distinct")] for c in self.scores]
-        ranks = 1 + (self.scores[VECTOR][best] > self.scores[VECTOR][best].diagonal()[:, None] + SAME).sum(-1)
-        specific = specificity(self.scores[VECTOR][best : best + 1])[0] / self.grid["length"][:, best]
-        columns = zip(self.sources, self.texts, ranks.tolist(), specific.tolist(), strict=True)
-        read = [[source[:28], repr(text[best])[:40], str(rank), f"{x:.2f}"] for source, text, rank, x in columns]
+        columns = zip(self.sources, self.texts, *(x[:, best].tolist() for x in self.of_texts().values()), strict=True)
+        read = [[source[:28], repr(text[best])[:40], f"{rank:.0f}", f"{x:.2f}"] for source, text, x, rank in columns]
         left_out = "".join(f"; without {c}: {why}" for c, why in self.settings.get("left_out", {}).items())
         head = ["identified (95 %)", "specificity (95 %)"]
         return [
@@ -470,7 +476,7 @@ def faithfulness(
         name_of(r.request.to), grid=_grid(ordered, said, length, cells, draws, seed),
         settings={**result.settings, "among": among, "draws": draws, "score_seed": seed, "left_out": left_out},
         sources=[source.label for source in r.request.sources], pairs=pairs, texts=said[VECTOR], scores=ordered, said=said,
-        chance=float((1 / r.compared.sum(1).double()).mean()),
+        chance=float((1 / r.compared.sum(1).double()).mean()), result=result,
     )  # fmt: skip
 
 

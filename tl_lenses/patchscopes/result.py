@@ -47,6 +47,15 @@ class Answers(NamedTuple):
     entropy: Float[Tensor, "source pair"]
 
 
+@dataclass(frozen=True)
+class Marked:
+    """A prompt as it ran: its ids, their texts, and the columns whose vectors are taken or replaced."""
+
+    ids: list[int]
+    texts: list[str]
+    at: tuple[int, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class PatchscopeResult:
     """What the target prompt says with each source vector patched in: `print` shows a table, `save` writes it.
@@ -95,6 +104,22 @@ class PatchscopeResult:
                 "patchscope(..., keep='logits')"
             )
         return self.kept_logits
+
+    @property
+    def source_prompts(self) -> list[Marked | None]:
+        """Of every row of the source axis where its vector was taken; None for given vectors, and in a result made by hand."""
+        if self.request is None:
+            return [None] * len(self.sources)
+        tokenizer = getattr(self.request.model, "tokenizer", None)
+        made = [None if s.tokens is None else _marked(tokenizer, s.tokens, s.columns) for s in self.request.sources]
+        return [prompt for prompt in made for _ in self.request.scales]
+
+    @property
+    def target_prompts(self) -> list[Marked]:
+        """The different prompts that received vectors, and where; none in a result made by hand."""
+        prompts = [] if self.request is None else [p for of in self.request.targets for p in of if p.soft is None]
+        made = [_marked(self.tokenizer, prompt.tokens, prompt.place) for prompt in prompts]
+        return [prompt for i, prompt in enumerate(made) if prompt not in made[:i]]
 
     def top_k(self, k: int = 5) -> TopK:
         """The k likeliest next tokens of every cell, k at least 1.
@@ -199,17 +224,17 @@ class PatchscopeResult:
     def _repr_html_(self) -> str:
         from tl_lenses import views
 
-        return views.patchscope_html(self)
+        return views.patchscope_fragment(self)
 
-    def save(self, path: str | Path, *, source: int = 0, overwrite: bool = True) -> Path:
+    def save(self, path: str | Path, *, source: int | None = None, overwrite: bool = True) -> Path:
         """Write the result as the suffix says; returns the path.
 
         `.json` has every cell with its top 5 tokens and text, the settings and the versions; `.csv` is `to_frame()`;
-        `.html` is the table as a page; `.svg` and `.png` are the heat map of one source.
+        `.html` is a page; `.svg` and `.png` are heat maps, one below the other for each source.
 
         Args:
             path: the file; missing folders are made.
-            source: which source a heat map shows.
+            source: the only one that a picture shows.
             overwrite: replace an existing file, in one step.
 
         Raises:
@@ -223,12 +248,14 @@ class PatchscopeResult:
         from tl_lenses import views
 
         about = {**self.settings, "plan": self.plan, "versions": versions()}
+        drawn = range(len(self.sources)) if source is None else [source]
+        picture = lambda: views.Panels([views.patchscope_heat(self, s) for s in drawn])
         writers: dict[str, Callable[[], str | bytes]] = {
             ".json": lambda: json_text({**about, "cells": self._cells(5)}) + "\n",
             ".csv": lambda: csv_text(self.to_frame()),
-            ".html": lambda: views.page_of("patchscope", self._repr_html_()),
-            ".svg": lambda: views.patchscope_heat(self, source).svg(),
-            ".png": lambda: views.patchscope_heat(self, source).png(),
+            ".html": lambda: views.patchscope_html(self),
+            ".svg": lambda: picture().svg(),
+            ".png": lambda: picture().png(),
         }
         return views.save_as(path, writers, example="sweep.json", overwrite=overwrite)
 
@@ -250,6 +277,12 @@ class PatchscopeResult:
         from tl_lenses import views
 
         return views.patchscope_figure(self, source)
+
+
+def _marked(tokenizer: Any, tokens: Int[Tensor, "1 pos"], at: tuple[int, ...]) -> Marked:
+    ids = tokens[0].tolist()
+    texts = {i: str(i) for i in ids} if tokenizer is None else token_text(tokenizer, set(ids))
+    return Marked(ids, [texts[i] for i in ids], at)
 
 
 def mode_of(texts: list[str]) -> int:

@@ -12,7 +12,7 @@
 | lenses beside each other | `means_lines({name: traj})`: a `Lines`, the mean over tokens by layer |
 | a file | `save(traj, path)` |
 | evaluate's rows | `scores_table(rows)`, `scores_html(rows)`, `scores_figure(rows)`, `scores_lines(rows)` |
-| a patchscope's result | `patchscope_table(result)`, `patchscope_html(result)`, `patchscope_figure(result)`, `patchscope_heat(result)` |
+| a patchscope's result | `patchscope_table(result)`, `patchscope_html(result)`, `patchscope_fragment(result)` in notebooks, `patchscope_figure(result)`, `patchscope_heat(result)` |
 | a picture of other numbers | `Heat(...)`, `Lines(...)` |
 """
 
@@ -26,9 +26,10 @@ from tl_lenses.views.lines import Lines
 from tl_lenses.views.matrix import Matrix, heat
 from tl_lenses.views.page import html, html_fragment
 from tl_lenses.views.picture import figure, heat_map, means_lines, panels, svg
+from tl_lenses.views.reading import patchscope_fragment, patchscope_html
 from tl_lenses.views.rows import rows_frame, rows_html, rows_table
 from tl_lenses.views.saving import page_of, save_as
-from tl_lenses.views.scope import patchscope_figure, patchscope_heat, patchscope_html, patchscope_table
+from tl_lenses.views.scope import patchscope_figure, patchscope_heat, patchscope_table
 from tl_lenses.views.scores import scores_figure, scores_html, scores_lines, scores_table
 from tl_lenses.views.style import STATS
 from tl_lenses.views.table import frame, to_json
@@ -38,7 +39,7 @@ Picture = Heat | Lines
 
 __all__ = [
     "STATS", "Difference", "Heat", "Lines", "Matrix", "Panels", "Picture", "TerminalView", "difference", "figure", "frame",
-    "heat", "heat_map", "html", "html_fragment", "means_lines", "page_of", "panels", "patchscope_figure", "patchscope_heat", "patchscope_html", "patchscope_table",
+    "heat", "heat_map", "html", "html_fragment", "means_lines", "page_of", "panels", "patchscope_figure", "patchscope_fragment", "patchscope_heat", "patchscope_html", "patchscope_table",
     "rows_frame", "rows_html", "rows_table", "save", "save_as", "scores_figure", "scores_html", "scores_lines",
     "scores_table", "svg", "terminal", "to_json", "to_text",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,10 @@ from rich.text import Text
 from torch import Tensor
 
 from tl_lenses.checks import one_of, plain_text, several
-from tl_lenses.files import csv_text
+from tl_lenses.files import csv_text, readable
+from tl_lenses.views import document
 from tl_lenses.views.cells import cell_style, color_legend
 from tl_lenses.views.heatmap import Heat
-from tl_lenses.views.page import matrix_fragment, matrix_html
 from tl_lenses.views.saving import save_as
 from tl_lenses.views.style import Stat, number, scale_of
 from tl_lenses.views.term import to_text
@@ -56,11 +57,11 @@ class Matrix:
         return to_text(self.__rich__())
 
     def _repr_html_(self) -> str:
-        return matrix_fragment(self.picture)
+        return document.in_notebook(self.html(), len(self.picture.rows))
 
     def html(self) -> str:
         """The page: one file, offline."""
-        return matrix_html(self.picture)
+        return _page(self.picture)
 
     def svg(self) -> str:
         """A standalone SVG."""
@@ -92,6 +93,40 @@ class Matrix:
             ".html": self.html, ".svg": self.svg, ".png": self.png, ".csv": lambda: csv_text(self.to_frame()),
         }  # fmt: skip
         return save_as(path, writers, example="heat.html", overwrite=overwrite)
+
+
+def _page(heat: Heat) -> str:
+    """The page: the same cells, keys and lines as a trajectory's."""
+    flat = lambda rows: [v for row in reversed(rows) for v in row]
+    texts = [[heat.text(r, c) for c in range(len(heat.columns))] for r in range(len(heat.rows))]
+    words, places, labels = (
+        document.Vocabulary(),
+        list(range(len(heat.columns))),
+        [readable(r) for r in reversed(heat.rows)],
+    )
+    row = {
+        "name": "", "positions": places, "tokens": [words.token(c) for c in heat.columns], "targets": [-1] * len(places),
+        "tracked": [], "faded": [i for i in places if heat.faded is not None and heat.faded[i]],
+    }  # fmt: skip
+    cells = {
+        "shown": [words.token(t) if t else -1 for t in flat(texts)],
+        "stats": {"value": list(map(document.short, flat(heat.values)))},
+    }
+    data = document.shared("value", "value", follow=False) | document.ranks(2) | {
+        "layers": labels, "names": labels, "k": 0, "stats": {"value": document.scale_data(heat.scale)}, "rows": [row],
+        "lenses": [{"name": "", "rows": [cells | {"top": [], "probs": []}]}], "labelled": True, "turned": True,
+        "words": [heat.down or "row", heat.across or "column"], "vocab": words.entries,
+    }  # fmt: skip
+    columns = [(document.token_html(c), "") for c in heat.columns]
+    content = lambda text: escape(readable(text)) if text else ""
+    rows = [
+        (readable(label), "", [(v, "", content(t)) for v, t in zip(values, line, strict=True)])
+        for label, values, line in zip(heat.rows, heat.values, texts, strict=True)
+    ]
+    corner = " \\ ".join(filter(None, (heat.down, heat.across)))
+    return document.written(
+        heat.title, escape(heat.note), heat.scale, document.table(heat.scale, corner, columns, rows), data
+    )
 
 
 def heat(

@@ -8,12 +8,14 @@
   const real = D.lenses.map((_, i) => i).filter((i) => !D.lenses[i].minus);
   const views = D.lenses.map((lens, i) => ({ name: lens.name, lenses: [i] }));
   if (real.length > 1) views.push({ name: "side by side", lenses: real });
-  const state = { view: D.start, row: 0, stat: D.stat, pin: null, words: [], prob: false };
+  const state = { view: D.start, row: 0, stat: D.stat, pin: null, words: [], prob: false, numbers: !!D.numbers, zoom: 3 };
+  const ZOOM = [0, 0.5, 0.75, 1, 1.35, 1.8]; // at 0 colours alone
   const shown = () => views[state.view].lenses;
   const parts = (lens) => D.lenses[lens].minus || [lens];
   const row = () => D.rows[state.row], width = () => row().tokens.length;
   const cells = (lens) => D.lenses[parts(lens)[0]].rows[state.row];
   const top = (l, p, lens) => cells(lens).top[(l * width() + p) * D.k];
+  const inside = (l, p, lens) => cells(lens).shown?.[l * width() + p] ?? top(l, p, lens);
 
   // --- small makers
   const make = (tag, cls, ...children) => {
@@ -35,6 +37,15 @@
     if (s.curve === "log") return v.toLocaleString("en");
     return (v < 0 ? "−" : "") + Math.abs(v).toFixed(Math.abs(v) < 10 ? 3 : 2);
   };
+
+  // as style.number writes it
+  const brief = (s, v) => {
+    const size = Math.abs(v), whole = s.curve === "log" || size >= 99.5;
+    const out = size >= 999.5 ? (size / 1000).toFixed(size < 9950 ? 1 : 0) + "k" : size.toFixed(whole ? 0 : size >= 9.995 ? 1 : 2);
+    return (v < 0 && parseFloat(out) ? "−" : "") + out;
+  };
+  // texts in turn plain and marked: a prompt with the places of its vectors
+  const prompt = (pieces) => make("code", "", ...pieces.filter((s) => s).map((s) => (pieces.indexOf(s) % 2 ? make("mark", "", s) : s)));
 
   // --- numbers: statistics, their differences, and ranks of tokens (the statistic "token 12" is the rank of entry 12)
   const code = Object.fromEntries([...D.codes].map((c, i) => [c, i]));
@@ -88,7 +99,7 @@
       for (let l = 0; l < nLayers; l++) {
         const tr = table.tBodies[0].rows[nLayers - 1 - l];
         while (tr.cells.length > 1) tr.lastChild.remove();
-        for (let p = 0; p < n; p++) tr.append(token(make("td"), top(l, p, lens)));
+        for (let p = 0; p < n; p++) tr.append(token(make("td"), inside(l, p, lens)));
       }
     });
   };
@@ -98,8 +109,10 @@
       const lens = lensOf(table), s = scaleOf(state.stat, lens);
       for (let l = 0; l < nLayers; l++)
         for (let p = 0; p < n; p++) {
-          const td = at(l, p, table), hit = row().targets[p] >= 0 && top(l, p, lens) === row().targets[p];
-          td.className = colour(s, value(state.stat, l, p, lens)) + (hit ? " t" : "") + (faded.has(p) ? " o" : "");
+          const td = at(l, p, table), v = value(state.stat, l, p, lens), hit = row().targets[p] >= 0 && top(l, p, lens) === row().targets[p];
+          td.className = colour(s, v) + (hit ? " t" : "") + (faded.has(p) ? " o" : "") + (said(l, p).length ? " s" : "");
+          if (state.numbers && v !== null) td.dataset.v = brief(s, v);
+          else delete td.dataset.v;
           td.tabIndex = -1;
         }
       const pinned = state.pin && at(state.pin.l, state.pin.p, table);
@@ -135,19 +148,36 @@
   };
 
   // --- what is known of one cell
-  const list = (l, p, lens) => {
-    const c = cells(lens), first = (l * width() + p) * D.k, out = make("div", "top");
-    for (let i = first; i < first + D.k; i++) {
-      const bar = make("div"), prob = c.probs[i] / 1e4, word = tok(c.top[i], "word" + (c.top[i] === row().targets[p] ? " t" : ""));
+  const bars = (words, probs, target) => {
+    const out = make("div", "top");
+    words.forEach((i, k) => {
+      if (i < 0) return;
+      const bar = make("div"), prob = probs[k] / 1e4, word = tok(i, "word" + (i === target ? " t" : ""));
       bar.style.width = 100 * prob + "%";
-      word.dataset.word = c.top[i];
+      word.dataset.word = i;
       out.append(word, make("div", "meter", bar), make("span", "p", percent(prob)));
-    }
+    });
     return out;
+  };
+  const list = (l, p, lens) => {
+    const c = cells(lens), first = (l * width() + p) * D.k, part = (x) => x.slice(first, first + D.k);
+    return bars(part(c.top), part(c.probs), row().targets[p]);
+  };
+  // what patchscopes say of the vector of a cell: by result, [l*, text, tokens, probabilities, scores] each
+  const said = (l, p) => (D.readings || []).map((r) => [r, r.cells[state.row][l + "," + p]]).filter(([, found]) => found);
+  const reading = ([r, found]) => {
+    const box = make("div", "facts", make("p", "where", "patchscope into ", prompt(r.into)));
+    for (const [into, words, tops, probs, scores] of found) {
+      const line = make("p", "said", make("b", "", "l* " + into + " "), words < 0 ? tok(tops[0]) : tok(words));
+      line.append(make("span", "p", [" " + percent(probs[0] / 1e4), scores].filter((s) => s).join(", ")));
+      box.append(line);
+      if (found.length === 1) box.append(bars(tops, probs, -1));
+    }
+    return box;
   };
   const facts = (l, p, lens) => {
     const target = row().targets[p], s = D.lenses[lens].scales || D.stats;
-    const box = make("div", "facts"), head = make("p", "where", `${D.words[0]} ${D.names[l]}, ${D.words[1]} ` + (D.matrix ? "" : row().positions[p] + ": "));
+    const box = make("div", "facts"), head = make("p", "where", `${D.words[0]} ${D.names[l]}, ${D.words[1]} ` + (D.labelled ? "" : row().positions[p] + ": "));
     if (D.lenses.length > 1) head.prepend(make("b", "", D.lenses[lens].name), ", ");
     head.append(tok(row().tokens[p]));
     if (target >= 0) head.append(" → ", tok(target));
@@ -161,7 +191,10 @@
       if (!D.lenses[lens].minus) line(now, "rank of " + text(word), k ? (k.exact ? "" : "≈ ") + k.rank.toLocaleString("en") + ", " + percent(k.prob) : `> ${D.k}`);
     }
     box.append(head);
-    if (D.k && !D.matrix) parts(lens).forEach((i) => box.append(...(parts(lens).length > 1 ? [make("p", "where", D.lenses[i].name)] : []), list(l, p, i)));
+    const from = cells(lens).from?.[l * width() + p] ?? -1;
+    if (from >= 0) box.append(make("p", "where", "vector of ", prompt(D.from[from])));
+    if (D.said) box.append(make("p", "said", tok(inside(l, p, lens))));
+    if (D.k) parts(lens).forEach((i) => box.append(...(parts(lens).length > 1 ? [make("p", "where", D.lenses[i].name)] : []), list(l, p, i)));
     box.append(stats);
     return box;
   };
@@ -202,7 +235,7 @@
     let low = Math.min(...all, log ? 1 : 0), high = Math.max(...all, log ? 10 : low);
     if (high <= low) high = low + 1;
     const f = bend[s.curve], turn = (t) => (log ? 1 - t : t);
-    const turned = D.matrix && labels === D.layers; // a matrix has its first row on top, which here is the last layer
+    const turned = D.turned && labels === D.layers; // the first row is on top, which here is the last layer
     const x = (i) => L + (W - L - R) * (n > 1 ? (turned ? n - 1 - i : i) / (n - 1) : 0.5);
     const y = (v) => H - B - (H - B - T) * turn((f(v) - f(low)) / (f(high) - f(low)));
     const out = svg("svg", { width: W, height: H, role: "img", "aria-label": `${s.title} by ${across}` });
@@ -276,6 +309,7 @@
     card.hidden = true; // its content stands in the panel now
     tables().forEach((table) => at(cell.l, cell.p, table).classList.add("pin"));
     shown().forEach((lens) => panel.append(facts(cell.l, cell.p, lens)));
+    panel.append(...said(cell.l, cell.p).map(reading));
     panel.append(...charts(cell));
     panel.querySelectorAll(".word").forEach((e) => {
       e.title = "follow this token";
@@ -371,10 +405,20 @@
     if (move) {
       const to = move[1] >= 0 ? at(l + move[0], move[1], table) : null;
       if (to) focus(to);
-    } else if (e.key === "Enter" || e.key === " ") toggle(td);
+    } else if ("+-=".includes(e.key)) zoom(e.key === "-" ? -1 : 1), focus(td);
+    else if (e.key === "Enter" || e.key === " ") toggle(td);
     else return;
     e.preventDefault();
   });
+  const zoom = (by) => {
+    state.zoom = Math.max(0, Math.min(ZOOM.length - 1, state.zoom + by));
+    boxes.style.setProperty("--zoom", ZOOM[state.zoom] || 1);
+    boxes.classList.toggle("tiny", !state.zoom);
+    strip();
+  };
+  $("zoom").addEventListener("click", (e) => e.target.value && zoom(+e.target.value));
+  $("numbers").checked = state.numbers;
+  $("numbers").addEventListener("change", (e) => ((state.numbers = e.target.checked), paint()));
   document.addEventListener("keydown", (e) => {
     if (e.key !== "Escape") return;
     pin(null);

@@ -1,7 +1,7 @@
-"""Views of a patchscope's result: the next token or the text of the target prompt, by pair of layers (l, l*) and source.
+"""A patchscope's result in the terminal and as a heat map: the next token or the text of the target prompt, by (l, l*) and source.
 
 One of three tables: a matrix l x l* per source for a sweep of many l with many l*, a row per source where there are many
-sources, otherwise a row per pair and a column per source.
+sources, otherwise a row per pair and a column per source. Its page is `reading`.
 
 A result is known here only by its attributes (`sources, pairs, top_ids, top_probs, vocab, text, settings`).
 """
@@ -9,7 +9,7 @@ A result is known here only by its attributes (`sources, pairs, top_ids, top_pro
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from html import escape
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -17,10 +17,10 @@ from rich.text import Text
 
 from tl_lenses.checks import index
 from tl_lenses.views.cells import cell_style, color_legend, in_blocks
-from tl_lenses.views.glyphs import cell_width, clip, clip_parts, distinct, pad, parts, readable, shorten
-from tl_lenses.views.grid import row_labels, token
+from tl_lenses.views.glyphs import cell_width, clip, distinct, pad, parts, readable, shorten
+from tl_lenses.views.grid import base_name, row_labels, token
 from tl_lenses.views.heatmap import Heat
-from tl_lenses.views.style import STATS, ink, number, ramp, scale_of
+from tl_lenses.views.style import STATS, number, scale_of
 
 Result = Any  # duck-typed: a view never imports what it draws
 
@@ -29,15 +29,18 @@ _FULL = 0.4  # share of the cells l x l* that a sweep has to fill to be drawn as
 _WIDEST, _NARROWEST = 10, 3  # terminal cells for a token
 _TEXT = 24  # terminal cells that a column of texts gets at least
 _NUMBER = 5  # a space and a probability
-_TERMINAL, _PAGE = (600, 200), (10_000, 10_000)  # most cells and rows that are drawn; a note counts the rest
+_TERMINAL = (600, 200)  # most cells and rows that are drawn; a note counts the rest
+_NOTE = 110  # characters of a line below the heading
 _TOP = 5  # tokens on hover
-_SCALE = scale_of(STATS["max_prob"], [])  # from 0 to 1, whatever the values
+SCALE = scale_of(STATS["max_prob"], [])  # from 0 to 1, whatever the values
 
 
 @dataclass(frozen=True)
 class Cell:
     """One source and pair: the likeliest tokens with their probabilities, and the generated text if there is one."""
 
+    source: int
+    pair: int
     where: str
     top: list[tuple[str, float]]
     text: str | None
@@ -68,60 +71,65 @@ class ScopeView:
     notes: list[str]
     panels: list[Panel]
     with_text: bool
+    numbers: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = console.no_color or console.color_system is None
         yield _layout(self, options.max_width, plain)
 
 
-def patchscope_table(result: Result) -> ScopeView:
+def patchscope_table(result: Result, *, numbers: bool = False) -> ScopeView:
     """A table for the terminal: print it with `rich.print`.
 
     A cell is the generated text where there is one (in quotes, newlines as "↵", cut to the width), else the top token
-    and its probability. Without text, a sweep of many l with many l* is a matrix: l down, l* across.
+    and its probability. Without text, a sweep of many l with many l* is a matrix: l down, l* across. In it the colour is the
+    probability, and with `numbers` both are there; before a text `numbers` writes it as well.
 
     >>> rich.print(patchscope_table(result))
     """
-    return ScopeView(_prompt(_checked(result)), _notes(result), _panels(result, *_TERMINAL), result.text is not None)
-
-
-def patchscope_html(result: Result) -> str:
-    """The table as an HTML fragment for notebooks: no scripts, styles of its own; a cell's title has the top tokens.
-
-    >>> IPython.display.HTML(patchscope_html(result))
-    """
-    panels = _panels(result, *_PAGE)
-    prompt = _prompt(result)
-    title = f"patchscope into <code>{escape(shorten(prompt, 400))}</code>" if prompt else "patchscope"
-    title += "".join(f" · {escape(note)}" for note in _notes(result))
-    body = "".join(_panel_html(panel) for panel in panels)
-    return f'<div class="tl-lenses-scope"><style>{_CSS}</style><p>{title}</p>{body}{_legend_html(result)}</div>'
+    return ScopeView(
+        prompt_of(checked(result)), notes_of(result), panels_of(result, *_TERMINAL), result.text is not None, numbers
+    )
 
 
 def patchscope_heat(result: Result, source: int = 0) -> Heat:
-    """A heat map of one source: l down, l* across, the top token in each cell, coloured by its probability.
+    """A heat map of one source: l down with the last one on top, l* across, coloured by the top token's probability.
 
-    Where each l has one l*, a single column of layers, with the generated texts beside it if there are any.
-    ValueError for a source that is not there.
+    In a cell of a sweep the continuation, or the top token and its probability. Where each l has one l*, a single column of
+    layers, with the continuations beside it. Nothing is cut. ValueError for a source that is not there.
 
     >>> patchscope_heat(result).svg()
     """
-    n = len(_checked(result).sources)
+    n = len(checked(result).sources)
     source = index("source", source, n, f"this result has {n} source{'s' * (n > 1)}")
-    square = _is_sweep(result)
+    square, said = is_sweep(result), result.text is not None
     panel = _matrix(result, source) if square else _by_pair(result, [source], len(result.pairs))
-    cells, prompt = panel.cells, _prompt(result)
+    cells, prompt, model = panel.cells[::-1], prompt_of(result), base_name(result.settings.get("model") or "")
+    about = (
+        f"vector of {quoted(result.sources[source])}",
+        f"into {prompt}" * bool(prompt),
+        f"in each cell {cell_says(said and square)}",
+    )
+    width = lambda column: max((cell_width(readable(c.top[0][0])) for c in column if c), default=0)
+    widest = list(map(width, zip(*cells, strict=True)))
     return Heat(
-        f"patchscope of {shorten(readable(result.sources[source]), 60)}", panel.rows,
-        panel.columns if square else [""], [[math.nan if c is None else c.prob for c in row] for row in cells],
+        f"{model}: patchscope" if model else "patchscope", panel.rows[::-1], panel.columns if square else [""],
+        [[math.nan if c is None else c.prob for c in row] for row in cells],
         "source layer l" if square else panel.corner, "target layer l*" if square else "",
-        texts=[["" if c is None else c.top[0][0] for c in row] for row in cells],
-        colors=_SCALE,
-        note=f"into {shorten(prompt, 70)}" if prompt else "",
+        texts=[[_in_cell(c, said and square, w) for c, w in zip(row, widest, strict=True)] for row in cells],
+        colors=SCALE,
+        note="\n".join(line for text in about if text for line in wrap(text, _NOTE)),
         hover=[["" if c is None else _hover(c) for c in row] for row in cells],
-        beside=None if square or result.text is None else [_quoted(r[0].text or "", 48) if r[0] else "" for r in cells],
-        widest=_WIDEST,
+        beside=None if square or not said else [quoted(row[0].text) if row[0] else "" for row in cells],
     )  # fmt: skip
+
+
+def _in_cell(cell: Cell | None, said: bool, width: int) -> str:
+    """The continuation where it is `said`, else the top token, filled to a width, and its probability."""
+    if cell is None or said:
+        return "" if cell is None else quoted(cell.text)
+    token = cell.top[0][0]
+    return f"{token}{' ' * (width - cell_width(readable(token)))} {number(SCALE.stat, cell.prob)}"
 
 
 def patchscope_figure(result: Result, source: int = 0) -> Any:
@@ -137,18 +145,21 @@ def patchscope_figure(result: Result, source: int = 0) -> Any:
 # --- from a result to panels
 
 
-def _checked(result: Any) -> Result:
+def checked(result: Any) -> Result:
     if not all(hasattr(result, name) for name in ("sources", "pairs", "top_ids", "settings")):
         raise TypeError(f"expected the result of a patchscope, got {type(result).__name__}: tll.patchscope makes one")
     return result
 
 
-def _panels(result: Result, most_cells: int, most_rows: int) -> list[Panel]:
-    """The tables to draw, with at most so many cells and rows, and a note that counts the rest."""
-    n, n_pairs = len(_checked(result).sources), len(result.pairs)
+def panels_of(result: Result, most_cells: int, most_rows: int, *, wide: bool = False) -> list[Panel]:
+    """The tables to draw, with at most so many cells and rows, and a note that counts the rest.
+
+    `wide`: a sweep's texts are a matrix as well.
+    """
+    n, n_pairs = len(checked(result).sources), len(result.pairs)
     if not n or not n_pairs or not result.top_ids.shape[-1]:
         raise ValueError("this result has no cells to show: expected a source, a pair and a top token at least")
-    if result.text is None and _is_sweep(result):
+    if (wide or result.text is None) and is_sweep(result):
         shown = min(n, max(1, most_cells // n_pairs))
         panels = [replace(_matrix(result, s), title=result.sources[s]) for s in range(shown)]
         return [*panels[:-1], replace(panels[-1], left_out=_left_out((n, shown, "sources")))]
@@ -169,7 +180,7 @@ def _matrix(result: Result, s: int) -> Panel:
     """l down, l* across, for one source."""
     down, across = _axes(result)
     index_of = {pair: p for p, pair in enumerate(result.pairs)}
-    cells = [[_cell(result, s, index_of[a, b]) if (a, b) in index_of else None for b in across] for a in down]
+    cells = [[cell_of(result, s, index_of[a, b]) if (a, b) in index_of else None for b in across] for a in down]
     return Panel("l\\l*", row_labels(down), row_labels(across), cells, narrow=True)
 
 
@@ -177,7 +188,7 @@ def _by_source(result: Result, n_rows: int) -> Panel:
     """A row per source, a column per pair."""
     corner, labels = _pair_labels(result)
     rows = [readable(source) for source in result.sources[:n_rows]]
-    cells: list[list[Cell | None]] = [[_cell(result, s, p) for p in range(len(labels))] for s in range(n_rows)]
+    cells: list[list[Cell | None]] = [[cell_of(result, s, p) for p in range(len(labels))] for s in range(n_rows)]
     left_out = _left_out((len(result.sources), n_rows, "sources"))
     return Panel(f"source \\ {corner}", rows, labels, cells, narrow=True, left_out=left_out)
 
@@ -189,7 +200,7 @@ def _by_pair(result: Result, sources: list[int], n_rows: int) -> Panel:
     columns = [readable(result.sources[s]) for s in sources]
     if single_source:
         columns = ["top token" if result.text is None else "text"]
-    cells: list[list[Cell | None]] = [[_cell(result, s, p) for s in sources] for p in range(n_rows)]
+    cells: list[list[Cell | None]] = [[cell_of(result, s, p) for s in sources] for p in range(n_rows)]
     left_out = _left_out((len(labels), n_rows, "pairs"), (len(result.sources), len(sources), "sources"))
     title = result.sources[0] if single_source else ""
     return Panel(corner, labels[:n_rows], columns, cells, title=title, left_out=left_out)
@@ -200,7 +211,7 @@ def _axes(result: Result) -> list[tuple[Any, ...]]:
     return [tuple(dict.fromkeys(pair[i] for pair in result.pairs)) for i in (0, 1)]
 
 
-def _is_sweep(result: Result) -> bool:
+def is_sweep(result: Result) -> bool:
     """Many l, each with many l*: enough of the pairs to fill a matrix."""
     n_down, n_across, n = *map(len, _axes(result)), len(set(result.pairs))
     return n > n_down > 1 and n > n_across > 1 and n >= _FULL * n_down * n_across
@@ -216,21 +227,26 @@ def _pair_labels(result: Result) -> tuple[str, list[str]]:
     return "l → l*", [f"{source_label[a]} → {target_label[b]}" for a, b in result.pairs]
 
 
-def _cell(result: Result, s: int, p: int) -> Cell:
+def cell_of(result: Result, s: int, p: int) -> Cell:
     a, b = result.pairs[p]
     ids, probs = result.top_ids[s, p, :_TOP].tolist(), result.top_probs[s, p, :_TOP].tolist()
     where = f"l* = {b}" if a is None else f"layer {a}" if a == b else f"l = {a} → l* = {b}"
     text = None if result.text is None else result.text[s][p]
-    return Cell(where, [(token(result, i), w) for i, w in zip(ids, probs, strict=True)], text, probs[0])
+    return Cell(s, p, where, [(token(result, i), w) for i, w in zip(ids, probs, strict=True)], text, probs[0])
 
 
-def _prompt(result: Result) -> str:
+def prompt_of(result: Result) -> str:
     """The target prompt in quotes and on one line, or its token ids if it was given as ids, or nothing."""
     target = result.settings.get("target", "")
-    return (f'"{_whole(target)}"' if target else "") if isinstance(target, str) else f"token ids {list(target)}"
+    return (f'"{whole(target)}"' if target else "") if isinstance(target, str) else f"token ids {list(target)}"
 
 
-def _notes(result: Result) -> list[str]:
+def cell_says(said: bool) -> str:
+    """What stands in a cell."""
+    return "the continuation of the prompt" if said else "the top token and its probability"
+
+
+def notes_of(result: Result) -> list[str]:
     """Settings that are not the default ones."""
     settings, generated = result.settings, result.text is not None
     notes = {
@@ -245,14 +261,19 @@ def _notes(result: Result) -> list[str]:
 # --- text
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
     """Text on one line with its spaces; newlines and invisible characters become marks."""
     return "".join(" " * len(piece) if faint else piece for piece, faint in parts(text)) if text else ""
 
 
+def quoted(text: str | None) -> str:
+    """`"text"` on one line."""
+    return f'"{whole(text or "")}"'
+
+
 def _quoted(text: str, room: int, *, end: bool = False) -> str:
     """`"text"` in at most `room` cells, cut in the middle (the two ends of a prompt say most) or at the `end`."""
-    text, room = _whole(text), max(room - 2, 1)
+    text, room = whole(text), max(room - 2, 1)
     return f'"{clip(text, room) if end else shorten(text, room)}"'
 
 
@@ -312,8 +333,9 @@ def _need(view: ScopeView, panel: Panel, column: int, head: int, plain: bool) ->
     """The width that a column needs; `head` is the width of its heading."""
     cells = [row[column] for row in panel.cells if row[column] is not None]
     if view.with_text:
-        return max([cell_width(_whole(c.text or "")) + 2 for c in cells if c] + [_NARROWEST, head])
-    numbered = plain or not panel.narrow
+        more = 2 + _NUMBER * view.numbers
+        return max([cell_width(whole(c.text or "")) + more for c in cells if c] + [_NARROWEST, head])
+    numbered = plain or not panel.narrow or view.numbers
     tokens = [min(cell_width(readable(c.top[0][0])), 2 * _WIDEST) for c in cells if c]
     widest = max([*tokens, _NARROWEST])
     if panel.narrow:
@@ -335,11 +357,16 @@ def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: 
     """A cell filled to its width and the space before it."""
     if cell is None:
         return Text(" " * (width + 1))
+    shown = (
+        number(SCALE.stat, cell.prob).rjust(_NUMBER)
+        if view.numbers or not view.with_text and (plain or not narrow)
+        else ""
+    )
     if view.with_text:
-        return Text(" " + pad(_quoted(cell.text or "", width, end=True), width))
-    shown = number(_SCALE.stat, cell.prob).rjust(_NUMBER) if plain or not narrow else ""
+        before = f"{shown.strip()} " * bool(shown)
+        return Text(" " + pad(before + _quoted(cell.text or "", width - len(before), end=True), width))
     name = pad(readable(cell.top[0][0]), width - len(shown))
-    return Text(f" {name}{shown}", style=cell_style(None if plain else _SCALE.color(cell.prob)))
+    return Text(f" {name}{shown}", style=cell_style(None if plain else SCALE.color(cell.prob)))
 
 
 def _right(label: str, width: int) -> str:
@@ -349,83 +376,22 @@ def _right(label: str, width: int) -> str:
 
 def _legend(view: ScopeView, width: int, plain: bool) -> Text:
     if view.with_text:
-        return Text(clip("in each cell: the continuation of the prompt", width))
+        return Text(clip(f"in each cell: {cell_says(True)}", width))
     axes = "l down, l* across; " if view.panels[0].corner == "l\\l*" else ""
     if plain:
-        return Text(clip(f"{axes}in each cell: the top token and its probability", width))
-    legend = color_legend(_SCALE, axes)
+        return Text(clip(f"{axes}in each cell: {cell_says(False)}", width))
+    legend = color_legend(SCALE, axes)
     legend.truncate(width, overflow="ellipsis")
     return legend
 
 
-# --- html
-
-# Every rule starts with our class; "!important" against the table styles that notebooks bring.
-_CSS = """
-.tl-lenses-scope { font: 13px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-.tl-lenses-scope p, .tl-lenses-scope .wide { margin: 6px 0; overflow-x: auto; }
-.tl-lenses-scope table { border-collapse: separate; border-spacing: 1px; border: 0; margin: 0; width: auto; font: inherit; }
-.tl-lenses-scope tr { background: none !important; }
-.tl-lenses-scope th, .tl-lenses-scope td { text-align: left !important; vertical-align: top !important; white-space: pre;
-  padding: 2px 8px; border: 0; border-radius: 2px; background: none; unicode-bidi: isolate; }
-.tl-lenses-scope th, .tl-lenses-scope b { font-weight: 600; }
-.tl-lenses-scope tbody th { font-weight: 500; opacity: .7; font-variant-numeric: tabular-nums; }
-.tl-lenses-scope tbody th.r { text-align: right !important; }
-.tl-lenses-scope td, .tl-lenses-scope code, .tl-lenses-scope b {
-  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
-.tl-lenses-scope code { background: none; color: inherit; padding: 0; }
-.tl-lenses-scope td.text { white-space: pre-wrap; min-width: 12em; max-width: 42em; border-bottom: 1px solid #8883; }
-.tl-lenses-scope i { font-style: normal; opacity: .55; }
-.tl-lenses-scope .p { opacity: .8; padding-left: .7em; font-variant-numeric: tabular-nums; }
-.tl-lenses-scope .note { font-size: 12px; }
-.tl-lenses-scope .bar { display: inline-block; width: 120px; height: 10px; border-radius: 2px; vertical-align: -1px; }
-"""
-
-
-def _panel_html(panel: Panel) -> str:
-    source = f'<p>source <b>"{escape(_whole(panel.title))}"</b></p>' if panel.title else ""
-    side = "" if panel.corner.startswith("source") else "r"
-    heads = "".join(f"<th>{_marked(label)}</th>" for label in panel.columns)
-    body = "".join(
-        f'<tr><th class="{side}">{_marked(label)}</th>{"".join(_cell_html(c, not panel.narrow) for c in row)}</tr>'
-        for label, row in zip(panel.rows, panel.cells, strict=True)
-    )
-    left_out = f'<p class="note">{escape(panel.left_out)}</p>' if panel.left_out else ""
-    corner = {"l\\l*": "l ↓ &nbsp;l* →"}.get(panel.corner, escape(panel.corner))
-    head = f"<thead><tr><th>{corner}</th>{heads}</tr></thead>"
-    return f'{source}<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>{left_out}'
-
-
-def _cell_html(cell: Cell | None, numbered: bool) -> str:
-    if cell is None:
-        return "<td></td>"
-    title = escape("\n".join([cell.where, *_likeliest(cell)]))
-    if cell.text is not None:
-        return f'<td class="text" title="{title}">"{escape(_whole(cell.text))}"</td>'
-    color = _SCALE.color(cell.prob)
-    style = f' style="background:{color} !important;color:{ink(color)} !important"' if color else ""
-    shown = f'<span class="p">{number(_SCALE.stat, cell.prob)}</span>' if numbered else ""
-    return f'<td{style} title="{title}">{_marked(cell.top[0][0])}{shown}</td>'
+# --- heat map
 
 
 def _likeliest(cell: Cell) -> list[str]:
     return [f"{100 * w:6.2f}%  {readable(t)}" for t, w in cell.top]
 
 
-def _marked(text: str) -> str:
-    """A token or label, its edge spaces faint."""
-    return "".join(f"<i>{escape(p)}</i>" if faint else escape(p) for p, faint in clip_parts(parts(text), 48))
-
-
-def _legend_html(result: Result) -> str:
-    if result.text is not None:
-        return '<p class="note">in each cell: the continuation of the prompt; hover for the likeliest next tokens</p>'
-    stops = ",".join(ramp(i / 8) for i in range(9))
-    dark, _, bright = _SCALE.labels()
-    bar = f'<span class="bar" style="background:linear-gradient(90deg,{stops})"></span>'
-    return f'<p class="note">{escape(_SCALE.stat.title)}: {dark} {bar} {bright}; hover for the likeliest tokens</p>'
-
-
 def _hover(cell: Cell) -> str:
     """The hover text of a cell of the heat map."""
-    return "\n".join([cell.where, *_likeliest(cell), *([] if cell.text is None else [_quoted(cell.text, 60)])])
+    return "\n".join([cell.where, *_likeliest(cell), *([] if cell.text is None else [quoted(cell.text)])])
