@@ -3,9 +3,12 @@
 import csv
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -189,6 +192,54 @@ def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path
     assert "is no file" in refused("show", "--file", tmp_path / "none", "--model", model)
 
 
+def test_show_takes_a_chat_the_last_tokens_and_opens_the_page(model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(webbrowser, "open", lambda uri: seen.append(uri) or True)
+    done = run("show", "the cat sat on the mat", "--model", model, "--last", 2, "--open")
+    assert done.exit_code == 0 and "4 layers × 2 tokens" in done.stdout, done.stderr
+    (page,) = [Path(urllib.parse.urlparse(uri).path) for uri in seen]
+    last = len(zoo.build("gpt2", zoo.FEW_KINDS[0]).to_tokens("the cat sat on the mat")[0]) - 1
+    assert f'title="position {last}"' in page.read_text("utf-8")
+    monkeypatch.setattr(webbrowser, "open", lambda uri: False)
+    assert "no browser can be opened here: the page is in" in refused("show", "the cat", "--model", model, "--open")
+    assert "--open shows a page" in refused("show", "the cat", "--model", model, "--open", "--save", tmp_path / "a.svg")
+    assert "needs a tokenizer with a chat template" in refused("patchscope", "the cat", "--model", model, "--chat")
+    chats = zoo.tokenizer()
+    chats.chat_template = "{% for m in messages %}a dog: {{ m.content }}{% endfor %}"
+    chats.save_pretrained(shutil.copytree(model, tmp_path / "chats"))
+    done = run("show", "the cat", "--model", tmp_path / "chats", "--chat")
+    assert done.exit_code == 0 and "·d " in done.stdout and "·cat" in done.stdout, done.stderr
+    done = run("patchscope", "the cat", "--model", tmp_path / "chats", "--chat", "--layers", "1")
+    assert done.exit_code == 0 and 'source "a dog: the cat"' in done.stdout, done.stdout
+
+
+def test_patchscope_takes_several_texts(model, tmp_path):
+    (tmp_path / "p.txt").write_text("a dog ran\n")
+    asked = [
+        "patchscope",
+        "-",
+        "the cat",
+        "--file",
+        tmp_path / "p.txt",
+        "--model",
+        model,
+        "--layers",
+        "1,2",
+        "--save",
+        tmp_path / "a.png",
+    ]
+    done = CliRunner().invoke(app, [*map(str, asked), "--target-layers", "0,1", "--numbers"], input="the mat\n")
+    assert done.exit_code == 0 and done.stdout.count('source "') == 3, done.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    asked = ("patchscope", "the cat", "a dog ran", "--model", model, "--layers", "1", "--max-new-tokens", 2)
+    done = run(*asked, "--faithful", "--numbers", "--save", tmp_path / "a.html")
+    assert done.exit_code == 0 and "texts of 2 sources" in done.stdout and re.search(r'0\.\d\d "', done.stdout), (
+        done.stderr
+    )
+    assert '"own_rank"' in (tmp_path / "a.html").read_text("utf-8")
+    assert "no text to read" in refused("patchscope", "--model", model)
+
+
 def test_check_passes_or_leaves_with_1(model, monkeypatch):
     done = run("check", "--model", model, "--prompt", "the cat sat on the mat")
     assert done.exit_code == 0 and "the last row is the model" in done.stdout, done.stderr
@@ -278,7 +329,7 @@ def test_patchscope_prints_and_saves(model, tmp_path, monkeypatch):
     target = tll.Target("the king of x is", tll.at("x", occurrence="last"))
     want = tll.patchscope(loaded, tll.Source("the cat sat", "cat"), target, [0, -1], [0, 1], max_new_tokens=3)
     assert [cell["text"] for cell in content["cells"]] == want.text[0]
-    assert "<svg" in (tmp_path / "a.svg").read_text() and "patchscope into" in (tmp_path / "a.html").read_text()
+    assert "<svg" in (tmp_path / "a.svg").read_text() and "<mark>" in (tmp_path / "a.html").read_text()
     scaled = run(*asked, "--norm", "mean")
     assert scaled.exit_code == 0 and scaled.stdout != run(*asked).stdout
     assert run("patchscope", "the cat", "--model", model, "--scope", "country_capital_city").exit_code == 0

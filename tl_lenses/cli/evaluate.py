@@ -25,7 +25,7 @@ from tl_lenses.cli.inputs import (
 )
 from tl_lenses.cli.messages import say
 
-TABLES = (".csv", ".json")
+FILES = (".csv", ".json", ".html", ".svg", ".png")
 EVAL_TOKENS = 2**14
 
 
@@ -33,7 +33,9 @@ def evaluate(
     model: Model = "lab-gpt2",
     lens: Lenses = None,
     data: Data = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the scores: .csv or .json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the scores: .csv, .json, .html, .svg or .png.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
     text_column: TextColumn = "text",
     split: Annotated[
@@ -51,7 +53,7 @@ def evaluate(
     Example: tl-lenses eval --model gpt2 --lens my-lens --lens old=older-lens --data heldout.txt
     """
     folders = lens_names(lens, taken=("logit",))
-    check_file(output, TABLES)
+    check_file(output, FILES)
     data = data_source(data, model, text_column)
 
     import tl_lenses as tll

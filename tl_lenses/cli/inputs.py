@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+import tempfile
+import webbrowser
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -39,6 +41,11 @@ Data = Annotated[
 TextColumn = Annotated[str, typer.Option(help="The column of a table that has the text.")]
 SeqLen = Annotated[int | None, typer.Option(help=f"Tokens per row; {SEQ_LEN}, or the context if it is shorter.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+Prompts = Annotated[list[str] | None, typer.Argument(help="The text to read; several; - is standard input.")]
+File = Annotated[Path | None, typer.Option(help="A file whose text is read as well.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Each text is a user's message in the model's chat template.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the page in a browser (without --save in a temporary file).")]
+Numbers = Annotated[bool, typer.Option("--numbers", help="Write the value into each coloured cell.")]
 Lenses = Annotated[
     list[str] | None,
     typer.Option(
@@ -126,6 +133,32 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> lis
     if not texts or not all(texts):
         raise ValueError("there is no text to read: give a prompt, - for standard input, or --file")
     return texts
+
+
+def as_chat(texts: Sequence[str], chat: bool) -> list[Any]:
+    """Prompts as they are, or with `--chat` each as a conversation of one message."""
+    return [[{"role": "user", "content": text}] for text in texts] if chat else list(texts)
+
+
+def page_to_open(path: Path | None, wanted: bool) -> Path | None:
+    """The file of `--open`: that of `--save`, or a temporary one.
+
+    Raises:
+        ValueError: `--save` is no page.
+    """
+    if wanted and path is not None and path.suffix.lower() != ".html":
+        raise ValueError(f"--open shows a page, and --save {str(path)!r} is none: give a file that ends in .html")
+    return path if path is not None or not wanted else Path(tempfile.mkdtemp(prefix="tl-lenses-")) / "page.html"
+
+
+def open_page(path: Path) -> None:
+    """Show a page in the browser.
+
+    Raises:
+        ValueError: there is no browser here.
+    """
+    if not webbrowser.open(path.resolve().as_uri()):
+        raise ValueError(f"no browser can be opened here: the page is in {path}")
 
 
 def parse_layers(text: str, n: int) -> list[int | str]:

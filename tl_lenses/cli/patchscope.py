@@ -1,4 +1,4 @@
-"""The command `tl-lenses patchscope`: decode one vector with one prompt."""
+"""The command `tl-lenses patchscope`: decode vectors with a prompt."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,15 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_lenses.cli.inputs import Device, DType, Dtype, Model, check_file, load_model, parse_layers
+from tl_lenses.cli.inputs import (
+    Chat,
+    Device,
+    DType,
+    Dtype,
+    File,
+    Model,
+    Numbers,
+    Open,
+    Prompts,
+    as_chat,
+    check_file,
+    load_model,
+    open_page,
+    page_to_open,
+    parse_layers,
+    read_prompts,
+)
 from tl_lenses.cli.messages import say
 from tl_lenses.cli.parts import Shard, share, sharing
 
-FILES = (".json", ".csv", ".svg", ".html")
+FILES = (".json", ".csv", ".svg", ".png", ".html")
 
 
 def patchscope(
-    prompt: Annotated[str, typer.Argument(help="The source: the text that a vector is taken from.")],
+    prompt: Prompts = None,
     model: Model = "lab-gpt2",
     position: Annotated[
         str,
@@ -49,22 +66,31 @@ def patchscope(
         str | None,
         typer.Option("--map", help="A map that fit-scope wrote (--scope is then its target): by default its pairs."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write .json, .csv, .svg (heat map) or .html.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also write .json, .csv, .svg or .png (heat maps) or .html.")
+    ] = None,
+    file: File = None,
+    chat: Chat = False,
+    numbers: Numbers = False,
+    opened: Open = False,
     shard: Shard = None,
     device: Device = None,
     dtype: DType = Dtype.float32,
 ) -> None:
-    """Put a vector of one prompt into another prompt, and show what the model then says, by layer.
+    """Put a vector of each text into another prompt, and show what the model then says, by layer.
 
     Example: tl-lenses patchscope "Pizza originates from the country of" --scope "The capital of x is the city of"
     """
+    save = page_to_open(save, opened)
     check_file(save, FILES)
+    prompts = read_prompts(prompt, file)
     if shard is not None and save is None:
         raise ValueError("--shard needs --save: its parts lie beside that file")
     share(shard)
     target = target_named(scope, placeholder)
 
     import tl_lenses as tll
+    from tl_lenses.views import patchscope_table, to_text
 
     fitted = None if maps is None else tll.Translators.load(maps)
     loaded = load_model(model, device, dtype.value)
@@ -76,33 +102,38 @@ def patchscope(
         loaded, sources, target, rows, into, pairs=pairs, map=None if fitted is None else fitted.to(loaded.cfg.device),
         max_new_tokens=max_new_tokens, norm=_norm(norm),
     )  # fmt: skip
-    own = tll.Source(prompt, place)
-    others = _others(prompt, place, against) if faithful or against else []
+    own = [tll.Source(text, place) for text in as_chat(prompts, chat)]
+    others = _others(prompts, place, against) if faithful or against else []
     with sharing(shard, save):
-        asked = ask([own, *others])
-    result = _of_first(asked) if others else asked
-    say(str(result))
-    if others:
-        say(str(tll.faithfulness(asked)))
+        asked = ask([*own, *others])
+    result = _of_first(asked, len(own)) if others else asked
+    say(to_text(patchscope_table(result, numbers=numbers)))
+    found = tll.faithfulness(asked) if faithful or against else None
+    if found is not None:
+        say(str(found))
     if save is not None:
-        result.save(save)
+        (tll.page(found) if found is not None and save.suffix.lower() == ".html" else result).save(save)
         say(f"saved in {save}")
+        if opened:
+            open_page(save)
 
 
-def _of_first(result: Any) -> Any:
-    """The reading of the first source alone, as a call with this source would have given it."""
-    request = replace(result.request, sources=result.request.sources[:1], targets=result.request.targets[:1])
+def _of_first(result: Any, n: int) -> Any:
+    """The readings of the first n sources alone, as a call with these sources would have given them."""
+    request = replace(result.request, sources=result.request.sources[:n], targets=result.request.targets[:n])
     rows = ("sources", "top_ids", "top_probs", "kept_logits", "text", "tokens")
-    cut = {name: value[:1] for name in rows if (value := getattr(result, name)) is not None}
+    cut = {name: value[:n] for name in rows if (value := getattr(result, name)) is not None}
     return replace(result, **cut, request=request, settings=request.settings())
 
 
-def _others(prompt: str, place: int | str, against: list[str] | None) -> list[Any]:
-    """The sources that a reading is told from."""
+def _others(prompts: list[str], place: int | str, against: list[str] | None) -> list[Any]:
+    """The sources that readings are told from, where they are not told from each other."""
+    if len(prompts) > 1 and not against:
+        return []
     from tl_lenses.experiments.facts import read_facts
     from tl_lenses.patchscopes import Source
 
-    others = against or list(dict.fromkeys(fact.subject for fact in read_facts() if fact.subject != prompt))[:10]
+    others = against or list(dict.fromkeys(fact.subject for fact in read_facts() if fact.subject not in prompts))[:10]
     return [Source(text, place if isinstance(place, int) else -1) for text in others]
 
 

@@ -1,19 +1,28 @@
 """The command `tl-lenses show`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tl_lenses.cli.inputs import (
+    Chat,
     Device,
     DType,
     Dtype,
+    File,
     Lenses,
     Model,
+    Numbers,
+    Open,
+    Prompts,
+    as_chat,
     check_file,
     lens_names,
     load_model,
+    open_page,
+    page_to_open,
     parse_layers,
     read_prompts,
     saved_lenses,
@@ -24,7 +33,7 @@ PICTURES = (".html", ".svg", ".png", ".csv", ".json")
 
 
 def show(
-    prompt: Annotated[list[str] | None, typer.Argument(help="The text to read; several; - is standard input.")] = None,
+    prompt: Prompts = None,
     model: Model = "lab-gpt2",
     lens: Lenses = None,
     stat: Annotated[
@@ -34,14 +43,17 @@ def show(
     layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
     target: Annotated[str | None, typer.Option(help="One token to score everywhere; by default the next one.")] = None,
     anti_target: Annotated[str | None, typer.Option(help="One token for logprob_diff.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file whose text is read as well.")] = None,
+    file: File = None,
+    chat: Chat = False,
+    last: Annotated[int | None, typer.Option(min=1, help="Show the last so many tokens only.")] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="A token to follow in the page; repeatable. By default the model's own.")
     ] = None,
     diff: Annotated[
         str | None, typer.Option(help="Two lenses, such as tuned,logit: the first minus the second.")
     ] = None,
-    numbers: Annotated[bool, typer.Option(help="Write the value into each coloured cell.")] = False,
+    numbers: Numbers = False,
+    opened: Open = False,
     device: Device = None,
     dtype: DType = Dtype.float32,
 ) -> None:
@@ -61,6 +73,7 @@ def show(
         raise ValueError(
             f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit"
         )
+    save = page_to_open(save, opened)
     check_file(save, PICTURES)
     prompts = read_prompts(prompt, file)
 
@@ -73,8 +86,11 @@ def show(
         lenses.setdefault("logit", tll.Lens(loaded))
     chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers + 1)
     trajectories = tll.trajectory(
-        loaded, lenses, prompts, chosen, target, anti_targets=anti_target, track=track or None
+        loaded, lenses, as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=track or None
     )
+    if last is not None:
+        by_name = {name: _last(trajectory, last) for name, trajectory in trajectories.items()}
+        trajectories = replace(trajectories, by_name=by_name)
     drawn = list(trajectories.values()) if pair is None else [difference(trajectories, pair)]
     for row in range(len(prompts)):
         for trajectory in drawn:
@@ -83,3 +99,11 @@ def show(
         shown = next(iter(trajectories.values())) if len(trajectories) == 1 else trajectories
         shown.save(save, stat=stat, **({} if pair is None else {"diff": pair}))
         say(f"saved in {save}")
+        if opened:
+            open_page(save)
+
+
+def _last(trajectory: Any, n: int) -> Any:
+    """The last n tokens of every row, under their own positions: the others count as pads."""
+    mask = trajectory.mask
+    return replace(trajectory, mask=mask & (mask.flip(1).cumsum(1).flip(1) <= n))
