@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 
 import pytest
+import torch
 
+from tl_lenses.experiments.grid import Grid
 from tl_lenses.views import Heat, Lines, Panels
 from tl_lenses.views.lines import GAP
 
@@ -93,6 +95,18 @@ def test_bands_are_areas_of_lines_and_error_bars_of_bars():
     assert [segment[:, 1].tolist() for segment in whiskers.get_segments()] == [[0.5, 1.5], [1.5, 2.5]]
     with pytest.raises(ValueError, match=r"'t' has a band for 'b': no series of that name, only \['a'\]"):
         Lines("t", {"a": [(0, 1.0)]}, bands={"b": [(0, 0.0, 1.0)]}).svg()
+
+
+def test_the_interval_of_a_value_is_drawn_as_its_band():
+    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    grid = Grid.over(
+        {"lens": ["a", "b"], "layer": [0, 5]}, {"kl": one, "kl_low": one - 0.5, "kl_high": one + 1, "top1": one}
+    )
+    lines = grid.lines("t", "kl", by="lens")
+    assert lines.bands == {"a": [(0, 0.5, 2.0), (5, 1.5, 3.0)], "b": [(0, 2.5, 4.0), (5, 3.5, 5.0)]}
+    assert grid.lines("t", "top1", by="lens").bands == {}
+    named = grid.at(lens="a").lines("t", {"top1": "mean"}, ends={"top1": ("kl_low", "kl_high")})
+    assert named.bands == {"mean": [(0, 0.5, 2.0), (5, 1.5, 3.0)]}
 
 
 @MATPLOTLIB

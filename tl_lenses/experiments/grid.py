@@ -217,9 +217,26 @@ class Grid:
                 lines[called.format(label)] = [(row[x], float(row[name])) for row in grid.rows(name)]
         return lines
 
-    def lines(self, title: str, values: Named, *, x: str = "layer", by: str | None = None, **how: Any) -> Lines:
-        """`series` as a picture. `how`: `across`, `up`, `points`, `log_x`, `log_y` of `Lines`; `across` is x by default."""
-        return Lines(title, self.series(values, x=x, by=by), **{"across": x, **how})
+    def lines(
+        self, title: str, values: Named, *, x: str = "layer", by: str | None = None,
+        ends: Mapping[str, tuple[str, str]] | None = None, **how: Any,
+    ) -> Lines:  # fmt: skip
+        """`series` as a picture, with a band around a line where the ends of its interval are known.
+
+        Args:
+            ends: the values that are the lower and upper end of a value; by default `NAME_low` and `NAME_high`, where there are such.
+            how: `across`, `up`, `points`, `log_x`, `log_y` of `Lines`; `across` is x by default.
+        """
+        names = _named(values, "{}" if by else None)
+        both = {name: (ends or {}).get(name, (f"{name}_low", f"{name}_high")) for name in names}
+        lows, highs = (
+            self.series({both[n][i]: called for n, called in names.items() if {*both[n]} <= {*self.values}}, x=x, by=by)
+            for i in (0, 1)
+        )
+        bands = {
+            name: [(x, low, high) for (x, low), (_, high) in zip(lows[name], highs[name], strict=True)] for name in lows
+        }
+        return Lines(title, self.series(values, x=x, by=by), **{"across": x, "bands": bands, **how})
 
     def heat(self, title: str, value: str, *, down: str, across: str, **how: Any) -> Heat:
         """A value as a matrix. `how`: `high`, `low`, `diverging`, `good`, `texts`, and other names for `down` and `across` in `labels`."""

@@ -79,12 +79,13 @@ class Gradients(Report):
 
     def pictures(self) -> dict[str, Picture]:
         """Mean and percentiles per layer, with those of random directions."""
-        named = {
-            "mean": "mean", "low": "5th percentile", "high": "95th percentile", "random_low": "random, 5th",
-            "random_high": "random, 95th",
-        }  # fmt: skip
+        named = {"mean": "mean, 5th to 95th percentile", "random_low": "random, 5th", "random_high": "random, 95th"}
         title = f"block output and gradient, {self.model}"
-        return {"cosine": self.summary().lines(title, named, across="layer l of the input", up="cosine")}
+        return {
+            "cosine": self.summary().lines(
+                title, named, ends={"mean": ("low", "high")}, across="layer l of the input", up="cosine"
+            )
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per sequence and layer."""
