@@ -250,6 +250,7 @@ CALLS = {
     "views.difference": lambda: (tll.views.difference, dict(trajs=traj(), pair=("a", "b"))),
     "views.heat": lambda: (tll.views.heat, dict(values=[[0.5]], rows=["a"], columns=["b"], title="t", unit="u", good="low", down="d", across="a")),
     "views.panels": lambda: (tll.views.panels, dict(traj=traj(), diff=("a", "b"), width=500)),
+    "views.slide": lambda: (tll.views.slide, dict(traj=traj(), tokens=2, rows=2)),
     "views.heat_map": lambda: (tll.views.heat_map, dict(traj=traj()["a"])),
     "views.html": lambda: (tll.views.html, dict(traj=traj())),
     "views.html_fragment": lambda: (tll.views.html_fragment, dict(traj=traj())),

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
@@ -156,6 +157,32 @@ def test_several_lenses_are_small_multiples_on_one_scale_and_long_prompts_wrap()
     assert len(list(one.iter("{http://www.w3.org/2000/svg}title"))) == len(
         list(wrapped.iter("{http://www.w3.org/2000/svg}title"))
     )
+
+
+def test_a_slide_has_lenses_side_by_side_and_the_answer_beside_their_layers(tmp_path):
+    trajs = two(n_layers=30, pos=9)
+    one = views.slide(trajs, "kl", answer=" Paris", tokens=3)
+    root = ET.fromstring(one.svg())
+    texts = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert (root.get("width"), root.get("height")) == ("1920", "1080")
+    assert texts.count("logit lens") == texts.count("tuned lens") == texts.count("KL(model ‖ lens), nats") == 1
+    for heat, t in zip(one.heats, trajs.values(), strict=True):
+        assert len(heat.columns) == 3 and [int(row) for row in heat.rows] == list(range(30, -1, -3))
+        assert heat.bars == pytest.approx(t.tracked.probs[:, 0, -1, 0].flip(0)[::3].tolist())
+        assert heat.beside[0].endswith(f"#{int(t.tracked.ranks[-1, 0, -1, 0]):,}")
+    with pytest.raises(
+        ValueError, match=r"the answer ' Rome' was not tracked, only \[' Paris', ' is'\]: pass track=\[' Rome'\]"
+    ):
+        views.slide(trajs, answer=" Rome")
+    assert 'width="1920"' in views.save(trajs, tmp_path / "x.svg", answer=" Paris").read_text("utf-8")
+    with pytest.raises(ValueError, match="no difference"):
+        views.save(trajs, tmp_path / "x.svg", answer=" Paris", diff=("tuned", "logit"))
+
+
+def test_the_picture_of_a_slide_is_16_to_9():
+    pytest.importorskip("matplotlib")
+    png = views.slide(two(), answer=" Paris").png()
+    assert struct.unpack(">II", png[16:24]) == (1920, 1080)
 
 
 # --- matrices

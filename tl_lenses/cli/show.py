@@ -52,6 +52,10 @@ def show(
     diff: Annotated[
         str | None, typer.Option(help="Two lenses, such as tuned,logit: the first minus the second.")
     ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer."),
+    ] = None,
     numbers: Numbers = False,
     opened: Open = False,
     device: Device = None,
@@ -74,7 +78,7 @@ def show(
             f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit"
         )
     save = page_to_open(save, opened)
-    check_file(save, PICTURES)
+    check_file(save, PICTURES if answer is None else (".svg", ".png"))
     prompts = read_prompts(prompt, file)
 
     import tl_lenses as tll
@@ -84,9 +88,10 @@ def show(
     lenses = {name: tll.Lens(loaded, maps) for name, maps in fitted.items()}
     if not lenses or (pair is not None and "logit" in pair):
         lenses.setdefault("logit", tll.Lens(loaded))
+    tracked = [*(track or ()), *([] if answer is None else [answer])]
     chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers + 1)
     trajectories = tll.trajectory(
-        loaded, lenses, as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=track or None
+        loaded, lenses, as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=tracked or None
     )
     if last is not None:
         by_name = {name: _last(trajectory, last) for name, trajectory in trajectories.items()}
@@ -97,7 +102,7 @@ def show(
             say(to_text(trajectory, stat, batch=row, numbers=numbers))
     if save is not None:
         shown = next(iter(trajectories.values())) if len(trajectories) == 1 else trajectories
-        shown.save(save, stat=stat, **({} if pair is None else {"diff": pair}))
+        shown.save(save, stat=stat, diff=pair, answer=answer)
         say(f"saved in {save}")
         if opened:
             open_page(save)

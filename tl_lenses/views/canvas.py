@@ -129,12 +129,15 @@ def legend(s: Scale, x: int, y: int) -> tuple[list[Shape], int]:
     return [shape for shape in shapes if isinstance(shape, Box) or shape.text], y + 36
 
 
-def to_svg(title: str, about: str, width: int, height: int, shapes: Sequence[Shape]) -> str:
-    """A standalone SVG; screen readers read `title` and `about`."""
+def to_svg(
+    title: str, about: str, width: int, height: int, shapes: Sequence[Shape], *, shown: int | None = None
+) -> str:
+    """A standalone SVG, `shown` pixels wide (its own width by default); screen readers read `title` and `about`."""
     size = f'width="{width}" height="{height}"'
+    outer = size if shown is None else f'width="{shown}" height="{round(height * shown / width)}"'
     name = f"{title}: {about}" if about else title
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {outer} viewBox="0 0 {width} {height}" role="img">',
         f"<title>{_xml(name)}</title>",
         f"<style>{_CSS}</style>",
         f'<rect class="page" {size} rx="8"/>',
@@ -143,8 +146,8 @@ def to_svg(title: str, about: str, width: int, height: int, shapes: Sequence[Sha
     return "\n".join([*out, "</svg>", ""])
 
 
-def to_png(width: int, height: int, shapes: Sequence[Shape]) -> bytes:
-    """The same picture as PNG on white, 2 dots a pixel (extra `plot`)."""
+def to_png(width: int, height: int, shapes: Sequence[Shape], *, shown: int | None = None) -> bytes:
+    """The same picture as PNG on white, 2 dots a pixel or `shown` dots wide (extra `plot`)."""
     with plotting():
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
@@ -169,7 +172,9 @@ def to_png(width: int, height: int, shapes: Sequence[Shape]) -> bytes:
                 ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor], va="baseline",
             )  # fmt: skip
         file = BytesIO()
-        figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+        figure.savefig(
+            file, format="png", dpi=200 if shown is None else 100 * shown / width, metadata={"Software": None}
+        )
     return file.getvalue()
 
 

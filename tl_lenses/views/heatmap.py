@@ -15,6 +15,8 @@ from tl_lenses.views.style import Scale, Stat, ink, number
 _ROW = 23  # height of a row, pixels
 _PAD = 7  # from the edge of a cell to its text
 _NARROWEST = 3  # characters
+_BARS, _BAR_INK = 110, "#1d91c0"  # width of a whole bar, and its colour
+_SLIDE = 1920  # pixels
 _MONO = "Menlo, Consolas, DejaVu Sans Mono, monospace"
 _plotly = partial(escape, quote=False)  # plotly shows `&quot;` as it is written
 
@@ -38,6 +40,8 @@ class Heat:
         bold: `[row][column]`, which texts are bold.
         hover: `[row][column]`, the hover text of a cell (lines with "\\n"); by default its labels and its value.
         beside: a text to the right of each row.
+        bars: a share from 0 to 1 for each row, a bar to the right of that text.
+        above: the heading of these texts.
         widest: cut texts and column labels to this many characters.
         faded: which columns are shown faintly.
     """
@@ -58,6 +62,8 @@ class Heat:
     bold: Sequence[Sequence[bool]] | None = None
     hover: Sequence[Sequence[str]] | None = None
     beside: Sequence[str] | None = None
+    bars: Sequence[float] | None = None
+    above: str = ""
     widest: int | None = None
     faded: Sequence[bool] | None = None
 
@@ -126,7 +132,7 @@ class Heat:
                 used = 0
             blocks[-1].append(c)
             used += column
-        return Panels([_columns(self, block) for block in blocks])
+        return Panels([columns_of(self, block) for block in blocks])
 
     def figure(self) -> Any:
         """A plotly figure (extra `plot`); its `z` are the values (log₁₀ of them on a logarithmic scale).
@@ -182,6 +188,42 @@ class Panels:
         return to_png(*_stacked(self.heats))
 
 
+@dataclass(frozen=True)
+class Slide:
+    """Heat maps side by side on one scale, in 16:9 and 1920 pixels wide: for a talk."""
+
+    title: str
+    note: str
+    heats: Sequence[Heat]
+
+    def svg(self) -> str:
+        """A standalone SVG."""
+        return to_svg(self.title, self.heats[0].scale.stat.title, *_slide(self), shown=_SLIDE)
+
+    def _repr_svg_(self) -> str:
+        return self.svg()  # of notebooks
+
+    def png(self) -> bytes:
+        """The SVG's picture as PNG (extra `plot`)."""
+        return to_png(*_slide(self), shown=_SLIDE)
+
+
+def _slide(slide: Slide) -> tuple[int, int, list[Shape]]:
+    """Width, height and shapes, pixels: heading and legend, the maps below from left to right, in the middle of 16:9."""
+    shapes: list[Shape] = [Words(MARGIN, 33, slide.title, "title"), Words(MARGIN, 54, slide.note, "ui soft")]
+    bar, y = legend(slide.heats[0].scale, MARGIN, 81)
+    shapes += bar
+    x, high, words = 0, 0, MARGIN + max(round(9.6 * len(slide.title)), 7 * len(slide.note))
+    for heat in slide.heats:
+        wide, tall, drawn = _drawn(heat, no_note=True, no_legend=True)
+        shapes += [replace(shape, x=shape.x + x, y=shape.y + y) for shape in drawn]
+        x, high = x + wide, max(high, tall)
+    width, height = max(x, words), y + high
+    full = max(width, math.ceil(height * 16 / 9 / 16) * 16)
+    down = (round(full * 9 / 16) - height) // 2
+    return full, round(full * 9 / 16), [replace(s, x=s.x + (full - width) // 2, y=s.y + down) for s in shapes]
+
+
 def _stacked(heats: Sequence[Heat]) -> tuple[int, int, list[Shape]]:
     """Width, height and shapes, pixels."""
     width, y, shapes = 0, 0, list[Shape]()
@@ -196,7 +238,7 @@ def _stacked(heats: Sequence[Heat]) -> tuple[int, int, list[Shape]]:
     return width, y, shapes
 
 
-def _columns(heat: Heat, keep: Sequence[int]) -> Heat:
+def columns_of(heat: Heat, keep: Sequence[int]) -> Heat:
     """Some of the columns, on the same scale."""
     pick = lambda rows: None if rows is None else [[row[c] for c in keep] for row in rows]
     line = lambda row: None if row is None else [row[c] for c in keep]
@@ -262,6 +304,9 @@ def _drawn(
     y += 20 if heat.across else 29
     shapes.append(Words(lefts[0] - _PAD, y, heat.down, "soft", "end"))
     top = y + 9  # of the first row of cells
+    beside = round(advance(max(map(cell_width, [heat.above, *(heat.beside or [])])))) + 2 * _PAD
+    if heat.above:
+        shapes.append(Words(lefts[-1] + _PAD, y, heat.above, "soft"))
     for c in columns:
         shapes.append(_in_cell(heat, lefts[c], y, widths[c], heat.columns[c], "" if centred else "b"))
     for r, label in enumerate(heat.rows):
@@ -276,11 +321,11 @@ def _drawn(
             shapes.append(replace(words, color=ink(color) if color and not faint else None))
         if heat.beside is not None:
             shapes.append(Words(lefts[-1] + _PAD, y + 16, heat.beside[r], ""))
-
-    beside = round(advance(max(map(cell_width, heat.beside or [""])))) + _PAD
+        if heat.bars is not None:
+            shapes.append(Box(lefts[-1] + beside, y + 5, max(1, round(_BARS * heat.bars[r])), _ROW - 11, _BAR_INK))
     ends = round(0.6 * SIZE * len(scale.stat.dark + scale.stat.bright + " " * 8))
     needed = (
-        lefts[-1] + beside * (heat.beside is not None),
+        lefts[-1] + beside * (heat.beside is not None) + _BARS * (heat.bars is not None),
         MARGIN + max(BAR, round(0.6 * SIZE * len(scale.stat.title))) + ends,
         MARGIN + round(9.6 * len(heat.title)),
         7 * max(map(len, heat.note.split("\n"))) - MARGIN,

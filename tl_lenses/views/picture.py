@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tl_lenses.checks import plain_text, whole_number
-from tl_lenses.views.glyphs import readable
+from tl_lenses.views.glyphs import readable, shorten
 from tl_lenses.views.grid import (
     FADED,
     Grid,
     Trajectory,
     base_name,
+    batch_row,
     checked,
     difference,
     grid,
@@ -24,9 +25,10 @@ from tl_lenses.views.grid import (
     row_labels,
     scale,
     set_aside,
+    token,
     values,
 )
-from tl_lenses.views.heatmap import Heat, Panels
+from tl_lenses.views.heatmap import Heat, Panels, Slide, columns_of
 from tl_lenses.views.lines import Lines
 from tl_lenses.views.style import Stat, change, scale_of
 
@@ -98,6 +100,56 @@ def panels(
         return Panels(maps)
     width = whole_number("width", width, least=1)
     return Panels([part for m in maps for part in m.wrapped(width).heats])
+
+
+def slide(
+    traj: Trajectory | Mapping[str, Trajectory],
+    stat: str | None = None,
+    *,
+    answer: str | None = None,
+    batch: int = 0,
+    tokens: int = 4,
+    rows: int = 13,
+) -> Slide:
+    """A figure for a talk, 16:9: lenses side by side on one scale, and beside each layer the answer's probability and rank.
+
+    The answer is that of the last position: by default the model's own, else one of the tokens that the trajectories
+    tracked. The last `tokens` of a batch row are shown, and at most `rows` layers, evenly spaced, with the last.
+    ValueError for an unknown statistic, lens, batch row or answer.
+
+    >>> Path("talk.png").write_bytes(slide({"logit": a, "tuned": b}, answer=" Tokyo").png())
+    """
+    by_name = lenses(traj)
+    first, batch = next(iter(by_name.values())), batch_row(next(iter(by_name.values())), batch)
+    tokens, rows = (whole_number(*pair, least=1) for pair in (("tokens", tokens), ("rows", rows)))
+    place = int(first.mask[batch].nonzero()[-1])
+    tracked = getattr(first, "tracked", None)
+    ids = [] if tracked is None else tracked.ids[batch].tolist()
+    known = {token(first, i): n for n, i in enumerate(ids) if i >= 0}
+    answer = token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else answer
+    if answer not in known:
+        raise ValueError(
+            f"the answer {answer!r} was not tracked, only {list(known)}: pass track=[{answer!r}] to trajectory"
+        )
+    every = math.ceil(len(first.layers) / rows)
+    heats = []
+    for (name, t), heat in zip(by_name.items(), panels(by_name, stat, batch=batch).heats, strict=True):
+        probs, ranks = (x[:, batch, place, known[answer]].flip(0).tolist() for x in (t.tracked.probs, t.tracked.ranks))
+        says = [f"{100 * p:5.1f}% #{r:,}" for p, r in zip(probs, ranks, strict=True)]
+        part = columns_of(replace(heat, title=f"{name} lens"), range(len(heat.columns))[-tokens:])
+        assert part.texts is not None and part.bold is not None
+        bold = [[*row[:-1], row[-1] or cells[-1] == answer] for row, cells in zip(part.bold, part.texts, strict=True)]
+        pick = lambda row: row[::every]
+        heats.append(
+            replace(
+                part, rows=pick(part.rows), values=pick(part.values), texts=pick(part.texts), bold=pick(bold), hover=pick(part.hover),
+                beside=pick(says), bars=pick(probs), above=f"{readable(answer)}, rank",
+            )
+        )  # fmt: skip
+    text = "".join(token(first, i) for i in first.tokens[batch, first.mask[batch]].tolist())
+    text = text.removeprefix(getattr(first, "settings", {}).get("bos") or "")
+    note = f"right: probability and rank of {readable(answer)} as the next token, by layer"
+    return Slide(f"{base_name(first.model_name)}: {shorten(readable(text), 80)}", note, heats)
 
 
 def svg(traj: Trajectory | Mapping[str, Trajectory], stat: str | None = None, **how: Any) -> str:
