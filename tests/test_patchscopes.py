@@ -239,7 +239,7 @@ def test_a_result_is_one_line_as_repr_and_a_table_as_text(model):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=2)
     assert repr(result) == f"PatchscopeResult(sources=1, pairs=4, new_tokens={result.tokens.shape[-1]})"
     assert repr(tll.patchscope(model, PROMPT, tll.Target(TARGET))) == "PatchscopeResult(sources=1, pairs=4)"
-    assert "\n" in str(result) and TARGET in str(result) and TARGET in result._repr_html_()
+    assert "\n" in str(result) and TARGET in str(result) and "a bird sang in" in result._repr_html_()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".html", ".svg", ".png"])

@@ -278,7 +278,7 @@
   const inks = (i) => D.inks[i % D.inks.length];
   const charts = ({ l, p }) => {
     const out = [], by = (layers, f) => Array.from({ length: layers ? nLayers : width() }, (_, i) => f(...(layers ? [i, p] : [l, i])));
-    const caption = (label, layers) => make("figcaption", "", label, " at ", layers ? tok(row().tokens[p]) : `${D.words[0]} ${D.names[l]}`, ` by ${D.words[layers ? 0 : 1]}`);
+    const caption = (label, layers) => make("figcaption", "", label, D.labelled && layers ? ` at ${D.words[1]} ` : " at ", layers ? tok(row().tokens[p]) : `${D.words[0]} ${D.names[l]}`, ` by ${D.words[layers ? 0 : 1]}`);
     const across = (layers) => [layers ? D.layers : row().tokens.map(text), D.words[layers ? 0 : 1], layers ? l : p];
     if (!state.stat.startsWith("token ")) {
       const of = D.lenses[shown()[0]].minus ? shown() : real, s = scaleOf(state.stat, of[0]);
