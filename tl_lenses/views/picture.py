@@ -126,7 +126,7 @@ def slide(
     tracked = getattr(first, "tracked", None)
     ids = [] if tracked is None else tracked.ids[batch].tolist()
     known = {token(first, i): n for n, i in enumerate(ids) if i >= 0}
-    answer = token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else answer
+    answer = token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else plain_text("answer", answer)
     if answer not in known:
         raise ValueError(
             f"the answer {answer!r} was not tracked, only {list(known)}: pass track=[{answer!r}] to trajectory"
