@@ -41,7 +41,7 @@ def test_a_hook_name_is_its_own_site(model):
 
 def test_layers_and_their_sites_are_one_to_one(model):
     n = model.cfg.n_layers
-    assert [site_layer(layer_site(i, n), n) for i in range(n + 1)] == list(range(n + 1))
+    assert [site_layer(layer_site(i, n)) for i in range(n + 1)] == list(range(n + 1))
 
 
 @pytest.mark.parametrize(

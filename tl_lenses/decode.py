@@ -155,7 +155,7 @@ class Reading:
 
     def is_model(self, row: int | str) -> bool:
         """Whether a row is the model's own output, interventions on the final norm included."""
-        return row == self.depth or (isinstance(row, str) and site_layer(row, self.depth) == self.depth)
+        return row == self.depth or (isinstance(row, str) and site_layer(row) == self.depth)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _cached(model: LensModel, cache: Any, layer: LayerOrSite, batch: Batch) -> T
     name = site(model, layer)
     depth = n_layers(model)
     aliases: Sequence[str] = [name]
-    if (resolved := site_layer(name, depth)) is not None:  # the same activation under its other name
+    if (resolved := site_layer(name)) is not None:  # the same activation under its other name
         after = [f"blocks.{resolved - 1}.hook_resid_post"] if resolved else []
         aliases = [name, *after, *([f"blocks.{resolved}.hook_resid_pre"] if resolved < depth else [])]
     key = next((alias for alias in aliases if alias in cache.keys()), None)

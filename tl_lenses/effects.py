@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_lenses.layers import site_layer
-from tl_lenses.model import LensModel, forward, n_layers, probe_tokens, without_hooks
+from tl_lenses.model import LensModel, forward, probe_tokens, without_hooks
 from tl_lenses.tokens import Batch
 
 # Whether a site leads to the logits, by model; see `leads_to_logits`.
@@ -54,10 +54,9 @@ def check_edits(model: LensModel, hooks: Iterable[tuple[Any, Callable[..., Any]]
 
     It makes passes of its own, once per model and site, where the site is one that bridges may compute for show.
     """
-    depth = n_layers(model)
     for name, fn in hooks:
         edits, keeps = getattr(fn, "edits", False), getattr(fn, "keeps", False)
-        if not (edits and name.endswith(_SHOWN)) and not (keeps and site_layer(name, depth) is None):
+        if not (edits and name.endswith(_SHOWN)) and not (keeps and site_layer(name) is None):
             continue
         if leads_to_logits(model, name, edited=edits):
             continue

@@ -40,7 +40,7 @@ def resolve_layer(layer: int, n_layers: int) -> int:
     return resolved
 
 
-def site_layer(name: str, n_layers: int) -> int | None:
+def site_layer(name: str) -> int | None:
     """The residual layer that a hook name reads, or None: `hook_resid_post` of block i is layer i + 1."""
     parts = name.split(".")
     if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
@@ -51,13 +51,13 @@ def site_layer(name: str, n_layers: int) -> int | None:
     return None
 
 
-def label(name: str, n_layers: int) -> LayerOrSite:
+def label(name: str) -> LayerOrSite:
     """A hook name as the residual layer that it reads, or as it is.
 
-    >>> label("blocks.2.hook_resid_post", 4), label("blocks.2.hook_attn_out", 4)
+    >>> label("blocks.2.hook_resid_post"), label("blocks.2.hook_attn_out")
     (3, 'blocks.2.hook_attn_out')
     """
-    layer = site_layer(name, n_layers)
+    layer = site_layer(name)
     return name if layer is None else layer
 
 
@@ -71,6 +71,6 @@ def canonical(layer_or_site: LayerOrSite, n_layers: int) -> str:
     """
     if not isinstance(layer_or_site, str):
         return layer_site(as_layer(layer_or_site), n_layers)
-    layer = site_layer(layer_or_site, n_layers)
+    layer = site_layer(layer_or_site)
     # A block beyond n_layers is another model's: maps made by hand do not say whose targets they have.
     return layer_or_site if layer is None or layer > n_layers else layer_site(layer, n_layers)

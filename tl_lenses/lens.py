@@ -103,7 +103,7 @@ class Lens:
 
     def __getitem__(self, layer: LayerOrSite) -> LayerLens:
         name = site(self.model, layer)
-        resid_layer = site_layer(name, self.n_layers)
+        resid_layer = site_layer(name)
         if resid_layer == self.n_layers or self.translators is None:
             return LayerLens(self.readout, None)
         key = name if resid_layer is None else resid_layer  # one activation may have several names

@@ -163,7 +163,7 @@ class Translators(nn.Module):
     @property
     def pairs(self) -> tuple[tuple[int | str, int | str], ...]:
         """Source and target of each row, as layers where they are."""
-        return tuple((label(s, self.n_layers), label(t, self.n_target_layers)) for s, t in self.rows)
+        return tuple((label(s), label(t)) for s, t in self.rows)
 
     def index(self, source: int | str, target: int | str | None = None) -> int:
         """The old name of a private function: `translators[source, target]` is the map itself."""

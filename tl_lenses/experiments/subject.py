@@ -37,7 +37,7 @@ def layers_of(layers: Iterable[LayerOrSite] | None, depth: int, *, final: Final 
     if layers is None:
         return list(range(depth + (final == "default")))
     given = several("layers", layers)
-    named = [label(layer, depth) if isinstance(layer, str) else layer for layer in given]
+    named = [label(layer) if isinstance(layer, str) else layer for layer in given]
     if sites := [name for name in named if isinstance(name, str)]:
         raise ValueError(f"experiments take layers by number, got {sites[0]!r}")
     resolved = sorted(resolve_layer(as_layer(layer), depth) for layer in named if not isinstance(layer, str))

@@ -57,7 +57,7 @@ def row_groups(rows: list[Row], at_once: int | None, text: Text) -> list[list[Ro
 def place(model: LensModel, layer_or_site: LayerOrSite) -> str:
     """One name per place: a residual layer under its layer's name, `hook_resid_post` of block i as layer i + 1."""
     name = site(model, layer_or_site)
-    layer = site_layer(name, n_layers(model))
+    layer = site_layer(name)
     return name if layer is None else layer_site(layer, n_layers(model))
 
 
@@ -76,7 +76,7 @@ def rows_of_pairs(
     if pairs is None:
         asked: list[Any] = []
         for layer in range(depth + 1) if layers is None else several("layers", layers):
-            at = site_layer(place(model, layer), depth)
+            at = site_layer(place(model, layer))
             if at is None:
                 raise ValueError(f"{layer!r} is not a layer, so it has no relative depth: give pairs=[({layer!r}, l*)]")
             asked.append((layer, (2 * at * goal + depth) // (2 * depth)))

@@ -197,7 +197,7 @@ def merge(parts: Sequence[Translators]) -> Translators:
 
 def _rows(model: LensModel, layers: Iterable[LayerOrSite] | None, target: LayerOrSite | None) -> tuple[Row, ...]:
     depth = n_layers(model)
-    end = depth if target is None else site_layer(place(model, target), depth)
+    end = depth if target is None else site_layer(place(model, target))
     return tuple(rows_for(model, range(end) if layers is None and end else layers, target))
 
 

@@ -122,7 +122,7 @@ class Filling:
             v = self.map(v)
         if not isinstance(v, Tensor) or v.ndim != 2:
             raise ValueError(f"map must return vectors [k, d], got {list(getattr(v, 'shape', [])) or type(v).__name__}")
-        if isinstance(target_layer, int) or site_layer(target_layer, n_layers(self.to)) is not None:
+        if isinstance(target_layer, int) or site_layer(target_layer) is not None:
             self._check_width(v.shape[-1])
         return v
 
@@ -131,7 +131,7 @@ class Filling:
             return self.norm
         if isinstance(self.norm, str):
             return mean_norms[layer]
-        resolved = layer if isinstance(layer, int) else site_layer(layer, n_layers(self.to))
+        resolved = layer if isinstance(layer, int) else site_layer(layer)
         if resolved is None:
             raise ValueError(
                 f"norm as a tensor has one length per residual layer, and {layer!r} is none: give a number"

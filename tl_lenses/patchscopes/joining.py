@@ -46,7 +46,7 @@ def run_joining(
         continues: whether the decoder will be used afterwards.
     """
     depth = n_layers(model)
-    order = lambda name: (site_layer(name, depth) or 0, name.endswith(("hook_resid_pre", "hook_in")))
+    order = lambda name: (site_layer(name) or 0, name.endswith(("hook_resid_pre", "hook_in")))
     names = sorted(entries, key=order)
     row_of = {cell: row for row, cell in enumerate((cell for name in names for cell in entries[name][0]), start=1)}
     joining: list[Hook] = [(name, _joined(entries[name][1], place, combine)) for name in names]

@@ -197,8 +197,7 @@ def _may_join(target: TargetRun, cells: Sequence[VectorsBySite]) -> bool:
     """Whether rows can skip the blocks below their patch: each patches one residual layer, once, and hides no keys."""
     if target.start is None or target.when != "prompt":
         return False
-    depth = n_layers(target.model)
-    if any(len(cell) != 1 or site_layer(name, depth) is None for cell in cells for name in cell or ("",)):
+    if any(len(cell) != 1 or site_layer(name) is None for cell in cells for name in cell or ("",)):
         return False
     hides = target.isolate and any(blocks_before(name) for cell in cells for name in cell)
     return not hides and joinable(target.model)

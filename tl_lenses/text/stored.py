@@ -56,7 +56,7 @@ class StoredText:
     def layers(self) -> list[int | str]:
         """The layers and sites that are stored, but for the final residual."""
         depth = self.about["n_layers"]
-        return [at for site in self.about["sites"] if (at := label(site, depth)) != depth]
+        return [at for site in self.about["sites"] if (at := label(site)) != depth]
 
     @property
     def seq_len(self) -> int:

@@ -109,7 +109,7 @@ def cross_model(
         )
     seed = seed_of(seed)
     if pairs is None:
-        sites = [(site_layer(a, source.depth), site_layer(b, goal.depth)) for a, b in maps.rows]
+        sites = [(site_layer(a), site_layer(b)) for a, b in maps.rows]
         cells = [(a, b) for a, b in sites if a is not None and b is not None]
     else:
         given = several("pairs", pairs, "(l, l*)")

@@ -82,7 +82,7 @@ def _speaking(model: LensModel, lens: Lens, layer: LayerOrSite) -> list[Hook]:
     """Hooks that put the translated residual of a layer in place of the final one, at every column of every pass."""
     name, final = site(model, layer), site(model, n_layers(model))
     decode, seen = lens[layer], {}
-    if site_layer(name, n_layers(model)) == n_layers(model):
+    if site_layer(name) == n_layers(model):
         return []  # the model itself
 
     # Not `read` and `patch`: they treat generated columns differently from the prompt's.
