@@ -203,10 +203,10 @@ def test_states_of_another_model_or_site_or_capture_are_refused(tmp_path):
 def test_what_runs_the_model_itself_takes_no_states(tmp_path):
     """The text of the folder is there, but not the interventions under which its states were made."""
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    folder, lens = capture(model, tmp_path / "states"), tll.Lens(model)
+    folder = capture(model, tmp_path / "states")
     for what, call in {
         "fit_jacobian": lambda: tll.fit_jacobian(model, folder, skip_first=2),
-        "an experiment": lambda: tll.compare(model, lens, folder),
+        "an experiment": lambda: tll.experiments.ablations(model, folder),
         "capture": lambda: tll.capture(model, folder, [1, 2], tmp_path / "again"),
     }.items():
         with pytest.raises(
