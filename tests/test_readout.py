@@ -163,7 +163,13 @@ def test_check_compares_with_the_plain_model():
 @pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "bloom", "gptj"), zoo.FEW_KINDS))
 def test_logits_by_columns_round_as_the_module_does(arch, kind, dtype, monkeypatch):
     """A bias that was added to the product rounded it twice in half precision."""
-    readout = Readout(zoo.build(arch, kind, dtype))
+    model = zoo.build(arch, kind, dtype)
+    if dtype != torch.float32:
+        try:
+            model(TOKENS)
+        except RuntimeError as error:  # GPT-J in TransformerLens 3.9, processed
+            pytest.skip(f"the model's own pass fails in half precision: {error}")
+    readout = Readout(model)
     monkeypatch.setitem(unembed.COLUMNS, "cpu", 48)
     hidden = (3 * torch.randn(16, zoo.D_MODEL, generator=torch.Generator().manual_seed(0))).to(dtype)
     by_columns, whole = readout.logits(hidden), readout.whole(hidden)
