@@ -15,7 +15,16 @@ def test_sums_of_a_small_fit():
     assert p.operations["model"] == 2 * (5000 - 800) * 280 and p.operations["optimiser"] == 0
     assert p.memory["translators"] == p.memory["gradients"] == 4 * 3 * 72
     assert p.memory["optimiser"] == 2 * p.memory["translators"] and p.memory["moments of the start"] == 0
+    assert p.memory["places on the way"] == 2 * p.memory["translators"]  # of the guard, at the end
     assert p.peak == sum(p.memory.values()) and "280 tokens" in str(p)
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"), [({}, 2), ({"guard": False}, 2), ({"guard": False, "lr": 0.1}, 0), ({"lr": 0.1}, 2)]
+)
+def test_a_search_and_a_guard_hold_the_maps_twice_more(settings, copies):
+    p = plan(Settings(7, **settings), 8, 3, 100, n_params=5000, tokens_per_batch=10)
+    assert p.memory["places on the way"] == copies * p.memory["translators"]
 
 
 def test_the_start_is_counted_in_whole_batches():

@@ -226,6 +226,8 @@ def _memory(settings: Settings, sizes: _Sizes) -> dict[str, int]:
         "moments of the start": on_device * max(0, moments - maps - state),
         # What a guard or held-out text compares with lies on the CPU.
         "start, or best look": maps if sizes.device == "cpu" and (settings.guards or settings.held_out) else 0,
+        # Where the way began and a place on it: the length of the first step, and the guard's end.
+        "places on the way": 2 * maps if settings.guards or settings.at_width(d).lr_search else 0,
         "coordinates of the steps": on_device * (maps if settings.whitens else 0),
         "gradients": maps,
         "optimiser": on_device * state,

@@ -305,11 +305,8 @@ class Training:
             learner.move(origin, shares)
             watch.look(self.done, losses.gather(0, best.to(losses.device)[None])[0], learner.delta, learner.biases)
             watch.looks[-1]["share"] = shares.tolist()
-            for maps, kept, new, old in zip(
-                (learner.delta, learner.biases), (watch.delta, watch.biases), again, origin, strict=True
-            ):
-                kept += (new - old).to(kept.device)
-                maps += new - old
+            for kept, new, old in zip((watch.delta, watch.biases), again, origin, strict=True):
+                kept += (new - old).to(kept.device)  # the result: no step follows
             self.whole = True
 
     def _start_again(self) -> tuple[Tensor, Tensor]:
