@@ -10,6 +10,8 @@ from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses.experiments import Item, comparison, intermediates, lens_directions, read_items, readout_angle, usage
+from tl_lenses.experiments.comparison import Comparison
+from tl_lenses.experiments.grid import Grid
 from tl_lenses.experiments.which_lens.intermediates import RANDOM, forms_of
 from tl_lenses.linearised import Linearised
 
@@ -270,9 +272,74 @@ def test_sentences_name_a_lens_only_where_it_beats_its_control():
     bad = tll.compare(model(), {"far": tll.Lens(model(), far)}, tokens, layers=[0], show_progress=False)
     assert all("none beats the unigram guess" in text for text in bad.sentences())
     lenses = {"far": tll.Lens(model(), far), "regression": tll.Lens(model(), good)}
-    text = tll.compare(model(), lenses, tokens, layers=[2], show_progress=False).sentences()[-1]
+    text = tll.compare(model(), lenses, tokens, layers=[2], show_progress=False).sentences()[0]
     assert "regression, KL" in text and "below far in 100% of resampled texts" in text
     both = tll.compare(model(), lenses, tokens, items=ITEMS, said=0, layers=[1, 2], show_progress=False)
     assert any("unspoken" in text for text in both.sentences()) and both.unspoken is not None
     with pytest.raises(ValueError, match="two rows at least"):
         tll.compare(model(), lenses, tokens[:1], show_progress=False)
+
+
+def _of(kl, bias, ece, adds, rows=20, spread=0.1):
+    """A comparison of one layer with these numbers by lens, the unigram guess last; bias and ece as `(value, low, high)`."""
+    names = ["logit", "good", "near"][: len(kl) - 1] + ["unigram"]
+    made = []
+    for i, name in enumerate(names):
+        row = {"lens": name, "layer": 4, "kl": kl[i], "multiply_adds": adds[i], "bytes": 2e6 * (i > 0)}
+        for key, ends in (("bias", bias[i]), ("ece", ece[i])):
+            row |= {f"{key}{end}": x for end, x in zip(("", "_low", "_high"), ends, strict=True)}
+        made.append(row)
+    noise = torch.linspace(-spread, spread, rows, dtype=torch.float64)
+    sums = torch.tensor(kl, dtype=torch.float64)[:, None, None] * 10 + 10 * noise
+    counts = torch.full((rows,), 10.0, dtype=torch.float64)
+    return Comparison("toy", sums, counts, grid=Grid.of_rows(made, ["lens", "layer"]))
+
+
+def test_sentences_of_bias_calibration_and_cost_have_the_answer_that_was_planted():
+    zero = (0.0, 0.0, 0.01)
+    report = _of(
+        kl=[2.0, 0.50, 0.52, 3.0],
+        bias=[(0.9, 0.8, 1.0), (0.2, 0.1, 0.3), (0.25, 0.2, 0.3), zero],
+        ece=[(0.1, 0.05, 0.15), (0.30, 0.29, 0.31), (0.40, 0.39, 0.41), zero],
+        adds=[1e6, 9e6, 3e6, 0.0],
+    )
+    said = dict(text.removeprefix("early, layer 4, ").split(": ", 1) for text in report.sentences())
+    assert list(said) == ["next token", "bias", "calibration", "cost"]
+    assert said["bias"] == "good, 0.20 (0.10, 0.30) nats, unigram 0.00; near 0.25 (0.20, 0.30), overlapping"
+    assert said["calibration"] == "logit, 0.10 (0.05, 0.15), unigram 0.00; good 0.30 (0.29, 0.31), apart"
+    assert said["cost"].startswith(
+        "near, 3.0 M multiply-adds, 2.00 MB; its KL 0.52 is within the interval of good, 0.50 ("
+    )
+    # nearly the same, but certainly farther: the dear one is the cheapest that is as near
+    report = _of(kl=[2.0, 0.5, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], spread=1e-3)
+    assert report.sentences()[3].endswith("good, 9.0 M multiply-adds, 2.00 MB; none cheaper is within its interval")
+    report = _of(kl=[0.4, 0.5, 0.6, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 9e6, 0.0], spread=1e-3)
+    assert report.sentences()[3].endswith("logit, 1.0 M multiply-adds, 0.00 MB; none is cheaper")
+    assert report.sentences()[0].endswith("below good in 100% of resampled texts")
+
+
+def test_a_lens_that_says_less_than_the_guess_is_praised_for_nothing():
+    zero, some = (0.0, 0.0, 0.01), (0.5, 0.4, 0.6)
+    report = _of(kl=[4.0, 5.0, 3.0], bias=[zero, some, zero], ece=[zero, some, zero], adds=[1e6, 2e6, 0.0])
+    assert len(report.sentences()) == 4
+    assert all("none beats the unigram guess" in text for text in report.sentences())
+    report = _of(kl=[4.0, 2.0, 3.0], bias=[zero, some, zero], ece=[zero, some, zero], adds=[1e6, 2e6, 0.0])
+    assert [text.split(": ")[1].split(",")[0] for text in report.sentences()] == [
+        "good"
+    ] * 4  # logit's 0 is the guess' own
+
+
+def test_each_layer_has_its_score_with_interval_and_other_labels():
+    grid, items = found().grid.at(kind="all"), len(found().items)
+    index = torch.randint(items, (1000, items), generator=torch.Generator().manual_seed(0))
+    for i, name in enumerate(found().lenses):
+        for layer in range(3):
+            own, other = (1 - found().ranks[i, layer].double().log() / math.log(50)).clamp_min(0).unbind(-1)
+            row = next(r for r in grid.rows() if r["lens"] == name and r["layer"] == layer)
+            assert row["by_layer"] == pytest.approx(float(own.mean()))
+            assert row["by_layer_shuffled"] == pytest.approx(float(other.mean()))
+            draws = own[index].mean(1)
+            assert row["by_layer_low"] == pytest.approx(float(draws.quantile(0.025)))
+            assert row["by_layer_high"] == pytest.approx(float(draws.quantile(0.975)))
+    table = found().tables()[1]
+    assert len(table.rows) == 3 * len(found().lenses) and table.columns[-1] == "shuffled labels"

@@ -18,7 +18,7 @@ from tl_lenses.experiments.facts import Fact
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.report import Report
 from tl_lenses.experiments.subject import Subject, text_settings
-from tl_lenses.experiments.which_lens.intermediates import RANDOM, Intermediates, Item, intermediates
+from tl_lenses.experiments.which_lens.intermediates import RANDOM, Intermediates, Item, intermediates, scores
 from tl_lenses.experiments.which_lens.usage import Usage, usage
 from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import LayerLens, Lens, decoders_of, named_lenses
@@ -60,34 +60,77 @@ class Comparison(Report):
     name = "compare"
 
     def sentences(self) -> list[str]:
-        """For each band of layers (early, middle, late) and question: which lens, how sure, or that none beats its control."""
+        """For each band of layers (early, middle, late) and question: which lens, how sure, or that none beats its control.
+
+        Numbers of a band are means over its layers, and where an interval is no bootstrap of the band, its ends are means too: too wide rather than too
+        narrow.
+        """
         return [f"{band}, {question}: {text}" for band, question, text in self._said()]
 
     def _said(self) -> list[tuple[str, str, str]]:
-        said, questions = [], {"next token": self._next_token, "unspoken": self._unspoken, "used": self._used}
-        bands = zip(("early", "middle", "late"), torch.arange(len(self.layers)).tensor_split(3), strict=True)
-        for band, part in bands:
+        questions = {
+            "next token": self._next_token, "bias": self._bias, "calibration": self._calibration, "cost": self._cheapest,
+            "unspoken": self._unspoken, "used": self._used,
+        }  # fmt: skip
+        said, bands = [], torch.arange(len(self.layers)).tensor_split(3)
+        for band, part in zip(("early", "middle", "late"), bands, strict=True):
             if len(part):
                 first, last = self.layers[int(part[0])], self.layers[int(part[-1])]
                 where = f"{band}, layer {first}" + f" to {last}" * (first != last)
                 said += [(where, question, text) for question, answer in questions.items() if (text := answer(part))]
         return said
 
-    def _next_token(self, part: Tensor) -> str:
+    def _kl(self, part: Tensor) -> tuple[Float[Tensor, " lens"], Float[Tensor, "lens draw"], list[int]]:
+        """Mean KL over a band of layers, the same of resampled texts, and the lenses below the unigram guess, the nearest first."""
         index = resampled(len(self.counts), DRAWS, self.seed)
-        draws = self.sums[:, part].mean(1)[:, index].sum(-1) / self.counts[index].sum(-1)  # [lens, draw]
-        mean = self.sums[:, part].mean(1).sum(-1) / self.counts.sum()
-        order = mean[:-1].argsort().tolist()
-        best = order[0]
-        low, high = (float(x) for x in percentiles(draws[best]))
-        wins = float((draws[best] < draws[-1]).double().mean())
-        if wins < 0.975:
+        sums = self.sums[:, part].mean(1)
+        mean, draws = sums.sum(-1) / self.counts.sum(), sums[:, index].sum(-1) / self.counts[index].sum(-1)
+        speaks = (draws < draws[-1]).double().mean(1) >= 0.975
+        return mean, draws, [i for i in mean[:-1].argsort().tolist() if speaks[i]]
+
+    def _next_token(self, part: Tensor) -> str:
+        mean, draws, able = self._kl(part)
+        if not able:
             return f"none beats the unigram guess ({float(mean[-1]):.2f} nats)"
+        best = able[0]
+        order = [best, *(i for i in mean[:-1].argsort().tolist() if i != best)]
+        low, high = (float(x) for x in percentiles(draws[best]))
         text = f"{self.lenses[best]}, KL {interval(float(mean[best]), low, high)}, unigram {float(mean[-1]):.2f}"
-        if len(order) > 1:
-            sure = float((draws[best] < draws[order[1]]).double().mean())
-            text += f"; below {self.lenses[order[1]]} in {sure:.0%} of resampled texts"
-        return text
+        return text + _surely(self.lenses, order, draws, "below", "texts")
+
+    def _bias(self, part: Tensor) -> str:
+        return self._least(part, "bias", " nats")
+
+    def _calibration(self, part: Tensor) -> str:
+        return self._least(part, "ece", "")
+
+    def _least(self, part: Tensor, key: str, unit: str) -> str:
+        """Among lenses that beat the unigram guess: it has no bias and is calibrated, since it says nothing of a position."""
+        able = self._kl(part)[2]
+        if not able:
+            return "none beats the unigram guess on the next token"
+        ends = [self.grid[f"{key}{end}"][:, part].mean(1) for end in ("", "_low", "_high")]
+        order = sorted(able, key=lambda i: float(ends[0][i]))
+        own = interval(*(float(x[order[0]]) for x in ends))
+        return (
+            f"{self.lenses[order[0]]}, {own}{unit}, unigram {float(ends[0][-1]):.2f}{_beside(self.lenses, order, ends)}"
+        )
+
+    def _cheapest(self, part: Tensor) -> str:
+        """The cheapest lens whose KL is within the interval of the nearest one's."""
+        mean, draws, able = self._kl(part)
+        if not able:
+            return "none beats the unigram guess, which has no map and no product"
+        low, high = (float(x) for x in percentiles(draws[able[0]]))
+        adds, size = (self.grid[name][:, part].mean(1) for name in ("multiply_adds", "bytes"))
+        costs = [(float(a), float(b)) for a, b in zip(adds[:-1], size[:-1], strict=True)]
+        first = min((i for i in able if float(mean[i]) <= high), key=lambda i: costs[i])  # the nearest of equal ones
+        text = f"{self.lenses[first]}, {costs[first][0] / 1e6:.1f} M multiply-adds, {costs[first][1] / 1e6:.2f} MB"
+        if first != able[0]:
+            near = f"{self.lenses[able[0]]}, {interval(float(mean[able[0]]), low, high)}"
+            return f"{text}; its KL {float(mean[first]):.2f} is within the interval of {near}"
+        cheaper = min(costs) < costs[first]
+        return text + ("; none cheaper is within its interval" if cheaper else "; none is cheaper")
 
     def _unspoken(self, part: Tensor) -> str:
         if self.unspoken is None:
@@ -96,15 +139,16 @@ class Comparison(Report):
         rows = [i for i, layer in enumerate(found.layers) if layer in wanted]
         if not rows:
             return ""
-        score = (1 - found.ranks[:, rows].amin(1).double().log() / torch.tensor(float(found.k_max)).log()).clamp_min(0)
-        own, other = score.unbind(-1)  # [lens, item]
-        best, control = int(own[:-1].mean(1).argmax()), found.lenses.index(RANDOM)
-        index = resampled(own.shape[1], DRAWS, self.seed)
+        own, other = scores(found.ranks[:, rows].amin(1), found.k_max).unbind(-1)  # [lens, item]
+        order, control = own[:-1].mean(1).argsort(descending=True).tolist(), found.lenses.index(RANDOM)
+        best, index = order[0], resampled(own.shape[1], DRAWS, self.seed)
         above = (own[best] - torch.maximum(own[control].mean(), other[best].mean()))[index].mean(-1)
-        low, _ = percentiles(above)
-        if not float(low) > 0:
+        if not float(percentiles(above)[0]) > 0:
             return f"none beats its control ({own.shape[1]} items)"
-        return f"{found.lenses[best]}, score {float(own[best].mean()):.2f}, other labels {float(other[best].mean()):.2f}, random map {float(own[control].mean()):.2f} ({own.shape[1]} items)"
+        low, high = (float(x) for x in percentiles(own[best][index].mean(-1)))
+        score = interval(float(own[best].mean()), low, high)
+        text = f"{found.lenses[best]}, score {score}, other labels {float(other[best].mean()):.2f}, random map {float(own[control].mean()):.2f} ({own.shape[1]} items)"
+        return text + _surely(found.lenses, order, own[:, index].mean(-1), "above", "items")
 
     def _used(self, part: Tensor) -> str:
         if self.used is None:
@@ -113,10 +157,13 @@ class Comparison(Report):
         if not wanted:
             return ""
         grid = self.used.grid.at(layer=wanted)
-        best = int(grid["swap"].mean(1).argmax())
-        if not float(grid["swap_low"][best].mean()) > float(grid["swap_random"][best].mean()):
+        ends = [grid[f"swap{end}"].mean(1) for end in ("", "_low", "_high")]
+        order, control = ends[0].argsort(descending=True).tolist(), grid["swap_random"].mean(1)
+        best = order[0]
+        if not float(ends[1][best]) > float(control[best]):
             return "none beats random directions"
-        return f"{self.used.lenses[best]}, a swap moves {float(grid['swap'][best].mean()):.1f} nats, random directions {float(grid['swap_random'][best].mean()):.1f}"
+        moved = interval(*(float(x[best]) for x in ends), digits=1)
+        return f"{self.used.lenses[best]}, a swap moves {moved} nats, random directions {float(control[best]):.1f}{_beside(self.used.lenses, order, ends, 1)}"
 
     def tables(self) -> list[Table]:
         """Next-token numbers and what they cost, then the tables of the other reports, then the sentences."""
@@ -139,9 +186,7 @@ class Comparison(Report):
             Table("next token", ["lens", "layer", "KL", "top-1, %", said_as], joined(first), note, percent=False),
             Table("bias, calibration, cost", ["lens", "layer", "bias", "calibration error", "M multiply-adds", "MB"], joined(second), costs, percent=False),
         ]  # fmt: skip
-        tables += [
-            table for report in (self.unspoken, self.used) if report is not None for table in report.tables()[:1]
-        ]
+        tables += [table for report in (self.unspoken, self.used) if report is not None for table in report.tables()]
         said = [list(row) for row in self._said()]
         return [*tables, Table("which lens", ["layers", "question", "answer"], said, percent=False)]
 
@@ -151,6 +196,25 @@ class Comparison(Report):
         for report in (self.unspoken, self.used):
             pictures |= {} if report is None else report.pictures()
         return pictures
+
+
+def _surely(names: Sequence[str], order: Sequence[int], draws: Float[Tensor, "lens draw"], what: str, of: str) -> str:
+    """In how many draws the first lens of an order is on its side of the second."""
+    if len(order) < 2:
+        return ""
+    first, second = draws[order[0]], draws[order[1]]
+    sure = float(((first < second) if what == "below" else (first > second)).double().mean())
+    return f"; {what} {names[order[1]]} in {sure:.0%} of resampled {of}"
+
+
+def _beside(names: Sequence[str], order: Sequence[int], ends: Sequence[Tensor], digits: int = 2) -> str:
+    """The second lens of an order, and whether its interval and the first one's are apart."""
+    if len(order) < 2:
+        return ""
+    (mean, low, high), (first, second) = ends, order[:2]
+    apart = bool(high[first] < low[second] or low[first] > high[second])
+    own = interval(*(float(x[second]) for x in (mean, low, high)), digits=digits)
+    return f"; {names[second]} {own}, {'apart' if apart else 'overlapping'}"
 
 
 @torch.no_grad()

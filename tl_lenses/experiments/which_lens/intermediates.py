@@ -61,7 +61,8 @@ class Intermediates(Report):
     """Scores `max(0, 1 - log r / log k_max)`, r the best rank over layers and surface forms, means over items.
 
     The grid has the axes kind and lens: `score`, the interval `low` and `high` over resampled items, `shuffled` (the labels of other items), `above`, the mean
-    difference to the first lens, with `above_low` and `above_high`; and with the axis layer `by_layer`, scores of a single layer.
+    difference to the first lens, with `above_low` and `above_high`; and with the axis layer `by_layer`, scores of a single layer, its interval `by_layer_low` and
+    `by_layer_high`, and `by_layer_shuffled`.
 
     Attributes:
         ranks: `[lens, layer, item, 2]`, best rank over the forms of the item's own label, and of another item's.
@@ -97,7 +98,18 @@ class Intermediates(Report):
             note,
             percent=False,
         )
-        return [first, self.grid.at(kind="all").table("by layer", "by_layer", across="lens", percent=False)]
+        names = ("by_layer", "by_layer_low", "by_layer_high")
+        one = [
+            [
+                row["lens"],
+                str(row["layer"]),
+                interval(*(row[name] for name in names)),
+                f"{row['by_layer_shuffled']:.2f}",
+            ]
+            for row in self.grid.at(kind="all").rows(*names, "by_layer_shuffled")
+        ]
+        note = f"all sets; 95% over items; {RANDOM}: of the norm of the last lens' maps"
+        return [first, Table("unspoken intermediates, one layer", ["lens", "layer", "score", SHUFFLED], one, note, percent=False)]  # fmt: skip
 
     def pictures(self) -> dict[str, Picture]:
         """The score of each layer alone, all sets together."""
@@ -281,9 +293,13 @@ def _ranks(decode: LayerLens, x: Float[Tensor, "item d_model"], forms: list[list
     return out
 
 
+def scores(ranks: Int[Tensor, "*axes"], k_max: int) -> Float[Tensor, "*axes"]:
+    """`max(0, 1 - log r / log k_max)`: the area under pass@k over log k of one item, of which r is the rank."""
+    return (1 - ranks.double().log() / log(k_max)).clamp_min(0)
+
+
 def _grid(ranks: Tensor, items: Sequence[Item], names: list[str], layers: list[int], k_max: int, seed: int) -> Grid:
-    score = lambda r: (1 - r.double().log() / log(k_max)).clamp_min(0)
-    best, by_layer = score(ranks.amin(1)), score(ranks[..., 0])  # [lens, item, 2], [lens, layer, item]
+    best, by_layer = scores(ranks.amin(1), k_max), scores(ranks, k_max)  # [lens, item, 2], [lens, layer, item, 2]
     kinds = list(dict.fromkeys(item.kind for item in items))
     members = {"all": list(range(len(items)))} | {k: [i for i, x in enumerate(items) if x.kind == k] for k in kinds if len(kinds) > 1}  # fmt: skip
     values: dict[str, list[Tensor]] = {}
@@ -293,7 +309,10 @@ def _grid(ranks: Tensor, items: Sequence[Item], names: list[str], layers: list[i
         found = {"score": own.mean(1), "shuffled": best[:, rows, 1].mean(1), "above": above.mean(1), "items": torch.full((len(names),), float(len(rows)))}  # fmt: skip
         for name, x in (("", own), ("above_", above)):
             found[f"{name}low"], found[f"{name}high"] = percentiles(x[:, index].mean(-1).T)
-        found["by_layer"] = by_layer[:, :, rows].mean(-1)
+        one = by_layer[:, :, rows]  # [lens, layer, item, 2]
+        found["by_layer"], found["by_layer_shuffled"] = one.mean(2).unbind(-1)
+        ends = [percentiles(x[..., 0][:, index].mean(-1).T) for x in one.unbind(1)]
+        found["by_layer_low"], found["by_layer_high"] = (torch.stack(x, 1) for x in zip(*ends, strict=True))
         for name, x in found.items():
             values.setdefault(name, []).append(x)
     axes = {"kind": list(members), "lens": names, "layer": layers}
