@@ -4,7 +4,7 @@
 
 `evaluate`, `trajectory`, and a sweep of next tokens on a real model (`tools/real_models.py`). The products alone are as many rows
 through the unembedding, whole and 128 at a time, or in blocks as `Readout.logits` makes them, whichever is faster; the blocks' part
-of the forward pass is taken off the time of reading. Times are interleaved in one process, medians count. Each peak is that of a
+of the forward pass is taken off the time of reading; a text is evaluated in batches, as it is in use, and its time is that of one. Times are interleaved in one process, medians count. Each peak is that of a
 process of its own. Leaves with 1 where reading takes more than LIMIT times the products or LIMIT_MB above plain. Linux only.
 """
 
@@ -23,7 +23,15 @@ from trajectory import child, machine, reset_peak, resident, trim
 LIMIT, LIMIT_MB = 1.5, 200
 PROMPT = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 
-NAMES = ("model", "positions", "layers", "lenses", "repeats", "threads")  # the options that a case is run with
+NAMES = (
+    "model",
+    "positions",
+    "batches",
+    "layers",
+    "lenses",
+    "repeats",
+    "threads",
+)  # the options that a case is run with
 
 
 def main() -> int:
@@ -34,6 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="also write raw figures here")
     parser.add_argument("--positions", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=4, help="of the text that is evaluated, one row each")
     parser.add_argument("--layers", type=int, default=4, help="layers beside the last, for the times")
     parser.add_argument("--lenses", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -47,8 +56,12 @@ def main() -> int:
     peaks = {case: child(case, args, NAMES)["mb"] for case in ("plain", "evaluate", "trajectory", "prompt", "sweep")}
     rows = seconds.pop("rows")
     products = min(seconds["whole"], seconds["blocked"])
-    reading = {case: seconds[case] - seconds["blocks"] for case in ("evaluate", "trajectory")}
-    reading["sweep"] = seconds["sweep"]
+    # each batch of a text, the one prompt of a trajectory, and a sweep, whose passes are not in its time
+    reading = {
+        "evaluate": seconds["evaluate"] / args.batches - seconds["blocks"],
+        "trajectory": seconds["trajectory"] - seconds["blocks"],
+        "sweep": seconds["sweep"],
+    }
     print(f"{args.model}: {rows} rows of logits; products {seconds['whole']:.2f} s whole, {seconds['blocked']:.2f} s in blocks; "
           f"forward pass up to the unembedding {seconds['blocks']:.2f} s")  # fmt: skip
     print(f"\n{'':<12}{'seconds':>9}{'of products':>13}{'MB above plain':>16}")
@@ -85,7 +98,7 @@ def calls(args: argparse.Namespace, *, all_layers: bool = False) -> tuple[Any, A
     return model, tokens, {
         "plain": lambda: model(tokens),
         "prompt": lambda: model(model.to_tokens(PROMPT)),
-        "evaluate": lambda: tll.evaluate(model, lenses, tokens, layers=layers, skip_first=False, show_progress=False),
+        "evaluate": lambda: tll.evaluate(model, lenses, [tokens] * args.batches, layers=layers, skip_first=False, show_progress=False),
         "trajectory": lambda: tll.trajectory(model, lenses, tokens, layers=layers),
         "sweep": lambda: tll.patchscope(model, source, scope, layers=grid, target_layers=late, show_progress=False),
     }  # fmt: skip

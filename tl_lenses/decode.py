@@ -169,6 +169,14 @@ class Chunk:
     logp: Float[Tensor, "chunk d_vocab"]
     p: Float[Tensor, "chunk d_vocab"]
     first: bool  # whether these positions were not in a chunk before
+    rooms: S.Rooms  # for what is computed of it
+
+    def distribution(
+        self, logits: Float[Tensor, "chunk d_vocab"], name: str = ""
+    ) -> tuple[Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]:
+        """Log-probabilities and probabilities of some of `logits`; the next call with this name overwrites them."""
+        logp = S.log_probs(logits, self.rooms.like(f"logp {name}", logits))
+        return logp, torch.exp(logp, out=self.rooms.like(f"p {name}", logits))
 
 
 def read_run(
@@ -216,11 +224,13 @@ def decode(
     decoders: Mapping[str, Sequence[Decoder]],
     readout: Readout,
     chunk_size: int | None = None,
+    rooms: S.Rooms | None = None,
 ) -> Iterator[Chunk]:
     """Every row at every used position, in chunks that are looked at before the next is asked for.
 
     Args:
         chunk_size: positions whose logits exist at a time; by default as many as fit `ROOM` with a few rows of each.
+        rooms: of a loop over several readings, so that all of them write into the same memory.
     """
     w_u, _ = readout.weights()
     d_vocab = w_u.shape[1]
@@ -231,7 +241,9 @@ def decode(
     lensed = [i for i in range(len(reading.rows)) if i not in of_model]
     size, together = _tile(len(reading.where), len(lensed), len(decoders), len(outputs), w_u, chunk_size)
     groups = [lensed[group] for group in S.evenly(len(lensed), together)] or [[]]
-    room = w_u.new_empty((len(outputs) + len(groups[0]) * len(decoders)) * size, d_vocab)
+    rooms = S.Rooms() if rooms is None else rooms
+    most = (len(outputs) + len(groups[0]) * len(decoders)) * size
+    room = rooms.rows("logits", most, d_vocab, w_u.dtype, w_u.device)
     pieces = lambda n: S.evenly(n, max(1, PIECE.get(w_u.device.type, PIECE["cuda"]) // (4 * d_vocab)))
     for part in S.evenly(len(reading.where), size):
         at = reading.where[part]
@@ -250,9 +262,11 @@ def decode(
                 if number == 0:
                     final = fixed.get("run", fixed["teacher"])[piece]
                     logits |= {i: dict.fromkeys(decoders, final) for i in of_model}
-                logp = S.log_probs(fixed["teacher"][piece])
+                teacher = fixed["teacher"][piece]
+                logp = S.log_probs(teacher, rooms.like("teacher", teacher))
+                p = torch.exp(logp, out=rooms.like("teacher's p", teacher))
                 whole = slice(part.start + piece.start, part.start + piece.stop)
-                yield Chunk(whole, at[piece], logits, logp, logp.exp(), number == 0)
+                yield Chunk(whole, at[piece], logits, logp, p, number == 0, rooms)
 
 
 def _tile(n: int, rows: int, lenses: int, outputs: int, w_u: Tensor, chunk_size: int | None) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def evaluate(
     decoders = decoders_of(lenses, rows)
     readout = next(iter(lenses.values())).readout
     totals = _Totals({(name, i): dict.fromkeys(_SUMS, 0.0) for name in lenses for i in range(len(rows))})
-    size = BytesPerToken(model, bytes_per_token)
+    size, rooms = BytesPerToken(model, bytes_per_token), S.Rooms()
 
     text = Text.of(tokens)
     for batch in progress(text, desc="evaluating", show=show_progress):
@@ -171,7 +171,7 @@ def evaluate(
         reading = read_run(model, batch, rows, hooks, used)
         goal = next_tokens(batch.tokens, used_positions(batch, False))
         size.add(known_ratio, batch, used)
-        for chunk in decode(reading, decoders, readout, chunk_size):
+        for chunk in decode(reading, decoders, readout, chunk_size, rooms):
             totals.add(chunk, goal.flatten()[chunk.at])
         totals.n, totals.n_targets = totals.n + int(used.sum()), totals.n_targets + int((goal[used] >= 0).sum())
 
@@ -202,10 +202,10 @@ class _Totals:
             self._add_marginal("model", chunk.p)
         for i, by_name in chunk.logits.items():
             for name, logits in by_name.items():
-                logp = S.log_probs(logits)
-                q, total = logp.exp(), self.sums[name, i]
-                total["kl"] += float(S.kl(chunk.logp, logp, chunk.p).double().sum())
-                total["entropy"] += float(S.entropy(logp, q).double().sum())
+                (logp, q), room = chunk.distribution(logits), chunk.rooms.like("room", logits)
+                total = self.sums[name, i]
+                total["kl"] += float(S.kl(chunk.logp, logp, chunk.p, room).double().sum())
+                total["entropy"] += float(S.entropy(logp, q, room).double().sum())
                 total["top1"] += int((S.likeliest(logp) == top).sum())
                 total["cross_entropy"] -= float(S.target_logprob(logp, target).double().nansum())
                 self._add_marginal((name, i), q)

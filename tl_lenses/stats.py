@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Bytes of one [positions, d_vocab] fp32 buffer. Up to nine are alive at a time; measured in benchmarks/trajectory.py.
 CHUNK_BYTES = 6 * 2**20
+# Bytes of comparisons of some rows with several tokens.
+RANK_BYTES = 2 * 2**20
 # Neighbours in the vocabulary of which only the largest is compared with others, to find the likeliest tokens.
 GROUP = 64
 
@@ -29,34 +31,65 @@ def evenly(n: int, most: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def log_probs(logits: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos d_vocab"]:
-    """`log softmax(logits)` in fp32 (fp64 stays)."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+class Rooms:
+    """Tensors by name that are written again for every piece: a fresh one of some MiB costs the page faults of all its memory.
+
+    >>> rooms = Rooms(); rooms.like("q", torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def rows(self, name: str, n: int, width: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n width"]:
+        """A tensor of this size; its content is what the last call with this name was used for."""
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < n or (kept.shape[1], kept.dtype, kept.device) != (width, dtype, device):
+            self._kept[name] = kept = torch.empty(n, width, dtype=dtype, device=device)
+        return kept[:n]
+
+    def like(self, name: str, x: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+        """One of this shape, fp32 (fp64 for fp64)."""
+        return self.rows(name, *x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
 
-def expectation(p: Float[Tensor, "*pos d_vocab"], x: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
-    """`sum p x`, where a probability of 0 gives 0 whatever x is (0 times infinity is not a number)."""
-    value = torch.linalg.vecdot(p, x)
+def log_probs(
+    logits: Float[Tensor, "*pos d_vocab"], room: Float[Tensor, "*pos d_vocab"] | None = None
+) -> Float[Tensor, "*pos d_vocab"]:
+    """`log softmax(logits)` in fp32 (fp64 stays), written into `room` where one is given."""
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1, out=room)
+
+
+def expectation(
+    p: Float[Tensor, "*pos d_vocab"], x: Float[Tensor, "*pos d_vocab"], room: Float[Tensor, "*pos d_vocab"] | None = None
+) -> Float[Tensor, "*pos"]:  # fmt: skip
+    """`sum p x`, where a probability of 0 gives 0 whatever x is (0 times infinity is not a number). `room` is overwritten."""
+    value = torch.mul(p, x, out=room).sum(-1)
     return torch.where(p > 0, p * x, 0.0).sum(-1) if value.isnan().any() else value
 
 
 def entropy(
-    logp: Float[Tensor, "*pos d_vocab"], p: Float[Tensor, "*pos d_vocab"] | None = None
+    logp: Float[Tensor, "*pos d_vocab"],
+    p: Float[Tensor, "*pos d_vocab"] | None = None,
+    room: Float[Tensor, "*pos d_vocab"] | None = None,
 ) -> Float[Tensor, "*pos"]:
-    """`H(p) = -sum p log p`; `p` saves the exponential where it is at hand."""
-    return -expectation(logp.exp() if p is None else p, logp)
+    """`H(p) = -sum p log p`; `p` saves the exponential where it is at hand. `room` is overwritten."""
+    return -expectation(logp.exp() if p is None else p, logp, room)
 
 
 def kl(
     logp: Float[Tensor, "*pos d_vocab"],
     logq: Float[Tensor, "*pos d_vocab"],
     p: Float[Tensor, "*pos d_vocab"] | None = None,
+    room: Float[Tensor, "*pos d_vocab"] | None = None,
 ) -> Float[Tensor, "*pos"]:
-    """`KL(p || q) = sum p (log p - log q)`; p is the model, q the lens, for the tuned lens' loss.
+    """`KL(p || q) = sum p (log p - log q)`; p is the model, q the lens, for the tuned lens' loss. `room` is overwritten.
 
     Source: Belrose et al. 2023 (Tuned Lens), equation 5.
     """
-    return expectation(logp.exp() if p is None else p, logp - logq)
+    p = logp.exp() if p is None else p
+    value = torch.sub(logp, logq, out=room).mul_(p).sum(-1)
+    return expectation(p, logp - logq) if value.isnan().any() else value
 
 
 def js(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos"]:
@@ -80,11 +113,27 @@ def target_logprob(logp: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*p
     return torch.where(targets >= 0, picked, torch.nan)
 
 
-def rank(logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Int[Tensor, "*pos"]:
-    """1 for the top token; ties count strictly larger logits. -1 where the target is -1."""
+def rank(
+    logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"], room: Float[Tensor, "*pos d_vocab"] | None = None
+) -> Int[Tensor, "*pos"]:  # fmt: skip
+    """1 for the top token; ties count strictly larger logits. -1 where the target is -1. `room` is overwritten."""
     picked = logits.gather(-1, targets.clamp_min(0)[..., None])
     # Ones in fp32, exact up to 2^24 tokens: a sum of booleans takes three times as long.
-    larger = torch.gt(logits, picked, out=torch.empty_like(logits, dtype=torch.float32)).sum(-1)
+    room = torch.empty_like(logits, dtype=torch.float32) if room is None else room
+    larger = torch.gt(logits, picked, out=room).sum(-1)
+    return torch.where(targets >= 0, larger.long() + 1, -1)
+
+
+def ranks(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n k"], rooms: Rooms) -> Int[Tensor, "n k"]:
+    """`rank` of several tokens of each row, which stays in the processor's cache while it is compared with all of them."""
+    (n, d_vocab), k = logits.shape, targets.shape[1]
+    picked = logits.gather(1, targets.clamp_min(0))
+    larger = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    for part in evenly(n, max(1, RANK_BYTES // (4 * k * d_vocab))) if k else ():
+        room = rooms.rows("larger", part.stop - part.start, k * d_vocab, torch.float32, logits.device)
+        torch.sum(
+            torch.gt(logits[part, None], picked[part, :, None], out=room.view(-1, k, d_vocab)), -1, out=larger[part]
+        )
     return torch.where(targets >= 0, larger.long() + 1, -1)
 
 

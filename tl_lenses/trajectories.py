@@ -435,13 +435,12 @@ class _Table:
         for i, by_name in chunk.logits.items():
             distributions: dict[str, tuple[Tensor, Tensor]] = {}
             for name, logits in by_name.items():
-                logp = S.log_probs(logits)
-                distributions[name] = logp.exp(), logp
-                put, p, calibrated = self.stats[name], distributions[name][0], score(name, i, logp)
+                logp, p = distributions[name] = chunk.distribution(logits, name)
+                put, calibrated, room = self.stats[name], score(name, i, logp), chunk.rooms.like("room", logits)
                 order = logits if calibrated is None else calibrated
-                put["rank"][i, part] = S.rank(order, target).cpu()
-                put["entropy"][i, part] = S.entropy(logp, p).cpu()
-                put["kl"][i, part] = S.kl(chunk.logp, logp, chunk.p).float().cpu()
+                put["rank"][i, part] = S.rank(order, target, room).cpu()
+                put["entropy"][i, part] = S.entropy(logp, p, room).cpu()
+                put["kl"][i, part] = S.kl(chunk.logp, logp, chunk.p, room).float().cpu()
                 of_target = S.target_logprob(logp, target)
                 put["target_logprob"][i, part] = of_target.cpu()
                 put["cross_entropy"][i, part] = -of_target.cpu()
@@ -455,11 +454,11 @@ class _Table:
                 best, _ = S.largest(logp if calibrated is None else calibrated, self.top_ids[name].shape[-1])
                 self.top_ids[name][i, part] = best.cpu()
                 self.top_probs[name][i, part] = logp.gather(-1, best).exp().cpu()
-                for j, token in enumerate(followed.unbind(1)):
-                    self.ranks[name][i, part, j] = S.rank(order, token).int().cpu()
-                    self.probs[name][i, part, j] = S.target_logprob(logp, token).exp().cpu()
+                self.ranks[name][i, part] = S.ranks(order, followed, chunk.rooms).int().cpu()
+                of_followed = logp.gather(1, followed.clamp_min(0)).exp()
+                self.probs[name][i, part] = torch.where(followed >= 0, of_followed, torch.nan).cpu()
             for a, b in combinations(distributions, 2):
-                (p, logp), (q, logq) = distributions[a], distributions[b]
+                (logp, p), (logq, q) = distributions[a], distributions[b]
                 both = S.pairwise(p, q, logp, logq)
                 self.pairs[b, a, "kl"][i, part] = both.pop("reverse").cpu()
                 for kind, value in both.items():
