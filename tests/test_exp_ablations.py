@@ -155,8 +155,8 @@ def test_bad_input_is_refused_before_any_pass(model, monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("ran"))
     basis = torch.eye(width)[:2]
     for settings, message in (
-        ({"kinds": ["none"]}, "kinds must be of zero, mean, resample, got 'none'"),
-        ({"orders": ["reverse"]}, "orders must be of"),
+        ({"kinds": ["none"]}, "kinds must be 'zero', 'mean' or 'resample', got 'none'"),
+        ({"orders": ["reverse"]}, "orders must be"),
         ({"layers": [3]}, "there is no block 3"),
         ({"layers": [7]}, "no layer 7"),
         ({"layers": [0, 1], "subspaces": {"s": {2: basis}}}, r"layer 2 which layers=\[0, 1\] leaves out"),

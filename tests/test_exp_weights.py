@@ -143,7 +143,7 @@ def test_bad_input_is_refused(model):
         ({"directions": 33, "kinds": ["MLP out, singular"]}, r"the residual stream \(d_model\) has 32 dimensions"),
         ({"k": 1}, "k is 1"),
         ({"k": 321}, "at most the vocabulary of 320"),
-        ({"kinds": ["OV"]}, "no kind 'OV'"),
+        ({"kinds": ["OV"]}, "kinds must be 'QK query', .* got 'OV'"),
         ({"layers": [3]}, r"there is no block 3: layer 3 is the final residual"),
         ({"layers": []}, "expected different layers, at least one"),
         ({"among": torch.arange(3)}, "among has 3 tokens: pass 10 or more"),

@@ -166,16 +166,14 @@ def test_a_random_vector_has_the_norm_of_the_vector(monkeypatch):
     from tl_lenses.experiments import faithful
 
     seen = []
-    monkeypatch.setattr(
-        faithful, "_random", lambda v, g, real=faithful._random: seen.append((v, real(v, g))) or seen[-1][1]
-    )
+    real = faithful.random_like
+    monkeypatch.setattr(faithful, "random_like", lambda v, g: seen.append((v, real(v, g))) or seen[-1][1])
     result = tll.patchscope(zoo.build("gpt2", zoo.FEW_KINDS[0]), WORDS[:3], TARGET, layers=[0, 3])
     tll.faithfulness(result, controls=["random vector"])
-    assert len(seen) == 3
+    assert len(seen) == 3 * 2  # sources and layers
     for vector, noise in seen:
-        for layer in (0, 3):
-            torch.testing.assert_close(noise[layer].norm(), vector[layer].norm())
-            assert not torch.allclose(noise[layer], vector[layer], atol=0.1)
+        torch.testing.assert_close(noise.norm(), vector.norm())
+        assert not torch.allclose(noise, vector, atol=0.1)
 
 
 def test_texts_are_told_from_those_of_few_sources():
@@ -256,7 +254,7 @@ def test_what_cannot_be_scored_is_refused(unchecked):
         tll.faithfulness(tll.patchscope(model, WORDS[:2], TARGET, layers=[1], scale=[1.0, 2.0]))
     with pytest.raises(ValueError, match="combines several targets"):
         tll.faithfulness(tll.patchscope(model, WORDS[:2], [TARGET, tll.Target("a dog")], layers=[1]))
-    with pytest.raises(ValueError, match="a control must be .*'mean vector'.*got 'judge'"):
+    with pytest.raises(ValueError, match="controls must be .*'mean vector'.*got 'judge'"):
         tll.faithfulness(result, controls=["judge"])
     with pytest.raises(ValueError, match="no call to ask again"):
         tll.faithfulness(

@@ -84,8 +84,8 @@ ROOMS: dict[str, list[list[str]]] = {
         ["pages"],
     ],
     "cli": [
-        ["memory", "messages", "states"],
-        ["parts"],
+        ["memory", "messages", "options"],
+        ["parts", "states"],
         ["inputs"],
         ["capture", "check", "demo", "evaluate", "experiment", "fit", "lenses", "patchscope", "show", "version"],
         ["fit_scope", "lens_experiments", "patchscope_experiments"],

@@ -65,6 +65,15 @@ def one_of(name: str, value: Any, words: Sequence[str]) -> Any:
     return value
 
 
+def some_of(name: str, value: Any, words: Sequence[str]) -> list[str]:
+    """A list of words that an argument takes.
+
+    >>> some_of("sides", ["left"], ("left", "right"))
+    ['left']
+    """
+    return [one_of(name, word, words) for word in several(name, value, "words")]
+
+
 def seed_of(seed: Any) -> int:
     """A seed that a generator takes.
 

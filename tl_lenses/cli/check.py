@@ -3,15 +3,18 @@
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from tl_lenses.cli.inputs import Device, DType, Dtype, Model, load_model
+import tl_lenses as tll
+from tl_lenses.cli import options
+from tl_lenses.cli.inputs import load_model
 
 
 def check(
-    model: Model = "lab-gpt2",
+    model: options.Model = "lab-gpt2",
     prompt: Annotated[str | None, typer.Option(help="Text to check on; random tokens by default.")] = None,
-    device: Device = None,
-    dtype: DType = Dtype.float32,
+    device: options.Device = None,
+    dtype: options.DType = options.Dtype.float32,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -23,14 +26,9 @@ def check(
 
     Example: tl-lenses check --model gpt2 --reference gpt2
     """
-    from rich.console import Console
-
-    import tl_lenses as tll
-
     plain = None if reference is None else load_model(reference, device, dtype.value, reference=True)
     report = tll.check(load_model(model, device, dtype.value), prompt, reference=plain)
     Console().print(report)
     if not report.ok:
-        raise ValueError(
-            f"{sum(not c.passed for c in report.checks)} of {len(report.checks)} invariants fail on {model}"
-        )
+        failed = sum(not check.passed for check in report.checks)
+        raise ValueError(f"{failed} of {len(report.checks)} invariants fail on {model}")

@@ -22,6 +22,7 @@ from tl_lenses.cli.parts import noted, parts_of
 from tl_lenses.cli.patchscope import patchscope
 from tl_lenses.cli.show import show
 from tl_lenses.cli.version import version
+from tl_lenses.patchscopes.parts import merging
 
 
 def merge(
@@ -31,8 +32,6 @@ def merge(
 
     Example: tl-lenses merge experiments/next-token
     """
-    from tl_lenses.patchscopes.parts import merging
-
     with merging(parts_of(output)) as command:
         if code := app(command, standalone_mode=False):
             raise typer.Exit(code)

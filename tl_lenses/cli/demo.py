@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from tl_lenses.cli import options
 from tl_lenses.cli.messages import say
+from tl_lenses.demo import run, run_real
 
 
 def demo(
@@ -15,7 +17,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the lenses and the heat map.")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="Steps of the tuned lens, 512 tokens each.", min=1)] = 48,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=1)] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    seed: options.TextSeed = 0,
 ) -> None:
     """Fit, measure and draw lenses of the bundled model, offline, in about two minutes.
 
@@ -23,9 +25,7 @@ def demo(
 
     Example: tl-lenses demo --output demo
     """
-    from tl_lenses.demo import run, run_real
-
-    if model is not None:
+    if model is None:
+        run(output, steps=steps, heldout_tokens=heldout_tokens, seed=seed, say=say)
+    else:
         run_real(model, output, seed=seed, say=say)
-        return
-    run(output, steps=steps, heldout_tokens=heldout_tokens, seed=seed, say=say)

@@ -5,16 +5,9 @@ from typing import Annotated
 
 import typer
 
+import tl_lenses as tll
+from tl_lenses.cli import options
 from tl_lenses.cli.inputs import (
-    BatchSize,
-    Data,
-    Device,
-    DType,
-    Dtype,
-    Lenses,
-    Model,
-    SeqLen,
-    TextColumn,
     check_file,
     data_source,
     lens_names,
@@ -30,23 +23,23 @@ EVAL_TOKENS = 2**14
 
 
 def evaluate(
-    model: Model = "lab-gpt2",
-    lens: Lenses = None,
-    data: Data = None,
+    model: options.Model = "lab-gpt2",
+    lens: options.Lenses = None,
+    data: options.Data = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write the scores: .csv, .json, .html, .svg or .png.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
-    text_column: TextColumn = "text",
+    layers: options.Layers = None,
+    text_column: options.TextColumn = "text",
     split: Annotated[
         str | None, typer.Option(help="Split of a data set; validation by default, for lab heldout.")
     ] = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = 8,
-    limit_tokens: Annotated[int, typer.Option(help="Tokens of text to use.")] = EVAL_TOKENS,
-    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
-    device: Device = None,
-    dtype: DType = Dtype.float32,
+    seq_len: options.SeqLen = None,
+    batch_size: options.BatchSize = 8,
+    limit_tokens: options.LimitTokens = EVAL_TOKENS,
+    seed: options.TextSeed = 0,
+    device: options.Device = None,
+    dtype: options.DType = options.Dtype.float32,
 ) -> None:
     """Measure lenses on held-out text, the logit lens beside them: KL, bits per byte, top-1 agreement per layer.
 
@@ -54,19 +47,13 @@ def evaluate(
     """
     folders = lens_names(lens, taken=("logit",))
     check_file(output, FILES)
-    data = data_source(data, model, text_column)
-
-    import tl_lenses as tll
-
-    fitted = saved_lenses(folders)
+    data, fitted = data_source(data, model, text_column), saved_lenses(folders)
     loaded = load_model(model, device, dtype.value)
     if split is None:
         split = "heldout" if data == "lab" else "validation"
     batches = read_batches(loaded, data, text_column, split, seq_len, batch_size, limit_tokens, seed)
-    lenses = {"logit": tll.Lens(loaded), **{name: tll.Lens(loaded, maps) for name, maps in fitted.items()}}
-    scores = tll.evaluate(
-        loaded, lenses, batches, layers=None if layers is None else parse_layers(layers, loaded.cfg.n_layers + 1)
-    )
+    lenses = {name: tll.Lens(loaded, maps) for name, maps in ({"logit": None} | fitted).items()}
+    scores = tll.evaluate(loaded, lenses, batches, layers=parse_layers(layers, loaded.cfg.n_layers + 1))
     say(str(scores))
     if output is not None:
         about = {"model": model, "data": data, "lenses": {name: str(folder) for name, folder in folders.items()}}

@@ -14,19 +14,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tl_lenses.cli.inputs import (
-    Device,
-    DType,
-    Dtype,
-    data_source,
-    lens_names,
-    load_model,
-    parse_layers,
-    read_batches,
-    saved_lenses,
-)
+from tl_lenses.cli.inputs import data_source, lens_names, load_model, parse_layers, read_batches, saved_lenses
 from tl_lenses.cli.messages import say
-from tl_lenses.cli.parts import Shard, share, sharing
+from tl_lenses.cli.options import Device, DType, Dtype
+from tl_lenses.cli.parts import Shard, parse_shard, sharing
+from tl_lenses.experiments.subject import layers_of
+from tl_lenses.files import check_output
 
 
 class Experiments(TyperGroup):
@@ -62,24 +55,21 @@ class Run:
     model: Any  # loaded
     is_lab: bool = True  # it is one of the lab models, whose defaults are small
     layers: list[int] | None = None  # `0..n_layers`, as asked for, or None for all
-    n: int | None = None  # how many items, or None for the experiment's own number
+    n: Any = None  # how many items; None for all
     seed: int = 0  # of every draw
     # device, dtype: where further models go
     device: str | None = None
     dtype: str = "float32"
     data: str = "lab"  # the source of text, "lab" for the bundled books
     lenses: Mapping[str, Any] = field(default_factory=dict)  # translators by name, as given with `--lens`
-    items: Any = None  # where facts or descriptions come from; None for the bundled ones
 
     def load(self, name: str) -> Any:
         """A further model, of the same type and on the same device."""
         return load_model(name, self.device, self.dtype)
 
-    def target_layers(self, text: str | None, model: Any = None) -> dict[str, Any]:
-        """`--target-layers` as a keyword, where it was given."""
-        if text is None:
-            return {}
-        return {"target_layers": parse_layers(text, (model or self.model).cfg.n_layers + 1)}
+    def target_layers(self, text: str | None, model: Any = None) -> list[int | str] | None:
+        """The layers of `--target-layers`."""
+        return parse_layers(text, (model or self.model).cfg.n_layers + 1)
 
     def new_tokens(self, asked: int | None, usual: int) -> int:
         """`--max-new-tokens`: by default the paper's number, and fewer for the lab models, whose texts are short."""
@@ -88,13 +78,6 @@ class Run:
     def directions(self, asked: int | None, usual: int) -> int:
         """`--k`: by default so many directions as usual, at most d_model."""
         return min(usual, self.model.cfg.d_model) if asked is None else asked
-
-    def fitted_layers(self) -> list[int] | None:
-        """The layers asked for that a lens is fitted at, or None for all."""
-        depth = self.model.cfg.n_layers
-        if self.layers is None:
-            return None
-        return [layer for layer in self.layers if layer < depth] or None
 
     def text(self, *, fit: bool = False, tokens: int = 4096, seq_len: int | None = None, model: Any = None) -> Any:
         """Text to fit on or to measure on: of the bundled text other books, of a data set another split."""
@@ -108,8 +91,10 @@ class Run:
         return batches
 
 
-def read_text(data: str | None, lens: Any = None, *, taken: Sequence[str] = (), **_: Any) -> dict[str, Any]:
-    """Where text comes from, and the lenses that were given: looked at before a model is loaded."""
+def read_text(
+    data: str | None = None, lens: Any = None, *, taken: Sequence[str] = ("regression", "logit"), **_: Any
+) -> dict[str, Any]:
+    """Where text comes from, and the lenses that were given, whose names are not taken by others."""
     loaded = saved_lenses(lens_names(lens, taken=taken))
     return {"data": data_source(data or "lab", "", "text"), "lenses": loaded}
 
@@ -118,16 +103,17 @@ def command(
     name: str,
     *,
     n: str,
-    usual: str = "",
+    usual: int | None,
     model: str = "lab-gpt2",
-    read: Callable[..., Any] | None = None,
+    read: Callable[..., dict[str, Any]] = read_text,
     sweeps: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function of a `Run` and its own options as `tl-lenses experiment NAME`.
 
     Args:
-        read: gets the options of the function by name before a model is loaded, and returns `data`, `lenses` or `items`
-            of the `Run`: a file that is not there is refused at once.
+        n: of what `--n` are so many; `usual` by default, all of them if that is None.
+        read: gets the options of the function by name before a model is loaded, and returns `data` and `lenses` of the `Run`:
+            a file that is not there is refused at once.
         sweeps: it runs a patchscope of many cells, and takes --shard.
     """
 
@@ -136,23 +122,21 @@ def command(
             model: str, output: Path | None, layers: str | None, n: int | None, limit: int | None, seed: int,
             markdown: bool, device: str | None, dtype: Dtype, shard: str | None = None, **options: Any,
         ) -> None:  # fmt: skip
-            from tl_lenses.experiments.subject import layers_of
-            from tl_lenses.files import check_output
-
             start = time.perf_counter()
             if limit is not None:
                 typer.echo("note: --limit is called --n now", err=True)
                 n = limit if n is None else n
             if n is not None and n < 2:
                 raise ValueError(f"--n {n} is too few: an experiment needs two items at least")
-            share(shard)
+            parse_shard(shard)
             folder = check_output(Path("experiments") / name if output is None else output, overwrite=True)
-            given = {} if read is None else read(**options)
+            given = read(**options)
             loaded = load_model(model, device, dtype.value)
-            asked = None if layers is None else parse_layers(layers, loaded.cfg.n_layers + 1)
+            asked = parse_layers(layers, loaded.cfg.n_layers + 1)
             if asked is not None:  # before anything is fitted
                 asked = layers_of(asked, loaded.cfg.n_layers)
-            made = Run(loaded, model.startswith("lab-"), asked, n, seed, device, dtype.value, **given)
+            how_many = usual if n is None else n
+            made = Run(loaded, model.startswith("lab-"), asked, how_many, seed, device, dtype.value, **given)
             with sharing(shard, folder):
                 report = function(made, **options)
             say(report.markdown() if markdown else str(report))
@@ -168,9 +152,9 @@ def command(
     return register
 
 
-def _signature(function: Callable[..., Any], n: str, usual: str, model: str, sweeps: bool) -> inspect.Signature:
+def _signature(function: Callable[..., Any], n: str, usual: int | None, model: str, sweeps: bool) -> inspect.Signature:
     """The options of every experiment, and those of this one after the model."""
-    counted = f"How many {n}{f'; {usual} by default' if usual else ''}."
+    counted = f"How many {n}; {'all' if usual is None else usual} by default."
     shared: Mapping[str, tuple[Any, Any]] = {
         "model": (Annotated[str, typer.Option(help="A Hugging Face name, a local directory, or a lab model.")], model),
         "output": (Annotated[Path | None, typer.Option(help="Folder for result.json, result.csv and pictures; experiments/NAME by default.")], None),

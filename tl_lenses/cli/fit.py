@@ -11,24 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_lenses.cli.inputs import (
-    BatchSize,
-    Data,
-    Device,
-    DType,
-    Dtype,
-    Model,
-    SeqLen,
-    TextColumn,
-    data_source,
-    device_named,
-    load_model,
-    parse_layers,
-    read_batches,
-)
+import tl_lenses as tll
+from tl_lenses.cli import options
+from tl_lenses.cli.inputs import data_source, device_named, load_model, parse_layers, read_batches
 from tl_lenses.cli.memory import fit_plan
-from tl_lenses.cli.messages import fail, note, ranges, say, stage
-from tl_lenses.cli.states import left, same_groups, saved_when_terminated
+from tl_lenses.cli.messages import fail, ranges, say, stage
+from tl_lenses.cli.states import same_groups, saved_when_terminated, say_what_is_left
+from tl_lenses.files import check_folder, check_output, locked, remove_state, states_of
+from tl_lenses.fit.settings import Settings
+from tl_lenses.fit.shard import shard as spread
+from tl_lenses.fit.team import leave, processes
+from tl_lenses.fit.timing import time_jacobian, time_regression, time_tuned
+from tl_lenses.text.stored import is_stored
 
 REGRESSION_TOKENS = 2**18  # a streamed data set may have no end
 PROMPTS = 100  # of a Jacobian lens: rows of text, of which as many are usable and 1,000 published
@@ -47,15 +41,15 @@ Vocabulary = Enum("Vocabulary", {"exact": "exact", "sampled": "sampled", "auto":
 
 
 def fit(
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    model: Model = "lab-gpt2",
+    output: options.Output,
+    model: options.Model = "lab-gpt2",
     method: Annotated[
         Method,
         typer.Option(
             help="Closed-form least squares; training on the loss; averaged gradients (relevance: the R-lens)."
         ),
     ] = Method.tuned,
-    data: Data = None,
+    data: options.Data = None,
     steps: Annotated[
         str, typer.Option(help="Optimiser steps, or auto: until the loss on --held-out no longer falls.", metavar="N")
     ] = "250",
@@ -77,9 +71,9 @@ def fit(
         Vocabulary,
         typer.Option(help="Tokens that a step scores: all, or a weighted sample; auto: a sample of 32,768 and more."),
     ] = Vocabulary.auto,
-    layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    layers: options.Layers = None,
+    seed: options.TextSeed = 0,
+    overwrite: options.Overwrite = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File for the state of the fit; OUTPUT.checkpoint by default.")
     ] = None,
@@ -116,18 +110,18 @@ def fit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say memory, tokens and minutes, timed on one real step; write nothing.")
     ] = False,
-    text_column: TextColumn = "text",
-    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = 8,
+    text_column: options.TextColumn = "text",
+    split: options.Split = "train",
+    seq_len: options.SeqLen = None,
+    batch_size: options.BatchSize = 8,
     limit_tokens: Annotated[
         int | None,
         typer.Option(
             help=f"Tokens of text to use; unless told regression reads at most {REGRESSION_TOKENS}, and jacobian {PROMPTS} rows."
         ),
     ] = None,
-    device: Device = None,
-    dtype: DType = Dtype.float32,
+    device: options.Device = None,
+    dtype: options.DType = options.Dtype.float32,
 ) -> None:
     """Fit a lens and save it. After Ctrl-C, a crash or a kill the same command goes on where it stopped.
 
@@ -135,30 +129,33 @@ def fit(
 
     Example: tl-lenses fit --model gpt2 --data corpus.txt --output my-lens
     """
-    options = SimpleNamespace(**locals())
-    from tl_lenses.files import locked, remove_state
-    from tl_lenses.fit.team import leave, processes
-
+    given = SimpleNamespace(**locals())
     who = processes()
-    state = options.state = Path(f"{output}.checkpoint") if checkpoint is None else checkpoint
-    _check(options, who)
+    state = given.state = Path(f"{output}.checkpoint") if checkpoint is None else checkpoint
+    _check(given, who)
     history: list[dict[str, Any]] = []
     with contextlib.ExitStack() as locks:
         if who.first and not dry_run:
             for path in (output, state):
                 locks.enter_context(locked(path))
-        loaded = _loaded(options, who)
-        chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers)
-        batches = _batches(options, loaded)
+        place = who.device if device is None else device
+        loaded = load_model(model, "cpu" if shard else place, dtype.value)
+        if shard:
+            spread(loaded, device)
+        chosen = parse_layers(layers, loaded.cfg.n_layers)
+        batches = _batches(given, loaded)
         if chosen is None and hasattr(batches, "layers"):
             chosen = batches.layers  # of stored states
         if who.first:
             if not dry_run:
-                _continue(options, loaded.cfg.n_layers if chosen is None else len(chosen))
+                if not resume:
+                    remove_state(state)
+                n_rows = loaded.cfg.n_layers if chosen is None else len(chosen)
+                same_groups(state, -(-n_rows // (layers_at_once or n_rows)))
             stage("planning the memory")
-            say(fit_plan(loaded, chosen, batches, _settings(options), options.method.value))
+            say(fit_plan(loaded, chosen, batches, _settings(given), given.method.value))
         if dry_run:
-            timing = _timed(options, loaded, batches, chosen)
+            timing = _timed(given, loaded, batches, chosen)
             leave()
             if who.first:
                 say(f"{timing}\nnothing was written")
@@ -166,7 +163,7 @@ def fit(
         start = time.perf_counter()
         try:
             with saved_when_terminated():
-                translators = _fitted(options, loaded, batches, chosen, history)
+                translators = _fitted(given, loaded, batches, chosen, history)
             seconds = time.perf_counter() - start
             leave()
             if not who.first:
@@ -174,7 +171,7 @@ def fit(
             where = _save(translators, output, overwrite)
         except BaseException as error:
             if who.first:
-                _say_what_is_left(options, error, history)
+                say_what_is_left(state, error, history, steps)
             if not isinstance(error, KeyboardInterrupt):
                 raise
             raise typer.Exit(130) from None
@@ -195,140 +192,102 @@ def fit(
     say(f"saved in {where}; next: tl-lenses eval --model {model} --lens {where}")
 
 
-def _check(options: Any, who: Any) -> None:
+def _check(given: Any, who: Any) -> None:
     """Everything that can be refused before a model is loaded; texts and steps are resolved."""
-    from tl_lenses.files import check_folder, check_output, states_of
-
     if who.first:
-        check_folder(options.output, overwrite=options.overwrite)
-        check_output(options.state.parent, overwrite=True)
-        states_of(options.state)
-    options.data = data_source(options.data, options.model, options.text_column)
-    options.n_steps = _steps(options.steps, options.held_out)
-    options.regression = options.method is Method.regression
-    options.averaged = options.method in (Method.jacobian, Method.relevance)
-    if options.averaged and (options.offload or options.shard or options.layers_at_once):
+        check_folder(given.output, overwrite=given.overwrite)
+        check_output(given.state.parent, overwrite=True)
+        states_of(given.state)
+    given.data = data_source(given.data, given.model, given.text_column)
+    given.n_steps = _steps(given.steps, given.held_out)
+    given.regression = given.method is Method.regression
+    given.averaged = given.method in (Method.jacobian, Method.relevance)
+    if given.averaged and (given.offload or given.shard or given.layers_at_once):
         raise ValueError(
-            f"--offload, --shard and --layers-at-once are not for {options.method.value}: its layers share one backward pass"
+            f"--offload, --shard and --layers-at-once are not for {given.method.value}: its layers share one backward pass"
         )
-    if options.held_out is not None:
-        if options.method is not Method.tuned:
+    if given.held_out is not None:
+        if given.method is not Method.tuned:
             raise ValueError("--held-out is for the tuned method: a regression has no steps to stop")
-        options.held_out = data_source(options.held_out, options.model, options.text_column)
-    if options.shard and options.device not in (None, "cpu", "cuda"):
+        given.held_out = data_source(given.held_out, given.model, given.text_column)
+    if given.shard and given.device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(
-            f"with --shard each process has its own: cpu, cuda or nothing, got {options.device}", param_hint="--device"
+            f"with --shard each process has its own: cpu, cuda or nothing, got {given.device}", param_hint="--device"
         )
-    if options.device is not None:
-        device_named(options.device)
+    if given.device is not None:
+        device_named(given.device)
 
 
-def _loaded(options: Any, who: Any) -> Any:
-    """The model, where it is to run."""
-    device = who.device if options.device is None else options.device
-    loaded = load_model(options.model, "cpu" if options.shard else device, options.dtype.value)
-    if options.shard:
-        from tl_lenses.fit.shard import shard as spread
-
-        spread(loaded, options.device)
-    return loaded
-
-
-def _batches(options: Any, loaded: Any) -> Any:
+def _batches(given: Any, loaded: Any) -> Any:
     """The text to fit on, or the states of one."""
-    from tl_lenses.text.stored import is_stored
-
-    limit = options.limit_tokens
-    if limit is None and options.regression and not is_stored(options.data):
+    limit = given.limit_tokens
+    if limit is None and given.regression and not is_stored(given.data):
         limit = REGRESSION_TOKENS
     read = functools.partial(
-        read_batches, loaded, options.data, options.text_column, options.split, options.seq_len, options.batch_size,
-        seed=options.seed, streaming=options.stream, shuffle_buffer=options.shuffle_buffer, workers=options.workers,
+        read_batches, loaded, given.data, given.text_column, given.split, given.seq_len, given.batch_size,
+        seed=given.seed, streaming=given.stream, shuffle_buffer=given.shuffle_buffer, workers=given.workers,
     )  # fmt: skip
-    return read(PROMPTS * read(None).seq_len if limit is None and options.averaged else limit)
+    return read(PROMPTS * read(None).seq_len if limit is None and given.averaged else limit)
 
 
-def _continue(options: Any, n_rows: int) -> None:
-    """Remove the state that is there, where asked; refuse one in other groups of layers."""
-    from tl_lenses.files import remove_state
-
-    if not options.resume:
-        remove_state(options.state)
-    same_groups(options.state, -(-n_rows // (options.layers_at_once or n_rows)))
-
-
-def _settings(options: Any) -> Any:
+def _settings(given: Any) -> Any:
     """The settings of the fit, as its plan reads them."""
-    from tl_lenses.fit.settings import Settings
-
-    large: dict[str, Any] = {"layers_at_once": options.layers_at_once, "offload": options.offload}
-    if options.method is not Method.tuned:
+    large: dict[str, Any] = {"layers_at_once": given.layers_at_once, "offload": given.offload}
+    if given.method is not Method.tuned:
         return Settings(**large)
-    return Settings(**_of_tuned(options), held_out=options.held_out is not None, **large)
+    return Settings(**_of_tuned(given), held_out=given.held_out is not None, **large)
 
 
-def _of_tuned(options: Any) -> dict[str, Any]:
+def _of_tuned(given: Any) -> dict[str, Any]:
     """Settings that only a tuned lens has."""
-    words = {name: getattr(options, name).value for name in ("loss", "optimizer", "precision", "vocabulary")}
-    numbers = {name: getattr(options, name) for name in ("tokens_per_step", "lr", "seed")}
-    return {"steps": options.n_steps, **words, **numbers}
+    words = {name: getattr(given, name).value for name in ("loss", "optimizer", "precision", "vocabulary")}
+    numbers = {name: getattr(given, name) for name in ("tokens_per_step", "lr", "seed")}
+    return {"steps": given.n_steps, **words, **numbers}
 
 
-def _note(options: Any, batches: Any) -> dict[str, Any]:
+def _note(given: Any, batches: Any) -> dict[str, Any]:
     """Which text is read and how it is cut: the fit keeps it in its state, and refuses to resume from one of another text."""
     names = ("data", "text_column", "split", "batch_size", "limit_tokens", "seed", "shuffle_buffer", "held_out")
     stored = {"states": batches.about["text"]} if hasattr(batches, "about") else {}
-    return {**{name: getattr(options, name) for name in names}, "seq_len": batches.seq_len, **stored}
+    return {**{name: getattr(given, name) for name in names}, "seq_len": batches.seq_len, **stored}
 
 
-def _timed(options: Any, loaded: Any, batches: Any, chosen: Any) -> Any:
+def _timed(given: Any, loaded: Any, batches: Any, chosen: Any) -> Any:
     """How long the fit takes, from one step of it."""
-    from tl_lenses.fit.timing import time_jacobian, time_regression, time_tuned
-
-    stage(f"timing one step on {options.data}")
-    settings = _settings(options)
-    if options.averaged:
-        return time_jacobian(loaded, batches, chosen, options.method.value)
-    if options.regression:
+    stage(f"timing one step on {given.data}")
+    settings = _settings(given)
+    if given.averaged:
+        return time_jacobian(loaded, batches, chosen, given.method.value)
+    if given.regression:
         return time_regression(loaded, batches, chosen, settings, batches.limit_tokens)
-    return time_tuned(loaded, batches, chosen, settings, _held_out(options, loaded))
+    return time_tuned(loaded, batches, chosen, settings, _held_out(given, loaded))
 
 
-def _held_out(options: Any, loaded: Any) -> Any:
+def _held_out(given: Any, loaded: Any) -> Any:
     """The text of `--held-out`."""
-    if options.held_out is None:
+    if given.held_out is None:
         return None
-    split = "heldout" if options.held_out == "lab" else options.split
+    split = "heldout" if given.held_out == "lab" else given.split
     return read_batches(
-        loaded, options.held_out, options.text_column, split, options.seq_len, options.batch_size, HELD_OUT_TOKENS, 0
+        loaded, given.held_out, given.text_column, split, given.seq_len, given.batch_size, HELD_OUT_TOKENS, 0
     )  # fmt: skip
 
 
-def _fitted(options: Any, loaded: Any, batches: Any, chosen: Any, history: list[dict[str, Any]]) -> Any:
+def _fitted(given: Any, loaded: Any, batches: Any, chosen: Any, history: list[dict[str, Any]]) -> Any:
     """The maps."""
-    import tl_lenses as tll
-
-    every = options.checkpoint_every or (200 if options.regression else 10 if options.averaged else 25)
+    every = given.checkpoint_every or (200 if given.regression else 10 if given.averaged else 25)
     scale: dict[str, Any] = {
-        "layers": chosen, "checkpoint": options.state, "checkpoint_every": every,
-        "show_progress": options.show_progress, "note": _note(options, batches),
+        "layers": chosen, "checkpoint": given.state, "checkpoint_every": every,
+        "show_progress": given.show_progress, "note": _note(given, batches),
     }  # fmt: skip
-    stage(f"fitting on {options.data}")
-    if options.averaged:
-        return tll.fit_jacobian(loaded, batches, rule=options.method.value, **scale)
-    scale |= {"layers_at_once": options.layers_at_once, "offload": options.offload}
-    if options.regression:
+    stage(f"fitting on {given.data}")
+    if given.averaged:
+        return tll.fit_jacobian(loaded, batches, rule=given.method.value, **scale)
+    scale |= {"layers_at_once": given.layers_at_once, "offload": given.offload}
+    if given.regression:
         return tll.fit_regression(loaded, batches, **scale)
-    held_out = _held_out(options, loaded)
-    return tll.fit_tuned(loaded, batches, **_of_tuned(options), log=history, held_out=held_out, **scale)
-
-
-def _say_what_is_left(options: Any, error: BaseException, history: list[dict[str, Any]]) -> None:
-    text = left(options.state, error, history, options.steps)
-    if isinstance(error, KeyboardInterrupt):
-        typer.echo(text, err=True)
-    elif text is not None:
-        note(text)
+    held_out = _held_out(given, loaded)
+    return tll.fit_tuned(loaded, batches, **_of_tuned(given), log=history, held_out=held_out, **scale)
 
 
 def _save(translators: Any, output: Path, overwrite: bool) -> Path:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the models, text and files that they name."""
+"""The models, text and files that options name."""
 
 import os
 import re
@@ -6,69 +6,31 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import torch
 import typer
 
-from tl_lenses.cli.messages import say as say
+from tl_lenses import files, lab, loading
 from tl_lenses.cli.messages import stage
-
-SEQ_LEN = 128
-
-
-Dtype = Enum(
-    "Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}, type=str
-)
-
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="A Hugging Face name, a local directory, lab-gpt2 (bundled), smollm2-135m or gemma3-270m (make real)."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; cuda if there is one.")]
-DType = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="A .txt, .jsonl, .json, .parquet or .csv file, a directory of them, a `datasets` name (org/name or "
-        "org/name:config), a folder that `capture` wrote, or lab (bundled text; the default for lab-gpt2)."
-    ),
-]
-TextColumn = Annotated[str, typer.Option(help="The column of a table that has the text.")]
-SeqLen = Annotated[int | None, typer.Option(help=f"Tokens per row; {SEQ_LEN}, or the context if it is shorter.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
-Prompts = Annotated[list[str] | None, typer.Argument(help="The text to read; several; - is standard input.")]
-File = Annotated[Path | None, typer.Option(help="A file whose text is read as well.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Each text is a user's message in the model's chat template.")]
-Open = Annotated[bool, typer.Option("--open", help="Open the page in a browser (without --save in a temporary file).")]
-Numbers = Annotated[bool, typer.Option("--numbers", help="Write the value into each coloured cell.")]
-Lenses = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lens", help="A folder that `fit` wrote (or a lens of another package), or NAME=FOLDER; repeatable."
-    ),
-]
+from tl_lenses.cli.options import SEQ_LEN
+from tl_lenses.model import tokenizer_of
+from tl_lenses.text.batches import token_batches
+from tl_lenses.text.sources import reader
+from tl_lenses.text.stored import is_stored, open_states
+from tl_lenses.translators import Translators
 
 
 def load_model(name: str, device: str | None, dtype: str, *, reference: bool = False) -> Any:
     """The model of `--model`, or the plain Hugging Face model of `--reference`; see `tl_lenses.loading`."""
     stage(f"loading the {'reference' if reference else 'model'} {name}")
-    import torch
-
-    from tl_lenses import loading
-
     load = loading.load_reference if reference else loading.load_model
     return load(name, device=device_named(device), dtype=getattr(torch, dtype))
 
 
 def device_named(device: str | None) -> str:
     """The device of `--device`; by default the first GPU, if there is one."""
-    import torch
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -85,13 +47,9 @@ def data_source(data: str | None, model: str, column: str) -> str:
         return "lab"
     if not data:
         raise ValueError("--data is empty: expected a file, a directory, a `datasets` name, or lab")
-    from tl_lenses.text.stored import is_stored
-
     if is_stored(data):
         return data
     if data != "lab" and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data) or Path(data).exists():
-        from tl_lenses.text.sources import reader
-
         reader(data, column, "train")
     return data
 
@@ -101,30 +59,24 @@ def read_batches(
     seed: int, **settings: Any,
 ) -> Any:  # fmt: skip
     """Batches of a source of text, in rows of `--seq-len` or of the model's context, whichever is shorter."""
-    from tl_lenses import lab
-    from tl_lenses.model import tokenizer_of
-    from tl_lenses.text.batches import token_batches
-    from tl_lenses.text.stored import is_stored, open_states
-
     if is_stored(data):
         if seq_len is not None:
             raise ValueError("--seq-len is of text: the rows of stored states are as they were captured")
         stored = open_states(data)
         return stored if limit is None else stored.first(limit)
-    if seq_len is None:
-        seq_len = min(SEQ_LEN, int(getattr(model.cfg, "n_ctx", None) or SEQ_LEN))
     return token_batches(
-        lab.text(split) if data == "lab" else data, tokenizer_of(model), seq_len=seq_len, batch_size=batch_size,
-        text_column=column, split=split, limit_tokens=limit, shuffle_seed=seed, **settings,
+        lab.text(split) if data == "lab" else data, tokenizer_of(model), batch_size=batch_size,
+        seq_len=row_length(model) if seq_len is None else seq_len, text_column=column, split=split, limit_tokens=limit, shuffle_seed=seed, **settings,
     )  # fmt: skip
 
 
-def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> list[str]:
-    """The texts of a command: its arguments, where "-" is standard input, and the text of a file.
+def row_length(model: Any) -> int:
+    """Tokens of a row where `--seq-len` does not say it."""
+    return min(SEQ_LEN, int(getattr(model.cfg, "n_ctx", None) or SEQ_LEN))
 
-    Raises:
-        ValueError: none, or an empty one.
-    """
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> list[str]:
+    """The texts of a command: its arguments, where "-" is standard input, and the text of a file; none of them is empty."""
     texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in prompts or ()]
     if file is not None:
         if not file.is_file():
@@ -141,32 +93,26 @@ def as_chat(texts: Sequence[str], chat: bool) -> list[Any]:
 
 
 def page_to_open(path: Path | None, wanted: bool) -> Path | None:
-    """The file of `--open`: that of `--save`, or a temporary one.
-
-    Raises:
-        ValueError: `--save` is no page.
-    """
+    """The file of `--open`: that of `--save`, which must be a page, or a temporary one."""
     if wanted and path is not None and path.suffix.lower() != ".html":
         raise ValueError(f"--open shows a page, and --save {str(path)!r} is none: give a file that ends in .html")
     return path if path is not None or not wanted else Path(tempfile.mkdtemp(prefix="tl-lenses-")) / "page.html"
 
 
 def open_page(path: Path) -> None:
-    """Show a page in the browser.
-
-    Raises:
-        ValueError: there is no browser here.
-    """
+    """Show a page in the browser, where there is one."""
     if not webbrowser.open(path.resolve().as_uri()):
         raise ValueError(f"no browser can be opened here: the page is in {path}")
 
 
-def parse_layers(text: str, n: int) -> list[int | str]:
-    """`0,4,8`, `::2`, `-1`, hook names, or several of them with commas; slices are Python's, of `n` layers.
+def parse_layers(text: str | None, n: int) -> list[int | str] | None:
+    """`0,4,8`, `::2`, `-1`, hook names, or several of them with commas; slices are Python's, of `n` layers. None without.
 
     >>> parse_layers("0,2:4,-1,blocks.0.hook_resid_mid", 9)
     [0, 2, 3, -1, 'blocks.0.hook_resid_mid']
     """
+    if text is None:
+        return None
     layers: list[int | str] = []
     for item in (part.strip() for part in text.split(",")):
         if re.fullmatch(r"-?\d+", item):
@@ -195,9 +141,6 @@ def lens_names(lenses: Sequence[str] | None, taken: Sequence[str] = ()) -> dict[
 
 def saved_lenses(folders: Mapping[str, str]) -> dict[str, Any]:
     """Maps by name, read before a model is; the files of other packages may need its depth, and stay names until then."""
-    from tl_lenses import files
-    from tl_lenses.translators import Translators
-
     lenses: dict[str, Any] = {}
     for name, folder in folders.items():
         place = files.place_of(folder)
@@ -207,12 +150,10 @@ def saved_lenses(folders: Mapping[str, str]) -> dict[str, Any]:
 
 def check_file(path: Path | None, suffixes: Sequence[str]) -> None:
     """Check that a file can be written, before the work starts."""
-    from tl_lenses.files import check_output
-
     if path is None:
         return
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"cannot tell how to save {str(path)!r}: use one of {', '.join(suffixes)}")
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a directory: give a file in it")
-    check_output(path.parent, overwrite=True)
+    files.check_output(path.parent, overwrite=True)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+import tl_lenses as tll
+from tl_lenses import files
+from tl_lenses.checks import one_of
 from tl_lenses.cli.messages import ranges, say, stage
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -14,6 +17,7 @@ Filename = Annotated[str | None, typer.Option(help="A file of the Hub repository
 NLayers = Annotated[int | None, typer.Option(help="Of the model, where the file does not say it.", min=1)]
 TargetLayer = Annotated[int | None, typer.Option(help="Where the maps end, if the file does not say it.", min=0)]
 SourceLayer = Annotated[int | None, typer.Option(help="The layer that a SelfIE adapter reads.", min=0)]
+Folder = Annotated[Path, typer.Argument(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
@@ -26,7 +30,7 @@ Format = Enum(
 
 def convert(
     source: Annotated[str, typer.Argument(help="A folder or file of any of the formats, or a name on the Hub.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    output: Folder,
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
     n_layers: NLayers = None,
     target_layer: TargetLayer = None,
@@ -39,8 +43,6 @@ def convert(
 
     Example: tl-lenses convert EleutherAI/pythia-160m my-lens
     """
-    import tl_lenses as tll
-
     stage(f"reading {source}")
     lens = tll.Translators.load(
         source, filename=filename, n_layers=n_layers, target_layer=target_layer, source_layer=source_layer, revision=revision
@@ -65,12 +67,8 @@ def offered(
 
     Example: tl-lenses list neuronpedia/jacobian-lens
     """
-    from tl_lenses.checks import one_of
-    from tl_lenses.files import Access, offers
-
-    lenses = offers(
-        name, Access(revision), None if kind is None else one_of("kind", kind, ("model", "space", "dataset"))
-    )
+    kind = None if kind is None else one_of("kind", kind, ("model", "space", "dataset"))
+    lenses = files.offers(name, files.Access(revision), kind)
     if not lenses:
         raise ValueError(f"{name} has no file that looks like a lens")
     width = max(len(offer.path) for offer in lenses)
@@ -88,9 +86,6 @@ def push(
 
     Example: tl-lenses push my-lens me/gpt2-tuned-lens
     """
-    import tl_lenses as tll
-    from tl_lenses import files
-
     lens = tll.Translators.load(folder)
     with tempfile.TemporaryDirectory() as temporary:
         prepared = Path(temporary) / "lens"
@@ -103,7 +98,7 @@ def push(
 
 def pull(
     name: Annotated[str, typer.Argument(help="A name on the Hub, as for `convert`.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    output: Folder,
     filename: Filename = None,
     n_layers: NLayers = None,
     target_layer: TargetLayer = None,

@@ -4,15 +4,18 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 
-def fit_plan(model: Any, layers: list[int | str] | None, batches: Any, settings: Any, method: str) -> str:
-    """A line on the memory of a fit with these `fit.settings.Settings`, and how many layers fit if not all of them do."""
-    from tl_lenses.divergence import product_dtype
-    from tl_lenses.fit.plan import plan
-    from tl_lenses.fit.shard import is_sharded, sizes
-    from tl_lenses.fit.team import processes
-    from tl_lenses.model import d_model, n_layers
+from tl_lenses.divergence import product_dtype
+from tl_lenses.fit.plan import plan
+from tl_lenses.fit.settings import Settings
+from tl_lenses.fit.shard import is_sharded, sizes
+from tl_lenses.fit.team import processes
+from tl_lenses.model import d_model, n_layers
 
+
+def fit_plan(model: Any, layers: list[int | str] | None, batches: Any, settings: Settings, method: str) -> str:
+    """A line on the memory of a fit with these settings, and how many layers fit if not all of them do."""
     depth, width, bytes_per_parameter = n_layers(model), d_model(model), next(model.parameters()).element_size()
     sharded = processes().world if is_sharded(model) else 1
     parameters, n_held = sizes(model)
@@ -51,8 +54,6 @@ def fit_plan(model: Any, layers: list[int | str] | None, batches: Any, settings:
 
 def _memory(model: Any) -> int | None:
     """Bytes that are free where the model is."""
-    import torch
-
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import typer
 
-from tl_lenses.files import readable
+from tl_lenses.files import Notice, readable
 
 # Names of arguments in the library -> names of options here.
 _FLAGS = {
@@ -85,8 +85,6 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from tl_lenses.files import Notice
-
             warnings.simplefilter("always", Notice)
             warnings.showwarning = lambda message, *_, **__: note(joined(message))
             yield

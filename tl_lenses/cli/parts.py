@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tl_lenses.cli.messages import say
+from tl_lenses.patchscopes.parts import shared
 
 Shard = Annotated[
     str | None,
@@ -25,13 +26,10 @@ def noted(arguments: Sequence[str]) -> None:
     _arguments[:] = arguments
 
 
-def share(text: str | None) -> tuple[int, int]:
+def parse_shard(text: str | None) -> tuple[int, int]:
     """`--shard i/n`, counted from 0.
 
-    Raises:
-        ValueError: something else.
-
-    >>> share("2/8"), share(None)
+    >>> parse_shard("2/8"), parse_shard(None)
     ((2, 8), (0, 1))
     """
     match = re.fullmatch(r"(\d+)/(\d+)", "0/1" if text is None else text.strip())
@@ -47,17 +45,11 @@ def parts_of(output: Any) -> Path:
 
 @contextmanager
 def sharing(shard: str | None, output: Any) -> Iterator[None]:
-    """In the block sweeps run the share of `--shard`; all of them without it.
-
-    Raises:
-        Exit: after the block, with `--shard`: its end is no result.
-    """
+    """In the block sweeps run the share of `--shard`, and the command ends with it; all of them without `--shard`."""
     if shard is None:
         yield
         return
-    from tl_lenses.patchscopes.parts import shared
-
-    part, of = share(shard)
+    part, of = parse_shard(shard)
     command = [
         a for i, a in enumerate(_arguments) if not (a.startswith("--shard") or i and _arguments[i - 1] == "--shard")
     ]

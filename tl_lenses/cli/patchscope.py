@@ -1,22 +1,14 @@
 """The command `tl-lenses patchscope`: decode vectors with a prompt."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import tl_lenses as tll
+from tl_lenses.cli import options
 from tl_lenses.cli.inputs import (
-    Chat,
-    Device,
-    DType,
-    Dtype,
-    File,
-    Model,
-    Numbers,
-    Open,
-    Prompts,
     as_chat,
     check_file,
     load_model,
@@ -26,14 +18,18 @@ from tl_lenses.cli.inputs import (
     read_prompts,
 )
 from tl_lenses.cli.messages import say
-from tl_lenses.cli.parts import Shard, share, sharing
+from tl_lenses.cli.parts import Shard, parse_shard, sharing
+from tl_lenses.experiments.facts import read_facts
+from tl_lenses.patchscopes import Source, Target, scopes
+from tl_lenses.sites import at
+from tl_lenses.views import patchscope_table, to_text
 
 FILES = (".json", ".csv", ".svg", ".png", ".html")
 
 
 def patchscope(
-    prompt: Prompts = None,
-    model: Model = "lab-gpt2",
+    prompt: options.Prompts = None,
+    model: options.Model = "lab-gpt2",
     position: Annotated[
         str,
         typer.Option(help="Where the vector is taken: a number (-1 is the last token, 0 BOS) or a part of the text."),
@@ -45,11 +41,9 @@ def patchscope(
             "your own with the placeholder in it (its last occurrence receives the vector)."
         ),
     ] = "token-identity",
-    placeholder: Annotated[str, typer.Option(help="The word of an own prompt that receives the vector.")] = "x",
-    layers: Annotated[str | None, typer.Option(help="Source layers, such as 0,4,8 or ::2; all by default.")] = None,
-    target_layers: Annotated[
-        str | None, typer.Option(help="Each source layer into each of these; by default into the same layer only.")
-    ] = None,
+    placeholder: options.Placeholder = "x",
+    layers: options.SourceLayers = None,
+    target_layers: options.TargetLayers = None,
     max_new_tokens: Annotated[int, typer.Option(help="Continue for so many tokens; 0 shows the next token only.")] = 0,
     norm: Annotated[str | None, typer.Option(help="replaced, mean, or a number: the vector's length.")] = None,
     faithful: Annotated[
@@ -69,13 +63,13 @@ def patchscope(
     save: Annotated[
         Path | None, typer.Option(help="Also write .json, .csv, .svg or .png (heat maps) or .html.")
     ] = None,
-    file: File = None,
-    chat: Chat = False,
-    numbers: Numbers = False,
-    opened: Open = False,
+    file: options.File = None,
+    chat: options.Chat = False,
+    numbers: options.Numbers = False,
+    opened: options.Open = False,
     shard: Shard = None,
-    device: Device = None,
-    dtype: DType = Dtype.float32,
+    device: options.Device = None,
+    dtype: options.DType = options.Dtype.float32,
 ) -> None:
     """Put a vector of each text into another prompt, and show what the model then says, by layer.
 
@@ -86,17 +80,13 @@ def patchscope(
     prompts = read_prompts(prompt, file)
     if shard is not None and save is None:
         raise ValueError("--shard needs --save: its parts lie beside that file")
-    share(shard)
+    parse_shard(shard)
     target = target_named(scope, placeholder)
-
-    import tl_lenses as tll
-    from tl_lenses.views import patchscope_table, to_text
-
     fitted = None if maps is None else tll.Translators.load(maps)
     loaded = load_model(model, device, dtype.value)
     depth = loaded.cfg.n_layers + 1
     place: int | str = int(position) if position.strip().lstrip("-").isdigit() else position
-    rows, into = (None if text is None else parse_layers(text, depth) for text in (layers, target_layers))
+    rows, into = parse_layers(layers, depth), parse_layers(target_layers, depth)
     pairs = fitted.pairs if fitted is not None and rows is None and into is None else None
     ask = lambda sources: tll.patchscope(
         loaded, sources, target, rows, into, pairs=pairs, map=None if fitted is None else fitted.to(loaded.cfg.device),
@@ -130,30 +120,17 @@ def _others(prompts: list[str], place: int | str, against: list[str] | None) -> 
     """The sources that readings are told from, where they are not told from each other."""
     if len(prompts) > 1 and not against:
         return []
-    from tl_lenses.experiments.facts import read_facts
-    from tl_lenses.patchscopes import Source
-
     others = against or list(dict.fromkeys(fact.subject for fact in read_facts() if fact.subject not in prompts))[:10]
     return [Source(text, place if isinstance(place, int) else -1) for text in others]
 
 
 def target_named(scope: str, placeholder: str = "x") -> Any:
     """A ready scope by its name, a relation, or a prompt with a placeholder."""
-    from tl_lenses.patchscopes import Target, scopes
-    from tl_lenses.sites import at
-
-    ready: dict[str, Callable[[], Any]] = {
-        name.replace("_", "-"): getattr(scopes, name)
-        for name in (
-            "token_identity",
-            "repeat",
-            "next_token",
-            "entity_description",
-            "reverse_dictionary",
-            "selfie",
-            "future_lens",
-        )
-    }
+    functions = (
+        scopes.token_identity, scopes.repeat, scopes.next_token, scopes.entity_description, scopes.reverse_dictionary,
+        scopes.selfie, scopes.future_lens,
+    )  # fmt: skip
+    ready = {function.__name__.replace("_", "-"): function for function in functions}
     if scope in ready:
         return ready[scope]()
     if scope in scopes.RELATIONS:

@@ -5,8 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+import tl_lenses as tll
+from tl_lenses import experiments
 from tl_lenses.cli.experiment import Data, Lenses, NewTokens, Run, TargetLayers, command, read_text
-from tl_lenses.cli.inputs import SEQ_LEN
+from tl_lenses.cli.options import SEQ_LEN
+from tl_lenses.experiments.patchscopes.entities import read_descriptions
+from tl_lenses.experiments.subject import layers_of
 
 FIT_TOKENS = 2**14
 
@@ -22,111 +26,92 @@ NoGuard = Annotated[
     bool, typer.Option("--no-guard", help="Keep items whose answer is in the prompt or comes without a patch.")
 ]
 
-
 _read_lenses = functools.partial(read_text, taken=("token identity", "logit lens", "regression", "logit"))
 
 
 def _read_facts(data: str | None, **_: Any) -> dict[str, Any]:
-    from tl_lenses.experiments.facts import read_facts
-
-    read_facts(data)
-    return {"items": data}
+    experiments.read_facts(data)
+    return {}
 
 
 def _read_descriptions(data: str | None, **_: Any) -> dict[str, Any]:
-    from tl_lenses.experiments.patchscopes.entities import read_descriptions
-
     read_descriptions(data)
-    return {"items": data}
+    return {}
 
 
-@command("next-token", n="positions", usual="400", read=_read_lenses, sweeps=True)
+@command("next-token", n="positions", usual=400, read=_read_lenses, sweeps=True)
 def next_token(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     """How early can the next token be read? Token identity against lenses."""
-    import tl_lenses as tll
-    from tl_lenses.experiments import next_token
-
     maps = run.lenses
     if not maps and run.data == "lab":
-        text = run.text(fit=True, tokens=FIT_TOKENS)
-        maps = {"regression": tll.fit_regression(run.model, text, run.fitted_layers())}
+        fitted = [layer for layer in run.layers or () if layer < run.model.cfg.n_layers]
+        maps = {"regression": tll.fit_regression(run.model, run.text(fit=True, tokens=FIT_TOKENS), fitted or None)}
     lenses = {name: tll.Lens(run.model, translators) for name, translators in maps.items()}
-    n = run.n or 400
-    text = run.text(tokens=max((-(-n // 4) + 8) * SEQ_LEN, 2 * SEQ_LEN))
-    return next_token(run.model, text, lenses or None, n=n, layers=run.layers, seed=run.seed)
+    text = run.text(tokens=(-(-run.n // 4) + 8) * SEQ_LEN)
+    return experiments.next_token(run.model, text, lenses or None, n=run.n, layers=run.layers, seed=run.seed)
 
 
-def _asked(run: Run, target_layers: str | None, max_new_tokens: int | None, no_guard: bool) -> dict[str, Any]:
-    """What the experiments on facts share."""
-    return {
-        "layers": run.layers, **run.target_layers(target_layers), "max_new_tokens": run.new_tokens(max_new_tokens, 20),
-        "guard": not no_guard, "seed": run.seed,
-    }  # fmt: skip
-
-
-@command("attributes", n="facts", usual="60", read=_read_facts, sweeps=True)
+@command("attributes", n="facts", usual=60, read=_read_facts, sweeps=True)
 def attributes(
-    run: Run, data: Facts = None, target_layers: TargetLayers = None, max_new_tokens: NewTokens = None,
+    run: Run,
+    data: Facts = None,
+    target_layers: TargetLayers = None,
+    max_new_tokens: NewTokens = None,
     no_guard: NoGuard = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """Which attributes of a subject does its vector have? With a linear probe beside it."""
-    from tl_lenses.experiments import attributes
-
-    return attributes(run.model, run.items, n=run.n or 60, **_asked(run, target_layers, max_new_tokens, no_guard))
+    return _on_facts(experiments.attributes, run, data, target_layers, max_new_tokens, no_guard)
 
 
-@command("entities", n="entities", usual="60", read=_read_descriptions, sweeps=True)
+@command("entities", n="entities", usual=60, read=_read_descriptions, sweeps=True)
 def entities(run: Run, data: Descriptions = None, max_new_tokens: NewTokens = None) -> Any:
     """From which layer on is a name an entity?"""
-    from tl_lenses.experiments import entities
-
     new = run.new_tokens(max_new_tokens, 50)
-    return entities(run.model, run.items, layers=run.layers, n=run.n or 60, max_new_tokens=new, seed=run.seed)
+    return experiments.entities(run.model, data, layers=run.layers, n=run.n, max_new_tokens=new, seed=run.seed)
 
 
-@command("multihop", n="queries", usual="12", read=_read_facts, sweeps=True)
+@command("multihop", n="queries", usual=12, read=_read_facts, sweeps=True)
 def multihop(
-    run: Run, data: Facts = None, target_layers: TargetLayers = None, max_new_tokens: NewTokens = None,
+    run: Run,
+    data: Facts = None,
+    target_layers: TargetLayers = None,
+    max_new_tokens: NewTokens = None,
     no_guard: NoGuard = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """Does a patch make two hops out of one?"""
-    from tl_lenses.experiments import multihop
-
-    return multihop(run.model, run.items, n=run.n or 12, **_asked(run, target_layers, max_new_tokens, no_guard))
+    return _on_facts(experiments.multihop, run, data, target_layers, max_new_tokens, no_guard)
 
 
-@command("cross-model", n="positions", usual="60", model="lab-gpt2-small", read=read_text, sweeps=True)
+def _on_facts(
+    experiment: Any, run: Run, data: str | None, target_layers: str | None, max_new_tokens: int | None, no_guard: bool
+) -> Any:
+    return experiment(
+        run.model, data, layers=run.layers, target_layers=run.target_layers(target_layers), n=run.n,
+        max_new_tokens=run.new_tokens(max_new_tokens, 20), guard=not no_guard, seed=run.seed,
+    )  # fmt: skip
+
+
+@command("cross-model", n="positions", usual=60, model="lab-gpt2-small", sweeps=True)
 def cross_model(
-    run: Run, data: Data = None,
+    run: Run,
+    data: Data = None,
     to: Annotated[str, typer.Option(help="The target model, with the same tokenizer.")] = "lab-gpt2",
     target_layers: TargetLayers = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Can a larger model read a smaller one? Through maps fitted first."""
-    import tl_lenses as tll
-    from tl_lenses.experiments import cross_model
-    from tl_lenses.experiments.subject import layers_of
-
-    n, target = run.n or 60, run.load(to)
-    asked = run.target_layers(target_layers, target).get("target_layers")
-    rows = layers_of(run.layers, run.model.cfg.n_layers)
-    pairs = [(a, b) for a in rows for b in layers_of(asked, target.cfg.n_layers)]
+    target = run.load(to)
+    into = layers_of(run.target_layers(target_layers, target), target.cfg.n_layers)
+    pairs = [(a, b) for a in layers_of(run.layers, run.model.cfg.n_layers) for b in into]
     maps = tll.fit_regression(run.model, run.text(fit=True, tokens=FIT_TOKENS), to=target, pairs=pairs)
-    text = run.text(tokens=max((n + 8) * SEQ_LEN, 2 * SEQ_LEN))
-    return cross_model(run.model, target, maps, text, n=n, seed=run.seed)
+    text = run.text(tokens=(run.n + 8) * SEQ_LEN)
+    return experiments.cross_model(run.model, target, maps, text, n=run.n, seed=run.seed)
 
 
-@command("conflict", n="facts", usual="40", model="lab-gpt2-permuted")
+@command("conflict", n="facts", usual=40, model="lab-gpt2-permuted")
 def conflict(run: Run, target_layers: TargetLayers = None) -> Any:
     """Who speaks, the vector of lab-gpt2-permuted or the knowledge of lab-gpt2, which reads it?"""
-    from tl_lenses.experiments import conflict, conflicting
-
-    to = run.load("lab-gpt2")
-    return conflict(
-        run.model,
-        to,
-        *conflicting(),
-        layers=run.layers,
-        n=run.n or 40,
-        seed=run.seed,
-        **run.target_layers(target_layers, to),
+    to, (facts, others) = run.load("lab-gpt2"), experiments.conflicting()
+    into = run.target_layers(target_layers, to)
+    return experiments.conflict(
+        run.model, to, facts, others, layers=run.layers, target_layers=into, n=run.n, seed=run.seed
     )

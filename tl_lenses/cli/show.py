@@ -6,17 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+import tl_lenses as tll
+from tl_lenses.cli import options
 from tl_lenses.cli.inputs import (
-    Chat,
-    Device,
-    DType,
-    Dtype,
-    File,
-    Lenses,
-    Model,
-    Numbers,
-    Open,
-    Prompts,
     as_chat,
     check_file,
     lens_names,
@@ -28,23 +20,24 @@ from tl_lenses.cli.inputs import (
     saved_lenses,
 )
 from tl_lenses.cli.messages import say
+from tl_lenses.views import STATS, difference, to_text
 
 PICTURES = (".html", ".svg", ".png", ".csv", ".json")
 
 
 def show(
-    prompt: Prompts = None,
-    model: Model = "lab-gpt2",
-    lens: Lenses = None,
+    prompt: options.Prompts = None,
+    model: options.Model = "lab-gpt2",
+    lens: options.Lenses = None,
     stat: Annotated[
         str | None, typer.Option(help="kl, entropy, cross_entropy, rank, max_prob, target_logprob or logprob_diff.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write .html, .svg, .png, .csv or .json.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")] = None,
+    layers: options.Layers = None,
     target: Annotated[str | None, typer.Option(help="One token to score everywhere; by default the next one.")] = None,
     anti_target: Annotated[str | None, typer.Option(help="One token for logprob_diff.")] = None,
-    file: File = None,
-    chat: Chat = False,
+    file: options.File = None,
+    chat: options.Chat = False,
     last: Annotated[int | None, typer.Option(min=1, help="Show the last so many tokens only.")] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="A token to follow in the page; repeatable. By default the model's own.")
@@ -56,17 +49,15 @@ def show(
         str | None,
         typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer."),
     ] = None,
-    numbers: Numbers = False,
-    opened: Open = False,
-    device: Device = None,
-    dtype: DType = Dtype.float32,
+    numbers: options.Numbers = False,
+    opened: options.Open = False,
+    device: options.Device = None,
+    dtype: options.DType = options.Dtype.float32,
 ) -> None:
     """What lenses (the logit lens by default) say at every layer and token of a prompt.
 
     Example: tl-lenses show "The capital of France is" --lens my-lens --save heat.html
     """
-    from tl_lenses.views import STATS, difference, to_text
-
     if stat is not None and stat not in STATS:
         raise ValueError(f"no statistic {stat!r}: choose from {', '.join(STATS)}")
     if stat == "logprob_diff" and anti_target is None:
@@ -80,16 +71,13 @@ def show(
     save = page_to_open(save, opened)
     check_file(save, PICTURES if answer is None else (".svg", ".png"))
     prompts = read_prompts(prompt, file)
-
-    import tl_lenses as tll
-
     fitted = saved_lenses(folders)
     loaded = load_model(model, device, dtype.value)
     lenses = {name: tll.Lens(loaded, maps) for name, maps in fitted.items()}
     if not lenses or (pair is not None and "logit" in pair):
         lenses.setdefault("logit", tll.Lens(loaded))
     tracked = [*(track or ()), *([] if answer is None else [answer])]
-    chosen = None if layers is None else parse_layers(layers, loaded.cfg.n_layers + 1)
+    chosen = parse_layers(layers, loaded.cfg.n_layers + 1)
     trajectories = tll.trajectory(
         loaded, lenses, as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=tracked or None
     )

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from tl_lenses.cli.messages import note
+from tl_lenses.files import states_of
+
 
 def same_groups(state: Path, n_groups: int) -> None:
     """Refuse a state of another number of groups of layers: each group has a file, and a fit looks for its own files only."""
-    from tl_lenses.files import states_of
-
     for file in states_of(state):
         group = re.match(r"\.\d+of(\d+)", file.name.removeprefix(state.name))
         n_groups_before = int(group[1]) if group else 1
@@ -50,14 +53,16 @@ def _interrupt(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def left(state: Path, error: BaseException, history: list[dict[str, Any]], steps: int | str) -> str | None:
-    """A message with the place of the state of a fit that ended early; None if the error has it or there is no state."""
-    from tl_lenses.files import states_of
-
+def say_what_is_left(state: Path, error: BaseException, history: list[dict[str, Any]], steps: int | str) -> None:
+    """Where the state of a fit is that ended early, if there is one and the error does not say it."""
     has_state = bool(states_of(state))
     if not isinstance(error, KeyboardInterrupt):
-        return f"the state of the fit is in {state}" if has_state and str(state) not in str(error) else None
+        if has_state and str(state) not in str(error):
+            note(f"the state of the fit is in {state}")
+        return
     if not has_state:
-        return "interrupted before the first step: nothing was written"
+        typer.echo("interrupted before the first step: nothing was written", err=True)
+        return
     where = f"after step {history[-1]['step']} of {steps}" if history else "before its first step"
-    return f"interrupted {where}: the state is in {state}; run the same command again to continue"
+    again = "run the same command again to continue"
+    typer.echo(f"interrupted {where}: the state is in {state}; {again}", err=True)

@@ -1,6 +1,10 @@
 """The command `tl-lenses version`."""
 
+import platform
+
+import tl_lenses as tll
 from tl_lenses.cli.messages import say
+from tl_lenses.files import versions
 
 
 def version() -> None:
@@ -8,10 +12,5 @@ def version() -> None:
 
     Example: tl-lenses version
     """
-    import platform
-
-    import tl_lenses
-    from tl_lenses.files import versions
-
-    for name, number in {**versions(), "tl-lenses": tl_lenses.__version__, "python": platform.python_version()}.items():
+    for name, number in {**versions(), "tl-lenses": tll.__version__, "python": platform.python_version()}.items():
         say(f"{name} {number}")

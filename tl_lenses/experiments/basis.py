@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.checks import whole_number
+from tl_lenses.checks import one_of, whole_number
 from tl_lenses.experiments.energy import Energy, energy_of
 from tl_lenses.lens import LayerLens, Lens
 from tl_lenses.numerics import climb
@@ -48,15 +48,14 @@ def extract(decode: LayerLens, states: Float[Tensor, "n d"], k: int, *, solver: 
         >>> extract(lens[4], states, 8).energies      # doctest: +SKIP
     """
     check_k(k, states.shape[-1])
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be 'fast' or 'lbfgs', got {solver!r}")
-    energy = _Counted(energy_of(decode, states, fast=solver == "fast"))
+    one_of("solver", solver, SOLVERS)
+    energy = energy_of(decode, states, fast=solver == "fast")
     with torch.enable_grad():
-        vectors = _climbed(energy, k, bar, fast=solver == "fast")
+        vectors, evaluations = _climbed(energy, k, bar, fast=solver == "fast")
     with torch.no_grad():
-        energies = torch.stack([energy.energy.exact(v) for v in vectors])
+        energies = torch.stack([energy.exact(v) for v in vectors])
     order = energies.argsort(descending=True)
-    return Basis(vectors[order], energies[order], energy.evaluations)
+    return Basis(vectors[order], energies[order], evaluations)
 
 
 def bases_of(
@@ -68,10 +67,8 @@ def bases_of(
     show_progress: bool | None = None,
 ) -> dict[int, Basis]:
     """`extract` for every layer, with a progress bar."""
-    bar = progress(total=k * len(states), desc="directions", show=show_progress)
-    bases = {layer: extract(lens[layer], x, k, solver=solver, bar=bar) for layer, x in states.items()}
-    bar.close()
-    return bases
+    with progress(total=k * len(states), desc="directions", show=show_progress) as bar:
+        return {layer: extract(lens[layer], x, k, solver=solver, bar=bar) for layer, x in states.items()}
 
 
 def check_k(k: int, width: int) -> None:
@@ -81,37 +78,33 @@ def check_k(k: int, width: int) -> None:
 
 
 def check_subspaces(
-    subspaces: Mapping[int, Float[Tensor, "k d"] | Float[Tensor, " d"]], layers: Sequence[int], width: int, name: str
+    subspaces: Any, layers: Sequence[int], width: int, *, of: str = "name", names: Sequence[str] | None = None
+) -> dict[str, dict[int, Float[Tensor, "k d"]]]:
+    """Subspaces by name and layer as `[k, d_model]`, a single direction as `[1, d_model]`; of these names, all by default."""
+    if not isinstance(subspaces, Mapping) or not all(isinstance(given, Mapping) for given in subspaces.values()):
+        raise TypeError(f"subspaces must be a mapping {{{of}: {{layer: directions}}}}, got {type(subspaces).__name__}")
+    names = list(subspaces) if names is None else names
+    if missing := [name for name in names if name not in subspaces]:
+        raise ValueError(f"subspaces are given for {sorted(subspaces)} and not for {of} {missing[0]!r}")
+    return {name: _checked(subspaces[name], layers, width, name) for name in names}
+
+
+def _checked(
+    given: Mapping[int, Tensor], layers: Sequence[int], width: int, name: str
 ) -> dict[int, Float[Tensor, "k d"]]:
-    """Subspaces by layer as `[k, d_model]`, a single direction as `[1, d_model]`."""
-    given = f"subspaces of {name!r} are given"
-    if extra := [layer for layer in subspaces if layer not in layers]:
-        raise ValueError(f"{given} for layer {extra[0]} which layers={list(layers)} leaves out: add it to the list")
-    if missing := [layer for layer in layers if layer not in subspaces]:
+    what = f"subspaces of {name!r} are given"
+    if extra := [layer for layer in given if layer not in layers]:
+        raise ValueError(f"{what} for layer {extra[0]} which layers={list(layers)} leaves out: add it to the list")
+    if missing := [layer for layer in layers if layer not in given]:
         raise ValueError(
-            f"{given} for layers {sorted(subspaces)} and not for layer {missing[0]}: leave it out of layers, or give one"
+            f"{what} for layers {sorted(given)} and not for layer {missing[0]}: leave it out of layers, or give one"
         )
-    rows = {layer: x[None] if x.ndim == 1 else x for layer, x in subspaces.items()}
+    rows = {layer: x[None] if x.ndim == 1 else x for layer, x in given.items()}
     for layer, x in rows.items():
         if x.ndim != 2 or x.shape[-1] != width:
             raise ValueError(f"the subspace {name!r} of layer {layer} has shape {list(x.shape)}, expected [k, {width}]")
         edits.project(x, orthonormal=True)
     return rows
-
-
-class _Counted:
-    """An energy that counts its evaluations."""
-
-    def __init__(self, energy: Energy) -> None:
-        self.energy, self.evaluations = energy, 0
-
-    def slope(self, v: Tensor, *, exact: bool = False) -> tuple[float, Tensor]:
-        """sigma(v) and its gradient."""
-        self.evaluations += 1
-        v = v.detach().requires_grad_()
-        value = self.energy.exact(v) if exact else self.energy(v)
-        (gradient,) = torch.autograd.grad(value, v)
-        return float(value.detach()), gradient
 
 
 def _starts(decode: LayerLens, k: int) -> Float[Tensor, "d k"]:
@@ -125,18 +118,27 @@ def _starts(decode: LayerLens, k: int) -> Float[Tensor, "d k"]:
     return starts
 
 
-def _climbed(energy: _Counted, k: int, bar: Any, *, fast: bool) -> Float[Tensor, "k d"]:
-    """A climb from every start in turn, in the complement of the directions before it.
+def _climbed(energy: Energy, k: int, bar: Any, *, fast: bool) -> tuple[Float[Tensor, "k d"], int]:
+    """A climb from every start in turn, in the complement of the directions before it, and the evaluations of all.
 
     The published procedure lets the optimiser run until its own tolerances (1e-7, 1e-9) or the evaluations end it; the fast one
     is the same climb, left where it has become flat.
     """
-    starts = _starts(energy.energy.decode, k)
+    starts, evaluations = _starts(energy.decode, k), 0
     vectors, flat = starts.new_zeros(0, len(starts)), (PATIENCE, FLAT) if fast else None
-    slope = lambda v: energy.slope(v, exact=not fast)
+
+    def slope(v: Tensor) -> tuple[float, Tensor]:
+        """sigma(v) and its gradient."""
+        nonlocal evaluations
+        evaluations += 1
+        v = v.detach().requires_grad_()
+        value = energy(v) if fast else energy.exact(v)
+        (gradient,) = torch.autograd.grad(value, v)
+        return float(value.detach()), gradient
+
     for i in range(k):
         v = climb(slope, starts[:, i], vectors, evaluations=MAX_EVALUATIONS, enough=ENOUGH, flat=flat)
         vectors = torch.cat([vectors, v[None]])
         if bar is not None:
             bar.update()
-    return vectors
+    return vectors, evaluations

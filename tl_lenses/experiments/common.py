@@ -8,7 +8,7 @@ items and measured on the other, both ways, averaged). Beside them stand control
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
 from tl_lenses.model import LensModel, n_layers
 from tl_lenses.patchscopes import Source
-from tl_lenses.patchscopes.sources import collect
+from tl_lenses.patchscopes.sources import read_vectors, ready_sources
 from tl_lenses.views import Heat, Picture
 
 Pair = tuple[Any, Any]
 PATCHED, SHUFFLED, RANDOM, MEAN, UNPATCHED = (
     "patched", "shuffled sources", "random vector", "mean vector", "unpatched",
 )  # fmt: skip
-CONDITIONS = (PATCHED, SHUFFLED, RANDOM, MEAN, UNPATCHED)
+RUN = (PATCHED, SHUFFLED, RANDOM, MEAN)  # conditions that have cells
+CONDITIONS = (*RUN, UNPATCHED)
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,39 @@ class Cells:
         """Source layers."""
         return list(dict.fromkeys(a for a, _ in self.pairs))
 
+    @property
+    def _of_layers(self) -> list[list[int]]:
+        """The cells of every source layer."""
+        return [[i for i, (a, _) in enumerate(self.pairs) if a == layer] for layer in self.layers]
+
     def by_source_layer(self, condition: str = PATCHED) -> dict[Any, float]:
         """For each source layer, the share of items that any target layer has: the paper's accuracy of a layer."""
         return dict(zip(self.layers, self.profile(condition)["score"][0].tolist(), strict=True))
 
-    def profile(self, *conditions: str) -> Grid:
-        """`by_source_layer` of several conditions, as the value "score" over the axes "condition" and "layer"."""
-        columns = [[i for i, (a, _) in enumerate(self.pairs) if a == layer] for layer in self.layers]
-        means = []
-        for name in conditions:
-            x = self.scores[name].double().expand(-1, len(self.pairs))
-            means.append(torch.stack([x[:, at].max(1).values for at in columns], 1).mean(0))
-        axes = {"condition": list(conditions), "layer": self.layers}
-        return Grid(axes, {"score": (("condition", "layer"), torch.stack(means))})
+    def profile(self, *conditions: str, **more: Float[Tensor, " layer"] | None) -> Grid:
+        """`by_source_layer` of several conditions, as the value "score" over the axes "condition" and "layer".
+
+        Args:
+            more: further rows; None adds nothing.
+        """
+        best = lambda x: torch.stack([x[:, at].amax(1) for at in self._of_layers], 1).mean(0)
+        rows = {name: best(self.scores[name].double().expand(-1, len(self.pairs))) for name in conditions}
+        rows |= {name: row for name, row in more.items() if row is not None}
+        return Grid.over({"condition": list(rows), "layer": self.layers}, {"score": torch.stack([*rows.values()])})
+
+    def over_targets(self, x: Float[Tensor, "item cell"] | None) -> Float[Tensor, " layer"] | None:
+        """Means over items and target layers."""
+        return None if x is None else torch.stack([x.double().mean(0)[at].mean() for at in self._of_layers])
+
+    def beside(self, **scores: Float[Tensor, "item cell"] | None) -> "Cells":
+        """The cells with further scores; None adds nothing."""
+        return replace(self, scores=self.scores | {name: x for name, x in scores.items() if x is not None})
 
     def subset(self, items: Sequence[int]) -> "Cells":
         """Some of the items."""
         rows = torch.tensor(list(items), dtype=torch.long)
-        return Cells(
-            self.pairs, {name: x[rows] for name, x in self.scores.items()}, [self.groups[i] for i in items],
-            self.chosen, self.seed,
-        )  # fmt: skip
+        scores = {name: x[rows] for name, x in self.scores.items()}
+        return replace(self, scores=scores, groups=[self.groups[i] for i in items])
 
     def table(self, title: str = "", *, percent: bool = True) -> Table:
         """A row per condition: oracle, best fixed cell, held-out cell."""
@@ -120,12 +133,9 @@ class Cells:
         if all(a == b for a, b in self.pairs):
             full = [name for name, x in self.scores.items() if x.shape[1] == len(self.pairs)]
             means = torch.stack([self.mean(name) for name in full])
-            grid = Grid({"": full, "layer": [a for a, _ in self.pairs]}, {"score": (("", "layer"), means)})
+            grid = Grid.over({"": full, "layer": [a for a, _ in self.pairs]}, {"score": means})
             return grid.heat(title, "score", down="", across="layer", high=high)
-        means = dict(zip(self.pairs, self.mean(condition).tolist(), strict=True))
-        down, across = (list(dict.fromkeys(pair[i] for pair in self.pairs)) for i in (0, 1))
-        values = [[means.get((a, b), math.nan) for b in across] for a in down]
-        return Heat(title, list(map(str, down)), list(map(str, across)), values, high=high)
+        return heat_of_pairs(title, self.pairs, self.mean(condition), high=high)
 
     def rows(self, **more: Any) -> list[dict[str, Any]]:
         """A row per condition and cell: mean score and number of items."""
@@ -136,6 +146,14 @@ class Cells:
                 self.pairs if x.shape[1] == len(self.pairs) else [(None, None)], self.mean(name).tolist(), strict=True
             )
         ]
+
+
+def heat_of_pairs(title: str, pairs: Sequence[Pair], values: Float[Tensor, " pair"], **how: Any) -> Heat:
+    """Numbers of pairs (l, l*) as a matrix; `how` as `Heat` takes it."""
+    value = dict(zip(pairs, values.tolist(), strict=True))
+    down, across = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
+    matrix = [[value.get((a, b), math.nan) for b in across] for a in down]
+    return Heat(title, list(map(str, down)), list(map(str, across)), matrix, **how)
 
 
 def _halves(groups: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]]]:
@@ -156,13 +174,14 @@ def _halves(groups: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]
 def vectors_of(model: LensModel, sources: Sequence[Source], hooks: Sequence[Any] = ()) -> Float[Tensor, "n layer d"]:
     """Every source at every layer `0..n_layers`, one pass per prompt length."""
     layers = list(range(n_layers(model) + 1))
-    states = collect(model, sources, layers, list(hooks))
+    states, _ = read_vectors(model, ready_sources(model, sources, layers), layers, list(hooks))
     return torch.stack([torch.cat([by_layer[layer] for layer in layers]) for by_layer in states])
 
 
-def random_like(vectors: Float[Tensor, "n layer d"], seed: int = 0) -> Float[Tensor, "n layer d"]:
+def random_like(vectors: Float[Tensor, "*n d"], seed: int | torch.Generator = 0) -> Float[Tensor, "*n d"]:
     """Directions at random, each of the length of its vector."""
-    x = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(vectors)
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    x = torch.randn(vectors.shape, generator=generator).to(vectors)
     return x * (vectors.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True))
 
 
@@ -192,11 +211,7 @@ class Controlled:
 
     @staticmethod
     def of(vectors: Float[Tensor, "n layer d"], answers: Sequence[Any], seed: int = 0) -> "Controlled":
-        """The controls of vectors whose right answers are given.
-
-        Raises:
-            ValueError: all answers are the same.
-        """
+        """The controls of vectors whose right answers are given."""
         return Controlled(vectors, others(answers, seed), random_like(vectors, seed), vectors.mean(0, keepdim=True))
 
     def ask(

@@ -68,7 +68,10 @@ class Fact:
         return self.phrase.format(self.subject)
 
 
-def facts_of(facts: Sequence[Fact] | str | Path | None) -> tuple[list[Fact], str]:
+Facts = Sequence[Fact] | str | Path | None  # as they are, from a path for `read_facts`, or the bundled ones
+
+
+def facts_of(facts: Facts) -> tuple[list[Fact], str]:
     """Facts as an experiment takes them (a list, a path for `read_facts`, None for the bundled ones), and their name.
 
     >>> facts_of(None)[1]

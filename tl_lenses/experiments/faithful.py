@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_lenses.checks import one_of, seed_of, several, whole_number
-from tl_lenses.experiments.common import Cells
+from tl_lenses.checks import seed_of, some_of, whole_number
+from tl_lenses.experiments.common import MEAN, RANDOM, UNPATCHED, heat_of_pairs, random_like
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.report import Report
 from tl_lenses.model import name_of
@@ -24,11 +24,10 @@ from tl_lenses.patchscopes.sources import ReadySource, VectorsByLayer
 from tl_lenses.patchscopes.targets import Prompt, ready_target
 from tl_lenses.progress import progress
 from tl_lenses.token_text import token_text
-from tl_lenses.views import Heat, Lines, Picture
+from tl_lenses.views import Lines, Picture
 
-VECTOR, OTHER, RANDOM, MEAN, UNPATCHED, AS_TEXT, LAST, INVERTED = (
-    "vector", "other vector", "random vector", "mean vector", "unpatched", "source as text", "token as text", "inverted as text",
-)  # fmt: skip
+VECTOR, OTHER = "vector", "other vector"
+AS_TEXT, LAST, INVERTED = "source as text", "token as text", "inverted as text"
 CONTROLS = (OTHER, RANDOM, MEAN, UNPATCHED, AS_TEXT, LAST, INVERTED)
 SAME = 1e-3  # nats: scores that differ by less are equal
 _ROWS = 12  # texts in a table
@@ -114,21 +113,16 @@ class Faithfulness(Report):
     def pictures(self) -> dict[str, Picture]:
         """Identification and specificity over layers: a line per condition, a band for the vector's interval; a heat map of a sweep."""
         cells, of, pictures = list(self.grid.axes["cell"]), self.grid.at(condition=VECTOR), dict[str, Picture]()
-        down, across = (list(dict.fromkeys(pair[i] for pair in self.pairs)) for i in (0, 1))
+        layers = {"down": "source layer l", "across": "target layer l*"}
+        is_sweep = len(self.pairs) > max(len({*side}) for side in zip(*self.pairs, strict=True))
         for name, up in (("identified", "share of texts identified"), ("specificity", "nats per token")):
-            if len(self.pairs) > max(len(down), len(across)):
-                value = dict(zip(self.pairs, of[name].tolist(), strict=True))
-                matrix = [[value.get((a, b), math.nan) for b in across] for a in down]
-                rows, columns = list(map(str, down)), list(map(str, across))
-                pictures[name] = Heat(
-                    f"{name}, {self.model}", rows, columns, matrix, "source layer l", "target layer l*"
-                )
+            title = f"{name}, {self.model}"
+            if is_sweep:
+                pictures[name] = heat_of_pairs(title, self.pairs, of[name], **layers)
                 continue
             series = {c: list(enumerate(self.grid.at(condition=c)[name].tolist())) for c in self.scores}
-            band = [(p, float(of[f"{name}_low"][p]), float(of[f"{name}_high"][p])) for p in range(len(cells))]
-            pictures[name] = Lines(
-                f"{name}, {self.model}", series, "l, l*", up, bands={VECTOR: band}, ticks=dict(enumerate(cells))
-            )
+            band = list(zip(range(len(cells)), *(of[f"{name}_{end}"].tolist() for end in ("low", "high")), strict=True))
+            pictures[name] = Lines(title, series, "l, l*", up, bands={VECTOR: band}, ticks=dict(enumerate(cells)))
         return pictures
 
     def rows(self) -> list[dict[str, Any]]:
@@ -194,33 +188,19 @@ def _grid(
 
 @dataclass(frozen=True)
 class _Readings:
-    """The texts of a result, and everything that they are asked with.
+    """The texts of a result, and everything that they are asked with."""
 
-    Attributes:
-        request: the call, its sources given as vectors.
-        original: the same with its sources as they were.
-        vectors: by source and layer.
-        ids: `[source][pair]`.
-        compared: which texts are scored with which sources.
-        other: for every source another one that it is compared with.
-        show: progress bars.
-    """
-
-    request: Request
-    original: Request
-    vectors: list[VectorsByLayer]
-    ids: list[list[Ids]]
-    compared: Bool[Tensor, "text source"]
-    other: list[int]
-    show: bool | None
+    request: Request  # the call, its sources given as vectors
+    original: Request  # the same with its sources as they were
+    vectors: list[VectorsByLayer]  # by source and layer
+    ids: list[list[Ids]]  # `[source][pair]`
+    compared: Bool[Tensor, "text source"]  # which texts are scored with which sources
+    other: list[int]  # for every source another one that it is compared with
+    show: bool | None  # progress bars
 
     @staticmethod
     def of(result: Any, among: int | None, seed: int, show: bool | None, n: int | None = None) -> "_Readings":
-        """Read the sources (the first n of them) again.
-
-        Raises:
-            TypeError, ValueError: no result of a patchscope, or one that cannot be scored; says why.
-        """
+        """Read the sources (the first n of them) again."""
         if not isinstance(result, PatchscopeResult):
             raise TypeError(f"expected the result of tll.patchscope, got {type(result).__name__}")
         original: Request | None = result.request
@@ -269,35 +249,34 @@ class _Readings:
         sources = [replace(s, given=v) for s, v in zip(self.request.sources, vectors, strict=True)]
         return replace(self.request, sources=sources)
 
-    def questions(self, words: Sequence[Sequence[str]]) -> tuple[Tensor, list[list[str]]]:
-        """Scores and texts where the target has words `[source][pair]` in place of its placeholder."""
-        uses: dict[Ids, tuple[Prompt, list[tuple[int, int]]]] = {}
-        for j, (prompt, row) in enumerate(zip(self.prompts(), words, strict=True)):
-            ready: dict[str, Prompt] = {}
-            for p, text in enumerate(row):
-                if text not in ready:
-                    ready[text] = in_words(self.request, prompt, text)  # type: ignore[assignment]
-                uses.setdefault(tuple(ready[text].tokens[0].tolist()), (ready[text], []))[1].append((j, p))
-        return self.asked(list(uses.values()), self.compared)
+    def in_words(self, words: Sequence[Sequence[str]]) -> list[list[Prompt]]:
+        """The target prompts with words `[source][pair]` in place of their placeholders."""
+        prompts = []
+        for prompt, row in zip(self.prompts(), words, strict=True):
+            made = {text: in_words(self.request, prompt, text) for text in dict.fromkeys(row)}
+            prompts.append([made[text] for text in row])
+        return prompts
 
     def asked(
-        self, uses: Sequence[tuple[Prompt, list[tuple[int, int]]]], compared: Bool[Tensor, "text source"]
+        self, prompts: Sequence[Sequence[Prompt]], compared: Bool[Tensor, "text source"]
     ) -> tuple[Float[Tensor, "pair text source"], list[list[str]]]:
-        """Scores and texts of prompts that stand for (source, pair)."""
+        """Scores and texts of prompts `[source][pair]` that nothing is put into; each different one runs once."""
         n, n_pairs = len(self.ids), len(self.request.pairs)
         scores = torch.full((n_pairs, n, n), torch.nan, dtype=torch.float64)
         said = [[""] * n_pairs for _ in range(n)]
-        with progress(total=len(uses), desc="asking in words", show=self.show) as bar:
-            for prompt, places in uses:
-                wanted = [(i, j, p) for j, p in places for i in range(n) if compared[i, j]]
-                distinct = list(dict.fromkeys(self.ids[i][p] for i, _, p in wanted))
-                values, ids = asked(self.request, prompt, distinct)
-                value_of, text = dict(zip(distinct, values, strict=True)), self.written(tuple(ids))
-                for i, j, p in wanted:
-                    scores[p, i, j] = value_of[self.ids[i][p]]
-                for j, p in places:
-                    said[j][p] = text
-                bar.update()
+        uses: dict[Ids, tuple[Prompt, list[tuple[int, int]]]] = {}
+        for j, row in enumerate(prompts):
+            for p, prompt in enumerate(row):
+                uses.setdefault(tuple(prompt.tokens[0].tolist()), (prompt, []))[1].append((j, p))
+        for prompt, places in progress(uses.values(), desc="asking in words", show=self.show):
+            wanted = [(i, j, p) for j, p in places for i in range(n) if compared[i, j]]
+            distinct = list(dict.fromkeys(self.ids[i][p] for i, _, p in wanted))
+            values, ids = asked(self.request, prompt, distinct)
+            value_of, text = dict(zip(distinct, values, strict=True)), self.written(tuple(ids))
+            for i, j, p in wanted:
+                scores[p, i, j] = value_of[self.ids[i][p]]
+            for j, p in places:
+                said[j][p] = text
         return scores, said
 
 
@@ -309,7 +288,8 @@ def _with_vectors(
     blocks, mean = [VECTOR], None
     if RANDOM in chosen:
         generator = torch.Generator().manual_seed(seed)
-        sources += r.with_vectors([_random(v, generator) for v in r.vectors]).sources
+        noise = [{layer: random_like(x, generator) for layer, x in v.items()} for v in r.vectors]
+        sources += r.with_vectors(noise).sources
         compared, blocks = torch.cat([compared, r.compared], 1), [*blocks, RANDOM]
     if MEAN in chosen:
         mean = {layer: torch.stack([v[layer] for v in r.vectors]).mean(0) for layer in r.vectors[0]}
@@ -323,21 +303,8 @@ def _with_vectors(
     if mean is not None:
         scores[MEAN] = scored[..., -1:].expand(-1, -1, n).masked_fill(~r.compared, torch.nan)
         result = run(r.with_vectors([mean] * n), show_progress=False)
-        said[MEAN] = _texts_of(r, result)
+        said[MEAN] = result.text or [[r.written((int(ids[0]),)) for ids in row] for row in result.top_ids]
     return scores, said
-
-
-def _texts_of(r: _Readings, result: PatchscopeResult) -> list[list[str]]:
-    return result.text or [[r.written((int(ids[0]),)) for ids in row] for row in result.top_ids]
-
-
-def _random(by_layer: VectorsByLayer, generator: torch.Generator) -> VectorsByLayer:
-    """Directions at random, each of the length of its vector."""
-    noise = {layer: torch.randn(v.shape, generator=generator).to(v) for layer, v in by_layer.items()}
-    return {
-        layer: x * (by_layer[layer].norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True))
-        for layer, x in noise.items()
-    }
 
 
 def _words(r: _Readings, repeat: Target) -> dict[str, tuple[str, Callable[[], list[list[str]]]]]:
@@ -391,29 +358,6 @@ def identification(
     return identified(text_scores(r.request, r.ids, r.compared, r.prompts(), show_progress=False)).T
 
 
-def with_identified(profile: Grid, identified: Float[Tensor, "text cell"] | None, cells: Cells) -> Grid:
-    """A profile "score" over conditions and layers with one more condition: the share of texts that are identified.
-
-    Args:
-        profile: of `Cells.profile`.
-        identified: of `identification`; without it nothing is added.
-        cells: where they were measured; the mean over a layer's cells is taken.
-    """
-    if identified is None:
-        return profile
-    layers, column = list(profile.axes["layer"]), identified.double().mean(0)
-    at_layer = [[i for i, (a, _) in enumerate(cells.pairs) if a == layer] for layer in layers]
-    column = torch.stack([column[at].mean() for at in at_layer])
-    scores = torch.cat([profile["score"].double(), column[None]])
-    axes = {"condition": [*profile.axes["condition"], "identified"], "layer": layers}
-    return Grid(axes, {"score": (("condition", "layer"), scores)})
-
-
-def identified_rows(cells: Cells, identified: Float[Tensor, "text cell"] | None, **more: Any) -> list[dict[str, Any]]:
-    """Rows as those of `Cells.rows`, of the share of texts that are identified."""
-    return [] if identified is None else replace(cells, scores={"identified": identified}).rows(**more)
-
-
 @torch.no_grad()
 def faithfulness(
     result: PatchscopeResult, *, controls: Sequence[str] = CONTROLS, repeat: Target | None = None, among: int | None = 20,
@@ -450,7 +394,7 @@ def faithfulness(
         >>> result = tll.patchscope(model, names, tll.scopes.entity_description(), max_new_tokens=5)      # doctest: +SKIP
         >>> print(tll.faithfulness(result))      # doctest: +SKIP
     """
-    chosen = [one_of("a control", control, CONTROLS) for control in several("controls", controls, "names of controls")]
+    chosen = some_of("controls", controls, CONTROLS)
     among = None if among is None else whole_number("among", among, least=2)
     draws, seed = whole_number("draws", draws, least=1), seed_of(seed)
     repeat = scopes.repeat() if repeat is None else repeat
@@ -461,14 +405,15 @@ def faithfulness(
         left_out[MEAN] = "the sources give different numbers of vectors"
     scores, said = _with_vectors(r, [c for c in chosen if c not in left_out], seed)
     if UNPATCHED in chosen:
-        each = r.asked(_one_prompt_each(r), torch.eye(len(r.ids), dtype=torch.bool))
-        own = each[0].diagonal(dim1=1, dim2=2)[..., None].expand(-1, -1, len(r.ids))
-        scores[UNPATCHED], said[UNPATCHED] = own.masked_fill(~r.compared, torch.nan), each[1]
+        as_it_is = [[prompt] * len(r.request.pairs) for prompt in r.prompts()]
+        own, said[UNPATCHED] = r.asked(as_it_is, torch.eye(len(r.ids), dtype=torch.bool))
+        own = own.diagonal(dim1=1, dim2=2)[..., None].expand(-1, -1, len(r.ids))
+        scores[UNPATCHED] = own.masked_fill(~r.compared, torch.nan)
     for condition, (why, words) in _words(r, repeat).items():
         if condition in chosen and why:
             left_out[condition] = why
         elif condition in chosen:
-            scores[condition], said[condition] = r.questions(words())
+            scores[condition], said[condition] = r.asked(r.in_words(words()), r.compared)
     pairs, length = r.request.pairs, torch.tensor([[len(ids) for ids in row] for row in r.ids], dtype=torch.float64)
     cells = [str(a) if a == b else f"{'' if a is None else a}, {b}" for a, b in pairs]
     ordered = {c: scores[c] for c in (VECTOR, *CONTROLS) if c in scores}
@@ -478,13 +423,3 @@ def faithfulness(
         sources=[source.label for source in r.request.sources], pairs=pairs, texts=said[VECTOR], scores=ordered, said=said,
         chance=float((1 / r.compared.sum(1).double()).mean()), result=result,
     )  # fmt: skip
-
-
-def _one_prompt_each(r: _Readings) -> list[tuple[Prompt, list[tuple[int, int]]]]:
-    """The target prompts as they are, with the sources and pairs that use each."""
-    uses: dict[Ids, tuple[Prompt, list[tuple[int, int]]]] = {}
-    for i, prompt in enumerate(r.prompts()):
-        uses.setdefault(tuple(prompt.tokens[0].tolist()), (prompt, []))[1].extend(
-            (i, p) for p in range(len(r.request.pairs))
-        )
-    return list(uses.values())

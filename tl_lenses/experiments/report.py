@@ -4,14 +4,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.files import as_path, check_output, csv_text, json_text, versions, write_bytes
-from tl_lenses.views import Heat, Picture, save_as
+from tl_lenses.views import Heat, Picture, rows_html, save_as, to_text
 
 
 @dataclass(frozen=True)
@@ -126,24 +130,19 @@ class Report:
         return f"{type(self).__name__}({self.model!r}{': ' * bool(axes)}{axes})"
 
     def __str__(self) -> str:
-        from rich.console import Console, Group
-
-        from tl_lenses import views
-
         tables = self.tables()
         drawn = Group(*_drawn(tables))
         # Numbers are never cut: a table that needs more than the terminal has runs over.
         # rich counts neither the lines between columns nor all of the padding.
         needed = Console(width=1000).measure(drawn).minimum + 2 * max(len(table.columns) for table in tables)
-        return views.to_text(drawn, width=needed if needed > shutil.get_terminal_size((80, 24)).columns else None)
+        return to_text(drawn, width=needed if needed > shutil.get_terminal_size((80, 24)).columns else None)
 
     def __rich__(self) -> Any:
-        from rich.console import Group
-
         return Group(*_drawn(self.tables()))
 
     def _repr_html_(self) -> str:
-        return "\n".join(map(_html, self.tables()))
+        shown = lambda table: [[table.cell(value) for value in row] for row in table.rows]
+        return "\n".join(rows_html(t.title, t.columns, shown(t), _note(t)) for t in self.tables())
 
     def markdown(self) -> str:
         """The tables for a page of documentation."""
@@ -165,10 +164,6 @@ _WHOLE = 20  # characters of a cell that is kept on one line: a number with its 
 
 
 def _drawn(tables: Iterable[Table]) -> list[Any]:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     drawn = []
     for table in tables:
         rich = RichTable(
@@ -183,12 +178,3 @@ def _drawn(tables: Iterable[Table]) -> list[Any]:
             rich.add_row(*(Text(table.cell(v)) for v in row))
         drawn += [*([Text("")] if drawn else []), rich]
     return drawn
-
-
-def _html(table: Table) -> str:
-    cells = lambda tag, row: "".join(f"<{tag}>{escape(x)}</{tag}>" for x in row)
-    body = "".join(f"<tr>{cells('td', map(table.cell, row))}</tr>" for row in table.rows)
-    return (
-        f"<p><b>{escape(table.title)}</b></p><table><thead><tr>{cells('th', table.columns)}</tr></thead>"
-        f"<tbody>{body}</tbody></table><p>{escape(_note(table))}</p>"
-    )

@@ -20,12 +20,14 @@ from tl_lenses.text.batches import Text
 from tl_lenses.text.stream import TokenBatches
 from tl_lenses.tokens import Batch, bos_text, next_tokens, used_positions
 
+Layers = Iterable[LayerOrSite] | None  # None for all
+Lenses = Lens | Mapping[str, Lens]  # one, or several by name
 # Is layer n_layers, the final residual, among the layers: by default, if it is asked for, or never (no block follows it)?
 Final = Literal["default", "asked", "never"]
 Positions = Bool[Tensor, "batch pos"] | tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
 
 
-def layers_of(layers: Iterable[LayerOrSite] | None, depth: int, *, final: Final = "default") -> list[int]:
+def layers_of(layers: Layers, depth: int, *, final: Final = "default") -> list[int]:
     """Layers as `0..n_layers`, in order. Negative ones count from `n_layers`; the hook name of a residual is its layer.
 
     Args:
@@ -50,7 +52,7 @@ def layers_of(layers: Iterable[LayerOrSite] | None, depth: int, *, final: Final 
     return resolved
 
 
-def lenses_of(model: LensModel, lenses: Lens | Mapping[str, Lens], what: str) -> dict[str, Lens]:
+def lenses_of(model: LensModel, lenses: Lenses, what: str) -> dict[str, Lens]:
     """Lenses by name, a single one as "lens"."""
     if isinstance(lenses, Mapping) and not lenses:
         raise ValueError(f"{what} needs at least one lens, got an empty mapping: pass {{'logit': tll.Lens(model)}}")
@@ -92,6 +94,11 @@ def text_settings(tokens: Any) -> dict[str, Any]:
     return {"data": data_of(tokens), "bos": Text.of(tokens).bos}
 
 
+def logits_of(model: LensModel, batch: Batch, hooks: Iterable[Hook] = ()) -> Float[Tensor, "batch pos d_vocab"]:
+    """The logits of a batch with interventions."""
+    return run(model, batch.tokens, hooks, attention_mask=batch.attention_mask)
+
+
 @dataclass(frozen=True)
 class Texts:
     """Batches that an experiment goes over again and again, each with the positions that count."""
@@ -128,23 +135,15 @@ class Subject:
 
     @staticmethod
     def of(
-        model: LensModel, lenses: Lens | Mapping[str, Lens] | None = None, layers: Iterable[LayerOrSite] | None = None,
+        model: LensModel, lenses: Lenses | None = None, layers: Layers = None,
         *, what: str = "an experiment", final: Final = "default", every: bool = False,
     ) -> "Subject":  # fmt: skip
         """The one check of the model, the lenses and the layers of an experiment, before anything runs.
 
         Args:
-            model: a TransformerLens model in eval mode.
-            lenses: a lens or `{name: lens}`; None for an experiment without lenses.
-            layers: None for all (see `final`) that every lens has.
+            layers: None for all (see `layers_of`) that every lens has.
             every: None asks for all layers, and a lens that lacks one is refused.
             what: name of the experiment, for errors.
-            final: as `layers_of` takes it.
-
-        Raises:
-            TypeError: not a TransformerLens model.
-            ValueError: train mode; no lens, or one of another model object; a layer out of range, twice, or that a lens
-                does not have; none.
 
         >>> Subject.of(model, {"tuned": lens}, [0, -1], what="quality").layers      # doctest: +SKIP
         [0, 8]
@@ -219,7 +218,7 @@ class Subject:
             raise ValueError("resampling needs two positions in every batch: pass larger batches or longer rows")
         return Texts(batches, masks)
 
-    def pairs(self, target_layers: Iterable[LayerOrSite] | None) -> list[tuple[int, int]]:
+    def pairs(self, target_layers: Layers) -> list[tuple[int, int]]:
         """Cells (l, l*) of all layers and target layers; these are `0..n_layers - 1` by default."""
         return list(itertools.product(self.layers, layers_of(target_layers, self.depth, final="asked")))
 
@@ -238,14 +237,9 @@ class Subject:
         """Residuals by layer and the model's logits at some positions of a batch, in one pass.
 
         Args:
-            batch: from `batches` or `texts`.
             at: a mask `[batch, pos]`, or rows and columns.
-            layers: the subject's own by default.
             hooks: your interventions; they run before the reads.
             logits: False leaves them out (an empty tensor).
-
-        Raises:
-            ValueError: residuals that are not finite (the layer is named).
         """
         layers, seen = list(self.layers if layers is None else layers), {}
         reads = [*hooks, *residual_reads(self.model, layers, seen)]

@@ -1,6 +1,6 @@
 """Continuing texts after a target prompt: the next token of each row, the end of a text, and decoding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_lenses.checks import finite_number, whole_number
+from tl_lenses.checks import finite_number, several, whole_number
 from tl_lenses.model import LensModel, eos_ids, tokenizer_of
 from tl_lenses.tokens import encode, up_to
 
@@ -32,11 +32,7 @@ class Continuation:
         cls, model: LensModel, max_new_tokens: Any, do_sample: bool, temperature: Any, seed: Any, stop: Sequence[str],
         n_samples: Any = 1,
     ) -> "Continuation":  # fmt: skip
-        """The user's arguments, checked.
-
-        Raises:
-            ValueError, TypeError: a number out of its range, a stop string that no text can have.
-        """
+        """The user's arguments, checked."""
         n_new = whole_number("max_new_tokens", max_new_tokens, least=0)
         temperature = finite_number("temperature", temperature, above=0)
         seed = whole_number("seed", seed, least=-(2**63), most=2**63 - 1)
@@ -45,11 +41,7 @@ class Continuation:
             raise ValueError(
                 f"{n_samples} samples of a cell would be equal: pass do_sample=True and max_new_tokens of 1 or more"
             )
-        if isinstance(stop, str):
-            raise ValueError(f"stop must be a list of strings, got the string {stop!r}: write [{stop!r}]")
-        if not isinstance(stop, Iterable):
-            raise TypeError(f"stop must be a list of strings, got {stop!r}")
-        stop = tuple(stop)
+        stop = tuple(several("stop", stop, "strings"))
         if stop and not n_new:
             raise ValueError("stop strings can never match: nothing is generated with max_new_tokens=0")
         tokenizer = tokenizer_of(model) if n_new else None

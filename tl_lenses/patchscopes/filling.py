@@ -39,11 +39,7 @@ class Filling:
 
     @classmethod
     def of(cls, to: LensModel, map: Any, mode: Any, norm: Any, alpha: Any) -> "Filling":
-        """The user's arguments, checked.
-
-        Raises:
-            ValueError, TypeError: an unknown mode, numbers that are not finite, a map that is no function.
-        """
+        """The user's arguments, checked."""
         if not (map is None or callable(map) or isinstance(map, Translators)):
             raise TypeError(
                 f"map must be a function of vectors [k, d], an Affine or Translators, got {type(map).__name__}"
@@ -56,10 +52,14 @@ class Filling:
         """Whether v has length 1 and is counted in lengths of the activation that it meets."""
         return self.mode == "norm_add" or isinstance(self.norm, str) and self.norm == "replaced"
 
-    @property
-    def needs_mean_norms(self) -> bool:
-        """Whether `vectors` needs the mean lengths of the target prompt's residuals."""
-        return isinstance(self.norm, str) and self.norm == "mean"
+    def mean_norms(self, prompt: Prompt, layers: Sequence[LayerOrSite]) -> dict[LayerOrSite, float]:
+        """Mean length of the target prompt's own vectors at some layers, BOS left out; nothing where `norm` is no "mean"."""
+        if not (isinstance(self.norm, str) and self.norm == "mean"):
+            return {}
+        seen: dict[LayerOrSite, Tensor] = {}
+        run(self.to, prompt.tokens, [read(site(self.to, layer), seen, key=layer) for layer in layers])
+        skip = min(1, prompt.tokens.shape[1] - 1)
+        return {layer: float(x[0, skip:].flatten(1).float().norm(dim=-1).mean()) for layer, x in seen.items()}
 
     def combine(self, h: Float[Tensor, "*batch d"], v: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """The activation that stands in place of h."""
@@ -70,17 +70,7 @@ class Filling:
         return torch.lerp(h, v, self.alpha) if self.mode == "interpolate" else h + v
 
     def check(self, model: LensModel, sources: Sequence[Source], pairs: Sequence[Pair]) -> None:
-        """Refuse maps and vectors that cannot fit, as far as that is known before anything runs.
-
-        Args:
-            model: the source model.
-            sources: where the vectors come from.
-            pairs: the pairs of layers.
-
-        Raises:
-            ValueError: translators of other models or without the rows, a map on another device than the vectors, vectors
-                of another width than the target's without a map.
-        """
+        """Refuse maps, and vectors of the source model, that cannot fit, as far as that is known before anything runs."""
         moves = [move for pair in pairs for move in moves_of(*pair)]
         if isinstance(self.map, Translators):
             if any(layer is None for layer, _ in moves):
@@ -165,14 +155,6 @@ class Filling:
                     raise ValueError(
                         f"the map is on {weight.device} and the vectors are on {device}: move one of them with .to(...)"
                     )
-
-
-def mean_norms(model: LensModel, prompt: Prompt, layers: Sequence[LayerOrSite]) -> dict[LayerOrSite, float]:
-    """Mean length of the target prompt's own vectors at some layers, BOS left out."""
-    seen: dict[LayerOrSite, Tensor] = {}
-    run(model, prompt.tokens, [read(site(model, layer), seen, key=layer) for layer in layers])
-    skip = min(1, prompt.tokens.shape[1] - 1)
-    return {layer: float(x[0, skip:].flatten(1).float().norm(dim=-1).mean()) for layer, x in seen.items()}
 
 
 def _checked_norm(norm: Any, depth: int) -> Any:

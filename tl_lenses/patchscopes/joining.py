@@ -32,18 +32,14 @@ def run_joining(
     combine: Callable[[Tensor, Tensor], Tensor], *, hooks: Sequence[Hook] = (), last: int | None = None,
     continues: bool = True,
 ) -> tuple[Float[Tensor, "cells returned d_vocab"], Decoder]:  # fmt: skip
-    """Logits of every cell, and a decoder that continues all of them.
+    """Logits of every cell, and a decoder that continues all of them (where it `continues`).
 
     Args:
-        model: the target model.
-        start: the shared prefix.
-        suffix: the rest of the prompt.
+        start, suffix: the shared prefix, and the rest of the prompt.
         entries: the cells by site, residual layers only, each cell once.
-        place: the columns of the suffix that are patched.
-        combine: (replaced, vectors) -> the new activation.
-        hooks: further hooks, for the single row (a soft prompt's).
+        place: the columns of the suffix that are patched, by `combine` of what is there and the vectors.
+        hooks: for the single row (a soft prompt's).
         last: how many last columns need logits, as in `Decoder.feed`.
-        continues: whether the decoder will be used afterwards.
     """
     depth = n_layers(model)
     order = lambda name: (site_layer(name) or 0, name.endswith(("hook_resid_pre", "hook_in")))

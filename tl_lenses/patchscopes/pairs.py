@@ -1,9 +1,10 @@
 """Which layers a patchscope reads and patches: pairs `(l, l*)`, and the single moves that a pair stands for."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from tl_lenses.checks import several
 from tl_lenses.layers import LayerOrSite, as_layer, canonical, resolve_layer
 from tl_lenses.model import LensModel, n_layers
 from tl_lenses.patchscopes.result import Layers, Pair
@@ -19,15 +20,12 @@ def all_pairs(
     if len(without_layers) > 1:
         raise ValueError("vectors without a layer and sources with layers cannot share a call: their pairs differ")
     without_layer = True in without_layers
-    in_source, in_target = _resolver(model), _resolver(to)
+    in_source, in_target = partial(_resolved, model), partial(_resolved, to)
     resolved: list[Pair]
     if pairs is not None:
         if layers is not None or target_layers is not None:
             raise ValueError("give either pairs, or layers and target_layers")
-        given_pairs = _many(pairs, "pairs")
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given_pairs):
-            raise ValueError(f"pairs must be a list of (l, l*), such as [(3, 1), (3, 2)], got {pairs!r}")
-        resolved = [(None if a is None else in_source(a), in_target(b)) for a, b in given_pairs]
+        resolved = [(None if a is None else in_source(a), in_target(b)) for a, b in listed_pairs(pairs)]
         if any((a is None) != without_layer for a, _ in resolved):
             raise ValueError("the source layer of a pair is None for vectors without a layer, and only for those")
     elif without_layer and layers is not None:
@@ -35,8 +33,8 @@ def all_pairs(
             "vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]"
         )
     else:
-        every_target = range(n_layers(to) + 1) if target_layers is None else _many(target_layers, "target_layers")
-        every_source = range(n_layers(model) + 1) if layers is None else _many(layers, "layers")
+        every_target = range(n_layers(to) + 1) if target_layers is None else several("target_layers", target_layers)
+        every_source = range(n_layers(model) + 1) if layers is None else several("layers", layers)
         if without_layer:
             resolved = [(None, in_target(b)) for b in every_target]
         elif target_layers is None:
@@ -67,6 +65,14 @@ def moves_of(source_layers: Layers | None, target_layers: Layers) -> list[tuple[
     return list(zip(source_layers, into, strict=True))
 
 
+def listed_pairs(pairs: Any) -> list[tuple[Any, Any]]:
+    """The entries of `pairs`, as they were given."""
+    given = several("pairs", pairs, "(l, l*)")
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
+        raise TypeError(f"pairs must be a list of (l, l*), such as [(3, 1), (3, 2)], got {pairs!r}")
+    return given
+
+
 def _check_no_place_twice(to: LensModel, pair: Pair) -> None:
     places = [canonical(layer, n_layers(to)) for _, layer in moves_of(*pair)]
     for (_, layer), place in zip(moves_of(*pair), places, strict=True):
@@ -74,25 +80,12 @@ def _check_no_place_twice(to: LensModel, pair: Pair) -> None:
             raise ValueError(f"the target layer {layer!r} is given twice in the pair {pair}")
 
 
-def _resolver(model: LensModel) -> Callable[[Any], Layers]:
-    """Layers as `0..n_layers`, sites checked; `hook_dict` is built anew at every look, so each site is looked up once."""
-    checked_site = cache(lambda name: site(model, name))
-
-    def resolved(layers: Any) -> Layers:
-        if isinstance(layers, tuple):
-            if not layers:
-                raise ValueError("an empty tuple of layers patches nothing")
-            return tuple(resolved(layer) for layer in layers)  # type: ignore[misc]
-        if isinstance(layers, str):
-            checked_site(layers)
-            return layers
-        return resolve_layer(as_layer(layers), n_layers(model))
-
-    return resolved
-
-
-def _many(layers: Any, what: str) -> list[Any]:
-    """The entries of a list of layers or pairs; a single one is refused, since a hook name is iterable too."""
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise ValueError(f"{what} must be a list, got {layers!r}: write [{layers!r}]")
-    return list(layers)
+def _resolved(model: LensModel, layers: Any) -> Layers:
+    """A layer or several as `0..n_layers`, a site as it is, checked."""
+    if isinstance(layers, tuple):
+        if not layers:
+            raise ValueError("an empty tuple of layers patches nothing")
+        return tuple(_resolved(model, layer) for layer in layers)  # type: ignore[misc]
+    if isinstance(layers, str):
+        return site(model, layers)
+    return resolve_layer(as_layer(layers), n_layers(model))

@@ -23,18 +23,13 @@ FORMAT = "tl_lenses.part"
 
 @dataclass(frozen=True)
 class Said:
-    """The answers of a batch of cells.
+    """The answers of a batch of cells."""
 
-    Attributes:
-        top_ids, top_probs: the likeliest next tokens.
-        ids: the texts of each cell.
-        logits: at the read position; None where they are not kept.
-    """
-
+    # the likeliest next tokens
     top_ids: Int[Tensor, "cells k"]
     top_probs: Float[Tensor, "cells k"]
-    ids: Sequence[list[list[int]]]
-    logits: Float[Tensor, "cells d_vocab"] | None
+    ids: Sequence[list[list[int]]]  # the texts of each cell
+    logits: Float[Tensor, "cells d_vocab"] | None  # at the read position; None where they are not kept
 
     @staticmethod
     def of(logits: Float[Tensor, "cells d_vocab"], ids: Sequence[list[list[int]]], keep_logits: bool) -> "Said":
@@ -44,32 +39,20 @@ class Said:
 
 @dataclass
 class _Share:
-    """What one process runs of all sweeps: batches `part, part + of, ...`; `merges` runs none and has them all.
-
-    Attributes:
-        kept: by number of the batch the hash of its cells, and its answers.
-        n: batches so far.
-    """
+    """What one process runs of all sweeps: batches `part, part + of, ...`; `merges` runs none and has them all."""
 
     part: int = 0
     of: int = 1
     merges: bool = False
-    kept: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
-    n: int = 0
+    kept: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)  # by batch: hash of its cells, answers
+    n: int = 0  # batches so far
 
 
 _SHARE: ContextVar[_Share | None] = ContextVar("tl_lenses_share", default=None)
 
 
 def answers(cells: Any, run: Callable[[], Said], blank: Callable[[], Said]) -> Said:
-    """The answers of the next batch: run, read, or blank.
-
-    Args:
-        cells: what says by its `repr` which cells these are.
-
-    Raises:
-        ValueError: the parts have no such batch.
-    """
+    """The answers of the next batch: run, read, or blank; the `repr` of `cells` says which cells these are."""
     share = _SHARE.get()
     if share is None:
         return run()
@@ -109,11 +92,7 @@ def shared(folder: Path, part: int, of: int, command: list[str]) -> Iterator[Non
 
 @contextmanager
 def merging(folder: Path) -> Iterator[list[str]]:
-    """In the block sweeps take their answers from the parts in a folder. Gives the command of these.
-
-    Raises:
-        ValueError: parts that are missing, or of different commands; a part that nothing asked for.
-    """
+    """In the block sweeps take their answers from the parts in a folder, which must be all of one command: this is given."""
     files = sorted(folder.glob("part-*-of-*.safetensors"))
     parts = [load_state(file) for file in files]
     if not parts:

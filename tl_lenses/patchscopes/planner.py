@@ -90,12 +90,10 @@ class _Rows:
     def of(cls, cells: Sequence[VectorsBySite], device: torch.device) -> "_Rows":
         rows = cls(torch.arange(len(cells)))
         for name in dict.fromkeys(name for cell in cells for name in cell):
-            index = [row for row, cell in enumerate(cells) if name in cell]
-            vectors = torch.stack([cells[row][name] for row in index]).to(device)
-            mask = torch.zeros(len(cells), dtype=torch.bool)
-            mask[index] = True
-            values = torch.zeros(len(cells), *vectors.shape[1:], dtype=vectors.dtype, device=device)
-            values[torch.tensor(index, device=device)] = vectors
+            mask = torch.tensor([name in cell for cell in cells])
+            vectors = torch.stack([cell[name] for cell in cells if name in cell]).to(device)
+            values = vectors.new_zeros(len(cells), *vectors.shape[1:])
+            values[mask.to(device)] = vectors
             rows.sites[name] = (mask, values)
         return rows
 

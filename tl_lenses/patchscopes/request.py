@@ -62,35 +62,37 @@ class Options:
     share: bool
     samples: bool = False
 
-    def __post_init__(self) -> None:
-        one_of("when", self.when, ("prompt", "every_step"))
-        one_of("keep", self.keep, ("auto", "logits", "top_k"))
+    @classmethod
+    def of(
+        cls, model: LensModel, to: LensModel, source_hooks: Iterable[Hook], target_hooks: Iterable[Hook], *, read: Any,
+        batch_size: Any, **options: Any,
+    ) -> "Options":  # fmt: skip
+        """The user's arguments, checked; the hooks against the model that each is for."""
+        one_of("when", options["when"], ("prompt", "every_step"))
+        one_of("keep", options["keep"], ("auto", "logits", "top_k"))
+        return cls(
+            source_hooks=checked_hooks(model, source_hooks),
+            target_hooks=checked_hooks(to, target_hooks),
+            # Lists and slices are refused where positions are resolved.
+            read=read if isinstance(read, (str, At, slice, list, tuple)) else whole_number("read", read),
+            batch_size=None if batch_size is None else whole_number("batch_size", batch_size, least=1),
+            **options,
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that one call of `patchscope` will run.
+    """Everything that one call of `patchscope` will run."""
 
-    Attributes:
-        model: the source model.
-        to: the target model.
-        sources: the entries of the source axis, before `scales` multiply it.
-        targets: per source the prompts that receive its vectors.
-        own_prompt: the target is the source's own prompt.
-        pairs: the pairs of layers.
-        scales: factors on the vectors.
-        filling: how a vector is mapped, scaled and written into the target run.
-        continuation, ensemble, options: how texts are continued, targets combined, and runs made.
-    """
-
-    model: LensModel
-    to: LensModel
-    sources: list[ReadySource]
-    targets: list[list[Prompt]]
-    own_prompt: bool
-    pairs: list[Pair]
-    scales: list[float]
-    filling: Filling
+    model: LensModel  # of the sources
+    to: LensModel  # of the targets
+    sources: list[ReadySource]  # the source axis, before `scales` multiply it
+    targets: list[list[Prompt]]  # per source the prompts that receive its vectors
+    own_prompt: bool  # the target is the source's own prompt
+    pairs: list[Pair]  # of layers
+    scales: list[float]  # factors on the vectors
+    filling: Filling  # how a vector is mapped, scaled and written into the target run
+    # how texts are continued, targets combined, and runs made
     continuation: Continuation
     ensemble: Ensemble
     options: Options
@@ -105,10 +107,6 @@ class Request:
         Args:
             model: the source model; the target model is that of `filling`.
             source, target, scale: as `patchscope` takes them; `layers` are its `layers`, `target_layers` and `pairs`.
-            filling, continuation, ensemble, options: the other arguments, checked.
-
-        Raises:
-            ValueError, TypeError: see `patchscope`.
         """
         to, scales = filling.to, _scales(scale)
         sources, targets = sources_of(source), _targets(target)
@@ -162,25 +160,6 @@ def checked_models(model: LensModel, to: LensModel | None) -> LensModel:
     for checked in (model,) if to is model else (model, to):
         check_model(checked, what="a patchscope")
     return to
-
-
-def checked_options(
-    model: LensModel, to: LensModel, source_hooks: Iterable[Hook], target_hooks: Iterable[Hook], *, read: Any,
-    batch_size: Any, **options: Any,
-) -> Options:  # fmt: skip
-    """`Options`, the hooks checked against the model that each is for.
-
-    Raises:
-        ValueError, TypeError: a number out of its range, an unknown word, a hook that the model does not have.
-    """
-    return Options(
-        source_hooks=checked_hooks(model, source_hooks),
-        target_hooks=checked_hooks(to, target_hooks),
-        # Lists and slices are refused where positions are resolved.
-        read=read if isinstance(read, (str, At, slice, list, tuple)) else whole_number("read", read),
-        batch_size=None if batch_size is None else whole_number("batch_size", batch_size, least=1),
-        **options,
-    )
 
 
 def sources_of(source: Any) -> list[Source]:

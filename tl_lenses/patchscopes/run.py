@@ -1,20 +1,17 @@
 """One vector from a source prompt, put into a target prompt, which is then continued: (S, i, M, l) -> (T, i*, f, M*, l*)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses.decoding import Decoder
 from tl_lenses.hooks import Hook
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.model import LensModel
 from tl_lenses.patchscopes.continuation import Continuation
-from tl_lenses.patchscopes.filling import Filling, Norm, mean_norms
+from tl_lenses.patchscopes.filling import Filling, Norm
 from tl_lenses.patchscopes.parts import Said, answers
 from tl_lenses.patchscopes.planner import (
     TargetRun,
@@ -25,8 +22,8 @@ from tl_lenses.patchscopes.planner import (
     run_cells,
     why_not_shared,
 )
-from tl_lenses.patchscopes.request import Ensemble, Request, checked_models, checked_options
-from tl_lenses.patchscopes.result import Layers, PatchscopeResult, Samples, mode_of
+from tl_lenses.patchscopes.request import Ensemble, Options, Request, checked_models
+from tl_lenses.patchscopes.result import Layers, Pair, PatchscopeResult, Samples, mode_of
 from tl_lenses.patchscopes.sources import Source, Tokens, VectorsByLayer, read_vectors
 from tl_lenses.patchscopes.targets import Prompt, Target
 from tl_lenses.progress import progress
@@ -35,6 +32,9 @@ from tl_lenses.token_text import token_text
 from tl_lenses.translators import Translators
 
 KEEP_BYTES = 100 * 10**6
+
+Cell = tuple[int, float, Any]  # the number of a source, the scale of its vector, a pair of layers
+Insertion = Callable[[int, float, Any], VectorsBySite]
 
 
 @torch.no_grad()
@@ -132,30 +132,12 @@ def patchscope(
         filling=Filling.of(target_model, map, mode, norm, alpha),
         continuation=Continuation.of(target_model, max_new_tokens, do_sample, temperature, seed, stop, 1 if n_samples is None else n_samples),
         ensemble=Ensemble.of(ensemble, ensemble_k),
-        options=checked_options(
+        options=Options.of(
             model, target_model, source_hooks, target_hooks, read=read, when=when, isolate=isolate,
             prepend_bos=prepend_bos, batch_size=batch_size, keep=keep, share=share, samples=n_samples is not None,
         ),
     )  # fmt: skip
     return run(request, show_progress=show_progress)
-
-
-@dataclass
-class _Answers:
-    """The outputs of the cells that have run, by number of the cell."""
-
-    n_cells: int
-    logits: Float[Tensor, "cells d_vocab"] | None = None
-    top: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    ids: dict[int, list[list[int]]] = field(default_factory=dict)
-
-    def add(self, cells: Sequence[int], said: Said) -> None:
-        if said.logits is not None and self.logits is None:
-            self.logits = torch.empty(self.n_cells, said.logits.shape[-1])
-        for row, cell in enumerate(cells):
-            if self.logits is not None and said.logits is not None:
-                self.logits[cell] = said.logits[row]
-            self.top[cell], self.ids[cell] = (said.top_ids[row], said.top_probs[row]), said.ids[row]
 
 
 def run(request: Request, *, show_progress: bool | None = None) -> PatchscopeResult:
@@ -166,38 +148,50 @@ def run(request: Request, *, show_progress: bool | None = None) -> PatchscopeRes
     vectors, prefixes = sources_read(request)
     axis = [(source, scale) for source in range(len(vectors)) for scale in request.scales]
     cells = [(source, scale, pair) for source, scale in axis for pair in request.pairs]
-    d_vocab, n_new = int(request.to.cfg.d_vocab), request.continuation.max_new_tokens
-    bytes_of_logits = 4 * len(cells) * d_vocab
-    keep = request.options.keep
-    kept = keep == "logits" or keep == "auto" and bytes_of_logits <= KEEP_BYTES
-    found = _Answers(len(cells))
-    n_samples, n_targets = request.continuation.n_samples, len(request.targets[0])
-    draws = request.continuation.draws(len(cells), n_targets)
-    names, notes = sites(request.to, request.target_layers), {}
+    d_vocab, continuation, keep = int(request.to.cfg.d_vocab), request.continuation, request.options.keep
+    kept = keep == "logits" or keep == "auto" and 4 * len(cells) * d_vocab <= KEEP_BYTES
+    logits: Tensor | None = None
+    draws = continuation.draws(len(cells), len(request.targets[0]))
+    ids_of_blank = [[0] * continuation.max_new_tokens] * continuation.n_samples * len(request.targets[0])
+    top: dict[int, tuple[Tensor, Tensor]] = {}
+    ids: dict[int, list[list[int]]] = {}
+    notes: dict[str, None] = {}
     with progress(total=len(cells), desc="patchscope", show=show_progress) as bar:
         for prompts, members in by_target(request, cells):
             runs, size = planned(request, prompts, prefixes, notes)
-            needs_means, layers = request.filling.needs_mean_norms, request.target_layers
-            means = [mean_norms(request.to, prompt, layers) if needs_means else {} for prompt in prompts]
+            inserted = [insertion(request, vectors, prompt) for prompt in prompts]
+            asked = [(prompt.tokens.tolist(), prompt.place, prompt.read) for prompt in prompts]
             for part in batches(len(members), size):
                 numbers = [members[i] for i in part]
-
-                def said(numbers: list[int] = numbers, runs: Any = runs, means: Any = means) -> Said:
-                    logits, texts = [], [[] for _ in numbers]
-                    for t, (target, mean) in enumerate(zip(runs, means, strict=True)):
-                        rows = [inserted(request, vectors, cells[c], target.prompt, mean, names) for c in numbers]
-                        x, ids = run_cells(target, rows, None if draws is None else draws[numbers, t].flatten(0, 1))
-                        logits.append(x)
-                        for i, cell in enumerate(texts):
-                            cell += ids[i * n_samples : (i + 1) * n_samples]
-                    return Said.of(request.ensemble.combined(logits), texts, kept)
-
-                blank = partial(_blank, len(numbers), d_vocab, [[0] * n_new] * n_samples * n_targets, kept)
-
-                ids = [(prompt.tokens.tolist(), prompt.place, prompt.read) for prompt in prompts]
-                found.add(numbers, answers((ids, [cells[c] for c in numbers], n_new, n_samples), said, blank))
+                some = [cells[number] for number in numbers]
+                said = answers(
+                    (asked, some, continuation.max_new_tokens, continuation.n_samples),
+                    partial(_said, request, runs, inserted, some, None if draws is None else draws[numbers], kept),
+                    partial(_blank, len(numbers), d_vocab, ids_of_blank, kept),
+                )
+                for row, number in enumerate(numbers):
+                    top[number], ids[number] = (said.top_ids[row], said.top_probs[row]), said.ids[row]
+                if said.logits is not None:
+                    logits = torch.empty(len(cells), said.logits.shape[-1]) if logits is None else logits
+                    logits[numbers] = said.logits
                 bar.update(len(numbers))
-    return _result(request, axis, found, list(notes))
+    in_order = range(len(cells))
+    return _result(request, axis, logits, [top[i] for i in in_order], [ids[i] for i in in_order], list(notes))
+
+
+def _said(
+    request: Request, runs: Sequence[TargetRun], inserted: Sequence[Insertion], cells: Sequence[Cell], draws: Tensor | None,
+    keep_logits: bool,
+) -> Said:  # fmt: skip
+    """The answers of a batch of cells, all of its targets combined."""
+    logits, texts, n = [], [[] for _ in cells], request.continuation.n_samples
+    for t, (target, vectors_of) in enumerate(zip(runs, inserted, strict=True)):
+        rows = [vectors_of(*cell) for cell in cells]
+        x, ids = run_cells(target, rows, None if draws is None else draws[:, t].flatten(0, 1))
+        logits.append(x)
+        for i, text in enumerate(texts):
+            text += ids[i * n : (i + 1) * n]
+    return Said.of(request.ensemble.combined(logits), texts, keep_logits)
 
 
 def _blank(n_cells: int, d_vocab: int, ids: list[list[int]], keep_logits: bool) -> Said:
@@ -219,7 +213,7 @@ def sources_read(request: Request) -> tuple[list[VectorsByLayer], dict[int, Deco
     return vectors, {id(prompt): decoder for prompt, decoder in zip(shared, decoders, strict=True)}
 
 
-def by_target(request: Request, cells: Sequence[tuple[int, float, object]]) -> list[tuple[list[Prompt], list[int]]]:
+def by_target(request: Request, cells: Sequence[Cell]) -> list[tuple[list[Prompt], list[int]]]:
     """The numbers of the cells that share their target, so that they can share batches."""
     key = lambda prompt: (tuple(prompt.tokens[0].tolist()), prompt.place, prompt.read, id(prompt.soft))
     keys = [tuple(key(prompt) for prompt in prompts) for prompts in request.targets]
@@ -239,57 +233,54 @@ def planned(
         start = None if reason else prefixes.get(id(prompt)) or prefix(request.to, prompt)
         reason = reason or "the cache of this model cannot be shared"
         notes[f"whole prompts ({reason})" if start is None else f"prefix of {min(prompt.place)} tokens shared"] = None
-        target = TargetRun(request.to, prompt, request.filling.combine, request.continuation, start)
-        runs.append(
-            replace(
-                target, hooks=options.target_hooks, when=options.when, isolate=options.isolate, use_cache=options.share
-            )
-        )
+        target = TargetRun(
+            request.to, prompt, request.filling.combine, request.continuation, start, options.target_hooks, options.when,
+            options.isolate, options.share,
+        )  # fmt: skip
+        runs.append(target)
     if not options.share:
         return runs, 1
     return runs, options.batch_size or min(rows_per_batch(target) for target in runs)
 
 
-def inserted(
-    request: Request, vectors: Sequence[VectorsByLayer], cell: tuple, prompt: Prompt, means: dict[LayerOrSite, float],
-    names: dict[LayerOrSite, str],
-) -> VectorsBySite:  # fmt: skip
-    """The vectors that one cell puts into its target run, one per placeholder."""
-    source, scale, pair = cell
-    n_places = len(prompt.place)
-    filled = request.filling.vectors(request.sources[source].label, vectors[source], pair, n_places, means)
-    return {names[layer]: (v * scale).expand(n_places, -1) for layer, v in filled.items()}
+def insertion(request: Request, vectors: Sequence[VectorsByLayer], prompt: Prompt) -> Insertion:
+    """The function that gives the vectors that a cell puts into a prompt, one per placeholder."""
+    layers, n_places = request.target_layers, len(prompt.place)
+    means, names = request.filling.mean_norms(prompt, layers), sites(request.to, layers)
+
+    def inserted(source: int, scale: float, pair: Pair) -> VectorsBySite:
+        filled = request.filling.vectors(request.sources[source].label, vectors[source], pair, n_places, means)
+        return {names[layer]: (v * scale).expand(n_places, -1) for layer, v in filled.items()}
+
+    return inserted
 
 
 def _result(
-    request: Request, axis: Sequence[tuple[int, float]], answers: _Answers, notes: Sequence[str]
-) -> PatchscopeResult:
+    request: Request, axis: Sequence[tuple[int, float]], logits: Tensor | None, top: Sequence[tuple[Tensor, Tensor]],
+    ids: Sequence[list[list[int]]], notes: Sequence[str],
+) -> PatchscopeResult:  # fmt: skip
+    """The answers of all cells, in their order."""
     shape = (len(axis), len(request.pairs))
-    in_order = range(shape[0] * shape[1])
-    stacked = lambda rows: torch.stack(rows).reshape(*shape, -1)
-    top_ids = stacked([answers.top[cell][0] for cell in in_order])
+    top_ids, top_probs = (torch.stack(x).reshape(*shape, -1) for x in zip(*top, strict=True))
     tokenizer, seen = getattr(request.to, "tokenizer", None), {int(i) for i in top_ids.unique()}
     labels = [(request.sources[source].label, scale) for source, scale in axis]
-    every, samples, text, tokens = [answers.ids[cell] for cell in in_order], None, None, None
+    by_source = lambda x: [x[i : i + shape[1]] for i in range(0, len(x), shape[1])]
+    samples = text = tokens = None
     if request.continuation.max_new_tokens:
-        texts = [[request.continuation.text(ids) for ids in cell] for cell in every]
+        texts = [[request.continuation.text(sample) for sample in cell] for cell in ids]
         modes = [mode_of(cell) for cell in texts]
-        ids = [cell[mode] for cell, mode in zip(every, modes, strict=True)]
-        tokens, by_source = (
-            _padded(ids).reshape(*shape, -1),
-            lambda x: [x[i : i + shape[1]] for i in range(0, len(x), shape[1])],
-        )
+        tokens = _padded([cell[mode] for cell, mode in zip(ids, modes, strict=True)]).reshape(*shape, -1)
         text = by_source([cell[mode] for cell, mode in zip(texts, modes, strict=True)])
         if request.options.samples:
-            drawn = _padded([ids for cell in every for ids in cell])
-            samples = Samples(by_source(texts), drawn.reshape(*shape, len(every[0]), -1))
+            drawn = _padded([sample for cell in ids for sample in cell])
+            samples = Samples(by_source(texts), drawn.reshape(*shape, len(ids[0]), -1))
     return PatchscopeResult(
         sources=[label if len(request.scales) == 1 else f"{label} x {scale:g}" for label, scale in labels],
-        pairs=request.pairs, top_ids=top_ids, top_probs=stacked([answers.top[cell][1] for cell in in_order]),
+        pairs=request.pairs, top_ids=top_ids, top_probs=top_probs,
         vocab={i: str(i) for i in seen} if tokenizer is None else token_text(tokenizer, seen), tokenizer=tokenizer,
-        kept_logits=None if answers.logits is None else answers.logits.reshape(*shape, -1), text=text, tokens=tokens,
-        drawn=samples, scales=request.scales if len(request.scales) > 1 else None, plan="; ".join(notes),
-        settings=request.settings(), request=request,
+        kept_logits=None if logits is None else logits.reshape(*shape, -1), text=text, tokens=tokens, drawn=samples,
+        scales=request.scales if len(request.scales) > 1 else None, plan="; ".join(notes), settings=request.settings(),
+        request=request,
     )  # fmt: skip
 
 

@@ -123,11 +123,7 @@ def entity_description(placeholder: str = "x", *, shots: Mapping[str, str] | Non
     >>> entity_description(shots={"Pizza": "food from Italy"}).prompt
     'Pizza: food from Italy, x'
     """
-    if shots is not None and not isinstance(shots, Mapping):
-        raise TypeError(f"shots must be a mapping {{entity: description}}, got {type(shots).__name__}")
-    entities = _ENTITIES if shots is None else shots
-    shown = "".join(f"{name}: {description}, " for name, description in entities.items())
-    return _target(shown, placeholder, ends_with_it=True)
+    return _target(_shown("{}: {}, ", shots, _ENTITIES), placeholder, ends_with_it=True)
 
 
 _DESCRIBED = {
@@ -153,10 +149,15 @@ def reverse_dictionary(placeholder: str = "x", *, shots: Mapping[str, str] | Non
     >>> reverse_dictionary(shots={"water that is frozen": "ice"}).prompt
     'water that is frozen ⇒ ice\\nx ⇒'
     """
-    if shots is not None and not isinstance(shots, Mapping):
-        raise TypeError(f"shots must be a mapping {{description: word}}, got {type(shots).__name__}")
-    shown = "".join(f"{text} ⇒ {word}\n" for text, word in (_DESCRIBED if shots is None else shots).items())
+    shown = _shown("{} ⇒ {}\n", shots, _DESCRIBED)
     return _target(f"{shown}{placeholder} ⇒", placeholder)
+
+
+def _shown(form: str, shots: Mapping[str, str] | None, usual: Mapping[str, str]) -> str:
+    """Examples as a prompt shows them."""
+    if shots is not None and not isinstance(shots, Mapping):
+        raise TypeError(f"shots must be a mapping of texts to texts, got {type(shots).__name__}")
+    return "".join(form.format(*shot) for shot in (usual if shots is None else shots).items())
 
 
 def attribute(relation: str, placeholder: str = "x") -> Target:

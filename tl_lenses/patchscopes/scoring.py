@@ -8,13 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_lenses.patchscopes.filling import mean_norms
 from tl_lenses.patchscopes.planner import batches, run_cells, score_cells
 from tl_lenses.patchscopes.request import Request
-from tl_lenses.patchscopes.run import by_target, inserted, planned, sources_read
+from tl_lenses.patchscopes.run import by_target, insertion, planned, sources_read
 from tl_lenses.patchscopes.targets import Prompt, Target, ready_target
 from tl_lenses.progress import progress
-from tl_lenses.sites import sites
 
 Ids = tuple[int, ...]
 
@@ -28,7 +26,6 @@ def text_scores(
     The vectors are read once, the prompt runs once per vector and pair, and equal texts are scored once.
 
     Args:
-        request: the call that vectors, layers, map and mode are taken of.
         texts: `[text][pair]`, ids.
         compared: which texts are scored with which sources.
         prompts: the target prompt of every text.
@@ -45,15 +42,10 @@ def text_scores(
     with progress(total=sum(map(len, cells)), desc="scoring texts", show=show_progress) as bar:
         for ((prompt,), members), members_cells in zip(groups, cells, strict=True):
             (target,), size = planned(request, [prompt], prefixes, {})
-            layers = request.target_layers
-            means = mean_norms(request.to, prompt, layers) if request.filling.needs_mean_norms else {}
-            names = sites(request.to, layers)
+            inserted = insertion(request, vectors, prompt)
             for part in batches(len(members_cells), size):
                 some = [members_cells[c] for c in part]
-                rows = [
-                    inserted(request, vectors, (j, request.scales[0], request.pairs[p]), prompt, means, names)
-                    for j, p in some
-                ]
+                rows = [inserted(j, request.scales[0], request.pairs[p]) for j, p in some]
                 wanted = [[i for i in members if compared[i, j]] for j, _ in some]
                 distinct = [
                     list(dict.fromkeys(texts[i][p] for i in of)) for of, (_, p) in zip(wanted, some, strict=True)

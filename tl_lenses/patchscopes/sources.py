@@ -68,11 +68,7 @@ class ReadySource:
 def ready_sources(
     model: LensModel, sources: Sequence[Source], layers: Iterable[LayerOrSite | None], *, prepend_bos: bool = True
 ) -> list[ReadySource]:
-    """Sources as ids and columns, or as vectors by layer. A tensor of n vectors gives n entries.
-
-    Args:
-        layers: the layers and sites that will be read, or None for vectors without a layer.
-    """
+    """Sources as ids and columns, or as vectors at the layers that will be read. A tensor of n vectors gives n entries."""
     layers = list(dict.fromkeys(layers))
     ready: list[ReadySource] = []
     for source in sources:
@@ -108,15 +104,6 @@ def ids_of(model: LensModel, prompt: Tokens, kind: str, *, prepend_bos: bool = T
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of chat messages, such as `{"role": "user", "content": "Hello"}`."""
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
-
-
-def collect(
-    model: LensModel, sources: Sequence[Source], layers: Iterable[LayerOrSite | None], hooks: Sequence[Hook] = (),
-    *, prepend_bos: bool = True,
-) -> list[VectorsByLayer]:  # fmt: skip
-    """The vectors of every source at every layer: `ready_sources`, then `read_vectors`."""
-    layers = list(dict.fromkeys(layers))
-    return read_vectors(model, ready_sources(model, sources, layers, prepend_bos=prepend_bos), layers, hooks)[0]
 
 
 def read_vectors(

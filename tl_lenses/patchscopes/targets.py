@@ -176,17 +176,7 @@ def same_place(
     """The source's own prompt as the target, patched at the source's own position.
 
     In a model with another tokenizer the text is tokenised again, and a position is the token that ends at the same
-    character.
-
-    Args:
-        model: the source model.
-        to: the target model.
-        source: a source with a prompt.
-        read: the position whose logits are read.
-        max_new_tokens: how many tokens must still fit.
-
-    Raises:
-        ValueError: no token of the target ends where the source's token ends; shows both tokenisations.
+    character; where there is none, the error shows both tokenisations.
     """
     assert source.tokens is not None
     tokens, columns = source.tokens, source.columns

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.deprecation import renamed
-from tl_lenses.experiments.common import CONDITIONS, UNPATCHED, Cells, Controlled, Result, scores_of, vectors_of
+from tl_lenses.experiments.common import CONDITIONS, RUN, UNPATCHED, Cells, Controlled, Result, scores_of, vectors_of
 from tl_lenses.experiments.facts import (
     Fact,
+    Facts,
     contains,
     contaminated,
     drawn,
@@ -25,16 +25,14 @@ from tl_lenses.experiments.facts import (
     target_of,
     texts_of,
 )
-from tl_lenses.experiments.faithful import identification, identified_rows, with_identified
-from tl_lenses.experiments.grid import Grid, Table
-from tl_lenses.experiments.subject import Subject
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.faithful import identification
+from tl_lenses.experiments.grid import Table
+from tl_lenses.experiments.subject import Layers, Subject
 from tl_lenses.model import LensModel
 from tl_lenses.patchscopes import Source, patchscope
 from tl_lenses.progress import progress
 
 FOLDS = 3
-RUN = [condition for condition in CONDITIONS if condition != UNPATCHED]  # conditions that have cells
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,20 +65,12 @@ class Attributes(Result):
 
     def tables(self) -> list[Table]:
         """Conditions in three numbers, the profile over source layers, and the relations."""
-        n, k = len(self.facts), len(self.relations)
-        scores = torch.cat([self.cells.profile(*RUN)["score"], self._probed(range(n))[None]])
-        axes = {"condition": [*RUN, "probe"], "layer": self.layers}
-        by_layer = with_identified(Grid(axes, {"score": (("condition", "layer"), scores)}), self.identified, self.cells)
+        n, identified = len(self.facts), self.cells.over_targets(self.identified)
+        by_layer = self.cells.profile(*RUN, probe=self._probed(range(n)), identified=identified)
+        title, note = "by source layer: any target layer has it", "identified: mean over target layers"
         return [
-            self.cells.table(f"attribute extraction, {self.model}: {n} facts of {k} relations"),
-            by_layer.table(
-                "by source layer: any target layer has it",
-                "score",
-                across="condition",
-                columns=["l"],
-                percent=True,
-                note="identified: mean over target layers",
-            ),
+            self.cells.table(f"attribute extraction, {self.model}: {n} facts of {len(self.relations)} relations"),
+            by_layer.table(title, "score", across="condition", columns=["l"], percent=True, note=note),
             self._by_relation(),
         ]
 
@@ -121,12 +111,10 @@ class Attributes(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per relation, condition and cell; the probe has a source layer only."""
-        rows = []
+        rows, cells = [], self.cells.beside(identified=self.identified)
         for relation in self.relations:
             items = self.items(relation)
-            rows += self.cells.subset(items).rows(relation=relation)
-            if self.identified is not None:
-                rows += identified_rows(self.cells.subset(items), self.identified[items], relation=relation)
+            rows += cells.subset(items).rows(relation=relation)
             if self.probe is not None:
                 rows += [
                     {"relation": relation, "condition": "probe", "layer": layer, "target_layer": None}
@@ -139,8 +127,8 @@ class Attributes(Result):
 @renamed(limit="n")
 @torch.no_grad()
 def attributes(
-    model: LensModel, facts: Sequence[Fact] | str | Path | None = None, *, layers: Iterable[LayerOrSite] | None = None,
-    target_layers: Iterable[LayerOrSite] | None = None, max_new_tokens: int = 20, n: int | None = 60, text: str = "{}",
+    model: LensModel, facts: Facts = None, *, layers: Layers = None,
+    target_layers: Layers = None, max_new_tokens: int = 20, n: int | None = 60, text: str = "{}",
     guard: bool = True, smallest: int = 3, seed: int = 0, show_progress: bool | None = None,
 ) -> Attributes:  # fmt: skip
     """Ask for attributes of a subject with its vector in the place of a placeholder, in every cell (l, l*).
@@ -148,7 +136,6 @@ def attributes(
     Only facts that this model knows are asked for: with the real subject in the question, its text has the object.
 
     Args:
-        model: of both runs.
         facts: `read_facts(...)`, or the path that it takes; the bundled ones by default.
         layers: source layers, `0..n_layers` by default.
         target_layers: `0..n_layers - 1` by default: in the last one nothing is left to compute.
@@ -285,25 +272,22 @@ def probe(
     An answer that is in one fold only can never be named: that is the probe's limit, not an error.
     """
     try:
+        from sklearn.dummy import DummyClassifier
         from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError:
         return None
-    n, n_layers_ = vectors.shape[:2]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    right = torch.zeros(n, n_layers_)
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed)).tolist()
+    right = torch.zeros(vectors.shape[:2])
     for fold in range(FOLDS):
         test = order[fold::FOLDS]
         train = [i for i in order if i not in set(test)]
-        classes = {answers[i] for i in train}
-        for layer in range(n_layers_ if test and train else 0):
+        named = [answers[i] for i in train]
+        for layer in range(vectors.shape[1] if test and train else 0):
             x = vectors[:, layer].float().cpu().numpy()
-            if len(classes) == 1:
-                guessed: Sequence[Any] = list(classes) * len(test)
-            else:
-                scaler = StandardScaler().fit(x[train])
-                model = LogisticRegression(max_iter=200).fit(scaler.transform(x[train]), [answers[i] for i in train])
-                guessed = model.predict(scaler.transform(x[test]))
-            for i, guess in zip(test, guessed, strict=True):
+            many = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+            model = many if len(set(named)) > 1 else DummyClassifier()
+            for i, guess in zip(test, model.fit(x[train], named).predict(x[test]), strict=True):
                 right[i, layer] = float(answers[i] == guess)
     return right

@@ -11,10 +11,9 @@ from tl_lenses.checks import one_of, seed_of, several, whole_number
 from tl_lenses.experiments.facts import Fact, drawn, source_of, target_of, texts_of
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import layers_of
+from tl_lenses.experiments.subject import Layers, Subject
 from tl_lenses.lab import path
-from tl_lenses.layers import LayerOrSite
-from tl_lenses.model import LensModel, check_model, n_layers, name_of, tokenizer_of
+from tl_lenses.model import LensModel, tokenizer_of
 from tl_lenses.patchscopes import Source, patchscope
 from tl_lenses.patchscopes.scoring import text_scores
 from tl_lenses.token_text import normalised
@@ -83,8 +82,8 @@ def conflicting(relations: Iterable[str] | None = None) -> tuple[list[Fact], lis
 
 @torch.no_grad()
 def conflict(
-    model: LensModel, to: LensModel, facts: Sequence[Fact], others: Sequence[str], *, layers: Iterable[LayerOrSite] | None = None,
-    target_layers: Iterable[LayerOrSite] | None = None, of: Literal["subject", "answer"] = "subject", n: int | None = 40,
+    model: LensModel, to: LensModel, facts: Sequence[Fact], others: Sequence[str], *, layers: Layers = None,
+    target_layers: Layers = None, of: Literal["subject", "answer"] = "subject", n: int | None = 40,
     text: str = "{}", seed: int = 0,
     show_progress: bool | None = None,
 ) -> Conflict:  # fmt: skip
@@ -116,22 +115,21 @@ def conflict(
         >>> taught, model = tll.lab.load("lab-gpt2-permuted"), tll.lab.load()      # doctest: +SKIP
         >>> print(conflict(taught, model, *conflicting()))      # doctest: +SKIP
     """
-    for one in (model, to):
-        check_model(one, what="conflict")
-    one_of("of", of, ("subject", "answer"))
+    source = Subject.of(model, layers=layers, what="conflict")
+    final = "default" if one_of("of", of, ("subject", "answer")) == "answer" else "asked"
+    reader = Subject.of(to, layers=target_layers, what="conflict", final=final)
     n, seed = None if n is None else whole_number("n", n, least=1), seed_of(seed)
-    rows = layers_of(layers, n_layers(model))
-    across = layers_of(target_layers, n_layers(to), final="default" if of == "answer" else "asked")
+    rows, across = source.layers, reader.layers
     given, other = several("facts", facts, "facts"), several("others", others, "texts")
     if len(given) != len(other) or not given or not all(isinstance(fact, Fact) for fact in given):
         raise ValueError(f"expected an object in others for each experiments.Fact, got {len(given)} and {len(other)}")
     theirs = dict(zip(given, other, strict=True))
     questions = [fact.question for fact in given]
     says = [[normalised(said) for said in texts_of(one, questions, 8)] for one in (model, to)]
-    both = [
-        fact for fact, ours, reads in zip(given, *says, strict=True)
-        if ours.startswith(normalised(fact.object)) and reads.startswith(normalised(theirs[fact]))
-    ]  # fmt: skip
+    says_it = lambda fact, ours, reads: (
+        ours.startswith(normalised(fact.object)) and reads.startswith(normalised(theirs[fact]))
+    )
+    both = [fact for fact, *said in zip(given, *says, strict=True) if says_it(fact, *said)]
     if not both:
         raise ValueError(f"none of the {len(given)} facts is answered by both models, each with its own object")
     relations = drawn(both, None, seed)
@@ -148,20 +146,15 @@ def conflict(
         answers = [f" {x}" for fact in part for x in (fact.object, theirs[fact])]
         ids = [[tuple(row)] * len(result.pairs) for row in encode(tokenizer_of(to), answers)]
         compared = torch.eye(len(part), dtype=torch.bool).repeat_interleave(2, 0)
-        scores = text_scores(
-            result.request,
-            ids,
-            compared,
-            [prompts[0] for prompts in result.request.targets for _ in range(2)],
-            show_progress=show_progress,
-        )
+        prompts = [of_source[0] for of_source in result.request.targets for _ in range(2)]
+        scores = text_scores(result.request, ids, compared, prompts, show_progress=show_progress)
         each = scores.nan_to_num(-float("inf")).max(-1).values.exp()  # [pair, 2 x item]
         probs.append(each.reshape(len(rows), len(across), len(part), 2))
-    ours, reader = torch.cat(probs, 2).unbind(-1)
-    values = {"source": ours, "reader": reader, "lead": ours - reader, "share": (ours > reader).double()}
+    p, q = torch.cat(probs, 2).unbind(-1)
+    values = {"source": p, "reader": q, "lead": p - q, "share": (p > q).double()}
     axes: dict[str, Sequence[Any]] = {"layer": rows, "target_layer": across}
     return Conflict(
-        name_of(model), grid=Grid.over(axes, {name: x.mean(-1) for name, x in values.items()}),
-        settings={"of": of, "text": text, "seed": seed, "n": n, "relations": list(relations)}, to=name_of(to), facts=items,
+        source.name, grid=Grid.over(axes, {name: x.mean(-1) for name, x in values.items()}),
+        settings={"of": of, "text": text, "seed": seed, "n": n, "relations": list(relations)}, to=reader.name, facts=items,
         others=[theirs[fact] for fact in items],
     )  # fmt: skip

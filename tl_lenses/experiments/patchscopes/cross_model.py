@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.checks import seed_of, several, whole_number
+from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.experiments.common import UNPATCHED, Cells, Controlled, Result, vectors_of
 from tl_lenses.experiments.grid import Table
 from tl_lenses.experiments.subject import Subject, text_settings
@@ -16,6 +16,7 @@ from tl_lenses.hooks import run
 from tl_lenses.layers import as_layer, resolve_layer, site_layer
 from tl_lenses.model import LensModel, prepare
 from tl_lenses.patchscopes import Source, Target, patchscope, scopes
+from tl_lenses.patchscopes.pairs import listed_pairs
 from tl_lenses.progress import progress
 from tl_lenses.text.batches import Text
 from tl_lenses.tokens import used_positions
@@ -37,16 +38,15 @@ class CrossModel(Result):
         kept: as `cells`, against the target model's own next token: how much of it a patch leaves.
     """
 
-    to: str = ""
-    scope: Cells | None = None
-    kept: Cells | None = None
+    to: str
+    scope: Cells
+    kept: Cells
 
     name = "cross-model"
 
     def tables(self) -> list[Table]:
         """Three numbers for both targets; `unpatched` is how often the two models agree."""
         n = len(self.cells.groups)
-        assert self.scope is not None and self.kept is not None
         return [
             self.cells.table(f"{self.model} into {self.to}, {n} positions: P@1, same prompt, same place"),
             self.scope.table("P@1, token-identity prompt"),
@@ -55,7 +55,6 @@ class CrossModel(Result):
 
     def pictures(self) -> dict[str, Picture]:
         """P@1 by (l, l*), for both targets."""
-        assert self.scope is not None
         return {
             "heat": self.cells.heat(f"P@1, {self.model} into {self.to}, same prompt"),
             "heat-scope": self.scope.heat(f"P@1, {self.model} into {self.to}, token identity"),
@@ -63,7 +62,6 @@ class CrossModel(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per target, condition and cell."""
-        assert self.scope is not None and self.kept is not None
         return [
             *self.cells.rows(target=SAME),
             *self.scope.rows(target=SCOPE),
@@ -112,10 +110,8 @@ def cross_model(
         sites = [(site_layer(a), site_layer(b)) for a, b in maps.rows]
         cells = [(a, b) for a, b in sites if a is not None and b is not None]
     else:
-        given = several("pairs", pairs, "(l, l*)")
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
-            raise TypeError(f"pairs must be a list of (l, l*), such as [(3, 1), (3, 2)], got {pairs!r}")
-        cells = [(resolve_layer(as_layer(a), source.depth), resolve_layer(as_layer(b), goal.depth)) for a, b in given]
+        resolved = lambda layer, subject: resolve_layer(as_layer(layer), subject.depth)
+        cells = [(resolved(a, source), resolved(b, goal)) for a, b in listed_pairs(pairs)]
     prefixes = _prefixes(model, tokens, whole_number("n", n, least=2), seed)
     if len(prefixes) < 2:
         raise ValueError("the text gives fewer than two prompts: pass more of it, or longer rows")

@@ -4,7 +4,7 @@ import csv
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.deprecation import renamed
 from tl_lenses.experiments.common import (
-    CONDITIONS,
     PATCHED,
+    RUN,
     UNPATCHED,
     Cells,
     Controlled,
@@ -26,11 +26,10 @@ from tl_lenses.experiments.common import (
     vectors_of,
 )
 from tl_lenses.experiments.facts import PLACEHOLDER, read_facts, texts_of
-from tl_lenses.experiments.faithful import identification, identified_rows, with_identified
+from tl_lenses.experiments.faithful import identification
 from tl_lenses.experiments.grid import Table
-from tl_lenses.experiments.subject import Subject
+from tl_lenses.experiments.subject import Layers, Subject
 from tl_lenses.files import as_path
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.model import LensModel
 from tl_lenses.patchscopes import Source, Target, patchscope
 from tl_lenses.views import Picture
@@ -60,9 +59,7 @@ class Entities(Result):
     def tables(self) -> list[Table]:
         """Conditions in three numbers, the profile over layers, and the descriptions of one entity."""
         title = f"entity resolution, {self.model}: {len(self.names)} entities, ROUGE-L"
-        by_layer = with_identified(
-            self.cells.profile(*(c for c in CONDITIONS if c != UNPATCHED)), self.identified, self.cells
-        )
+        by_layer = self.cells.profile(*RUN, identified=self.cells.over_targets(self.identified))
         best = max(range(len(self.names)), key=lambda i: float(self.cells.scores[PATCHED][i].sum()))
         descriptions = [[str(layer), text[:60]] for layer, text in zip(self.layers, self.texts[best], strict=True)]
         return [
@@ -73,7 +70,7 @@ class Entities(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per condition and layer, and the share of descriptions that are identified."""
-        return super().rows() + identified_rows(self.cells, self.identified)
+        return self.cells.beside(identified=self.identified).rows()
 
     def pictures(self) -> dict[str, Picture]:
         """ROUGE-L by condition and layer."""
@@ -104,13 +101,12 @@ def read_descriptions(path: str | Path | None = None) -> dict[str, str]:
 @torch.no_grad()
 def entities(
     model: LensModel, descriptions: Mapping[str, str] | str | Path | None = None, *, target: Target | None = None,
-    layers: Iterable[LayerOrSite] | None = None, max_new_tokens: int = 50, n: int | None = 60, seed: int = 0,
+    layers: Layers = None, max_new_tokens: int = 50, n: int | None = 60, seed: int = 0,
     show_progress: bool | None = None,
 ) -> Entities:  # fmt: skip
     """Describe entities from the vector of their bare name's last token, layer by layer (l* = l).
 
     Args:
-        model: of both runs.
         descriptions: name -> reference, or a path for `read_descriptions`; the bundled ones by default.
         target: a few-shot prompt of descriptions that ends in the placeholder, such as
             `tll.scopes.entity_description()`. By default three of the entities, drawn at random, make the prompt and

@@ -1,9 +1,8 @@
 """Does a patch make two hops out of one? Single hops, two hops at once, and two hops with the first one's vector put in between."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +10,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses import methods
-from tl_lenses.checks import seed_of, several, whole_number
+from tl_lenses.checks import seed_of, some_of, whole_number
 from tl_lenses.deprecation import renamed
 from tl_lenses.experiments.common import CONDITIONS, UNPATCHED, Cells, Controlled, Pair, Result, scores_of, vectors_of
-from tl_lenses.experiments.facts import Fact, contains, contaminated, facts_of, known, target_of, texts_of, two_hops
+from tl_lenses.experiments.facts import (
+    Fact,
+    Facts,
+    contains,
+    contaminated,
+    facts_of,
+    known,
+    target_of,
+    texts_of,
+    two_hops,
+)
 from tl_lenses.experiments.grid import Table
-from tl_lenses.experiments.subject import Subject
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Subject
 from tl_lenses.model import LensModel
 from tl_lenses.patchscopes import Source, Target, patchscope
 from tl_lenses.progress import progress
@@ -78,14 +86,13 @@ class Multihop(Result):
 @renamed(limit="n")
 @torch.no_grad()
 def multihop(
-    model: LensModel, facts: Sequence[Fact] | str | Path | None = None, *, layers: Iterable[LayerOrSite] | None = None,
-    target_layers: Iterable[LayerOrSite] | None = None, forms: Sequence[str] = FORMS, max_new_tokens: int = 20,
+    model: LensModel, facts: Facts = None, *, layers: Layers = None,
+    target_layers: Layers = None, forms: Sequence[str] = FORMS, max_new_tokens: int = 20,
     n: int | None = 24, guard: bool = True, seed: int = 0, show_progress: bool | None = None,
 ) -> Multihop:  # fmt: skip
     """Answer two-hop questions by patching, of which the model answers both hops alone.
 
     Args:
-        model: of both runs.
         facts: `read_facts(...)`, or the path that it takes; the bundled ones by default. Where the object of a fact with
             a `phrase` is the subject of another one, there is a query.
         layers: source layers, `0..n_layers` by default.
@@ -112,9 +119,9 @@ def multihop(
     """
     subject = Subject.of(model, layers=layers, what="multihop")
     pairs = subject.pairs(target_layers)
-    forms = several("forms", forms, "words")
-    if not forms or any(not isinstance(form, str) or form not in FORMS for form in forms):
-        raise ValueError(f"forms are some of {', '.join(FORMS)}, got {forms}")
+    forms = some_of("forms", forms, FORMS)
+    if not forms:
+        raise ValueError(f"forms must be some of {', '.join(FORMS)}, got none")
     n = None if n is None else whole_number("n", n, least=2)
     max_new_tokens, seed = whole_number("max_new_tokens", max_new_tokens, least=1), seed_of(seed)
     given, data = facts_of(facts)

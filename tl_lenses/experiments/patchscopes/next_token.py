@@ -1,6 +1,6 @@
 """How early can the model's next token be read from a hidden state? Token identity beside the logit lens and fitted ones."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from tl_lenses.checks import whole_number
 from tl_lenses.experiments.common import MEAN, PATCHED, RANDOM, SHUFFLED, UNPATCHED, Cells, Controlled, Result
 from tl_lenses.experiments.grid import Grid, Table
-from tl_lenses.experiments.subject import Subject, lenses_of, text_settings
+from tl_lenses.experiments.subject import Layers, Subject, lenses_of, text_settings
 from tl_lenses.hooks import run
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel
 from tl_lenses.patchscopes import Source, Target, patchscope, scopes
@@ -70,13 +69,12 @@ class NextToken(Result):
 @torch.no_grad()
 def next_token(
     model: LensModel, tokens: Any, lenses: Mapping[str, Lens] | None = None, *,
-    layers: Iterable[LayerOrSite] | None = None, target: Target | None = None, n: int = 500, per_row: int = 4,
+    layers: Layers = None, target: Target | None = None, n: int = 500, per_row: int = 4,
     seed: int = 0, show_progress: bool | None = None,
 ) -> NextToken:  # fmt: skip
     """Precision@1 and surprisal per layer of the token-identity patchscope, the logit lens and fitted lenses.
 
     Args:
-        model: of both runs.
         tokens: text, as `evaluate` takes it. A row's first position is never drawn.
         lenses: fitted lenses to compare with, by name; the logit lens is always there.
         layers: `0..n_layers` by default; l* = l.

@@ -1,6 +1,7 @@
 """What is a part of the model worth? Blocks, heads, subspaces and directions ablated; blocks deleted, swapped and doubled."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,12 @@ from torch import Tensor
 
 from tl_lenses import edits
 from tl_lenses import stats as S
-from tl_lenses.checks import seed_of, several
+from tl_lenses.checks import seed_of, some_of
 from tl_lenses.experiments.basis import check_subspaces
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, Texts, text_settings
-from tl_lenses.hooks import Hook, patch, read, residual_reads, run
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Subject, Texts, logits_of, text_settings
+from tl_lenses.hooks import Hook, patch, read, residual_reads
 from tl_lenses.model import LensModel, d_model, n_layers
 from tl_lenses.progress import progress
 from tl_lenses.sites import site
@@ -172,7 +172,7 @@ def head_edit(model: LensModel, block: int, head: int, edit: Edit) -> list[Hook]
 def ablations(
     model: LensModel, tokens: Any, *, kinds: Sequence[str] = KINDS, orders: Sequence[str] = ORDERS, heads: bool = True,
     subspaces: Mapping[str, Mapping[int, Float[Tensor, "k d"]]] | None = None,
-    layers: Iterable[LayerOrSite] | None = None, n: int = 512, seed: int = 0, skip_first: bool = True,
+    layers: Layers = None, n: int = 512, seed: int = 0, skip_first: bool = True,
     show_progress: bool | None = None,
 ) -> Ablations:  # fmt: skip
     """How much the loss rises without a part of the model, block by block.
@@ -184,7 +184,6 @@ def ablations(
     replaced. Deletion costs a pass per block, duplication one, a swap one on top of the deletion's.
 
     Args:
-        model: whose parts are ablated.
         tokens: text, as `evaluate` takes it.
         kinds: of "zero", "mean", "resample".
         orders: of "delete", "swap", "duplicate".
@@ -211,11 +210,10 @@ def ablations(
     """
     subject = Subject.of(model, layers=layers, what="ablations", final="never")
     depth, blocks = subject.depth, subject.layers
-    kinds, orders, seed = several("kinds", kinds, "words"), several("orders", orders, "words"), seed_of(seed)
-    for given, known, option in ((kinds, KINDS, "kinds"), (orders, ORDERS, "orders")):
-        if unknown := [name for name in given if not isinstance(name, str) or name not in known]:
-            raise ValueError(f"{option} must be of {', '.join(known)}, got {unknown[0]!r}")
-    spaces = _checked({} if subspaces is None else subspaces, blocks, d_model(model))
+    kinds, orders, seed = some_of("kinds", kinds, KINDS), some_of("orders", orders, ORDERS), seed_of(seed)
+    spaces = check_subspaces({} if subspaces is None else subspaces, blocks, d_model(model))
+    if taken := [name for name in spaces if name in WHOLE or name.startswith("head ")]:
+        raise ValueError(f"a subspace may not be called {taken[0]!r}: that is another part of the table")
     texts = subject.texts(tokens, n=n, skip_first=skip_first, resampled="resample" in kinds)
     if heads:
         _check_heads(model, texts.batches[0], blocks[0])
@@ -223,25 +221,23 @@ def ablations(
     plan = _Plan(model, kinds, orders, spaces, int(model.cfg.n_heads) if heads else 0, means, seed)
 
     bar = progress(total=len(texts.batches) * len(blocks) * plan.passes, desc="ablating", show=show_progress)
-    sums: dict[Key, Float[Tensor, "2 block"]] = {}  # of loss and KL
+    sums = defaultdict[Key, Tensor](lambda: torch.zeros(2, len(blocks), dtype=torch.float64))  # of loss and KL
     clean_loss, targets = 0.0, 0
     for batch, used in texts:
         seen: dict[Any, Tensor] = {}
-        clean = S.log_probs(_logits(model, batch, residual_reads(model, range(depth + 1), seen))[used])
+        clean = S.log_probs(logits_of(model, batch, residual_reads(model, range(depth + 1), seen))[used])
         goal = next_tokens(batch.tokens, used_positions(batch, False))[used]
         p, plain = clean.exp(), _loss(clean, goal)
         clean_loss, targets = clean_loss + plain, targets + int((goal >= 0).sum())
         for i, block in enumerate(blocks):
             for key, hooks in plan.interventions(batch, used, block, seen):
-                logq = S.log_probs(_logits(model, batch, hooks)[used])
+                logq = S.log_probs(logits_of(model, batch, hooks)[used])
                 change = [_loss(logq, goal) - plain, float(S.kl(clean, logq, p).double().sum())]
-                total = sums.setdefault(key, torch.zeros(2, len(blocks), dtype=torch.float64))
-                total[:, i] += torch.tensor(change, dtype=torch.float64)
+                sums[key][:, i] += torch.tensor(change, dtype=torch.float64)
                 bar.update()
     bar.close()
     if "swap" in orders and depth - 1 in blocks:
-        total = sums.setdefault(("order", "swap"), torch.zeros(2, len(blocks), dtype=torch.float64))
-        total[:, blocks.index(depth - 1)] = torch.nan
+        sums["order", "swap"][:, blocks.index(depth - 1)] = torch.nan
     keys = sorted(sums, key=lambda key: key[0] not in WHOLE)
     loss, kl = torch.stack([sums[key] for key in keys], 1) if keys else torch.zeros(2, 0, len(blocks))
     targets = max(targets, 1)
@@ -288,10 +284,8 @@ class _Plan:
             for name, rows in self.spaces.items():
                 inside = edits.project(rows[block], toward=self._edit(how, means.get(("state", block))))
                 yield (name, how), [patch(site(model, block), edits.where(used, inside))]
-            for head in range(self.n_heads):
-                mean = means.get(("heads", block))
-                edit = edits.where(used, self._edit(how, None if mean is None else mean[head]))
-                yield (f"head {head}", how), head_edit(model, block, head, edit)
+            for head, mean in enumerate(means.get(("heads", block), [None] * self.n_heads)):
+                yield (f"head {head}", how), head_edit(model, block, head, edits.where(used, self._edit(how, mean)))
         yield from _orders(model, batch, block, self.orders, plain)
 
     def _edit(self, how: str, mean: Tensor | None) -> Edit:
@@ -311,14 +305,10 @@ def _orders(
         yield ("order", "delete"), gone
     if "swap" in orders and not last:
         if "delete" not in orders:
-            _logits(model, batch, gone)
+            logits_of(model, batch, gone)
         yield ("order", "swap"), swapped(model, block, seen["skipped"])
     if "duplicate" in orders:
         yield ("order", "duplicate"), duplicated(model, block, plain[block + 1])
-
-
-def _logits(model: LensModel, batch: Batch, hooks: Iterable[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
-    return run(model, batch.tokens, hooks, attention_mask=batch.attention_mask)
 
 
 def _means(
@@ -333,7 +323,7 @@ def _means(
     total: dict[int, Tensor] = {}
     for batch, used in texts:
         seen: dict[int, Tensor] = {}
-        _logits(model, batch, [read(f"blocks.{b}.attn.hook_z", seen, b) for b in blocks])
+        logits_of(model, batch, [read(f"blocks.{b}.attn.hook_z", seen, b) for b in blocks])
         for b, z in seen.items():
             total[b] = total.get(b, 0) + z[used].reshape(int(used.sum()), int(model.cfg.n_heads), -1).sum(0)
     return means | {("heads", b): x / texts.n for b, x in total.items()}
@@ -342,21 +332,7 @@ def _means(
 def _check_heads(model: LensModel, batch: Batch, block: int) -> None:
     """Refuse a model whose attention output does not depend on the hook point that is edited."""
     hook = patch(f"blocks.{block}.attn.hook_z", edits.zero)
-    if torch.equal(_logits(model, batch, []), _logits(model, batch, [hook])):
+    if torch.equal(logits_of(model, batch), logits_of(model, batch, [hook])):
         raise RuntimeError(
             "this model's attention ignores edits of hook_z, so ablated heads would change nothing: pass heads=False"
         )
-
-
-def _checked(
-    subspaces: Mapping[str, Mapping[int, Tensor]], blocks: Sequence[int], width: int
-) -> dict[str, dict[int, Float[Tensor, "k d"]]]:
-    """Subspaces as `[k, d_model]`, orthonormal; of these blocks."""
-    if not isinstance(subspaces, Mapping) or not all(isinstance(given, Mapping) for given in subspaces.values()):
-        raise TypeError(f"subspaces must be a mapping {{name: {{layer: directions}}}}, got {type(subspaces).__name__}")
-    checked: dict[str, dict[int, Tensor]] = {}
-    for name, given in subspaces.items():
-        if name in WHOLE or name.startswith("head "):
-            raise ValueError(f"a subspace may not be called {name!r}: that is another part of the table")
-        checked[name] = check_subspaces(given, blocks, width, name)
-    return checked

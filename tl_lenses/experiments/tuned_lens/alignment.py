@@ -1,7 +1,7 @@
 """Does a lens respond to an intervention as the model does? Stimulus and response, compared in Aitchison's geometry."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ from tl_lenses.checks import one_of, seed_of
 from tl_lenses.experiments.basis import bases_of, check_k, check_subspaces
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, Texts, lenses_of, text_settings
-from tl_lenses.hooks import patch, read, run
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Lenses, Subject, Texts, lenses_of, logits_of, text_settings
+from tl_lenses.hooks import patch, read
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, d_model
 from tl_lenses.progress import progress
@@ -61,8 +60,8 @@ class Alignment(Report):
 
 
 def alignment(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], tokens: Any, *, k: int = 8,
-    layers: Iterable[LayerOrSite] | None = None, n: int = 512,
+    model: LensModel, lenses: Lenses, tokens: Any, *, k: int = 8,
+    layers: Layers = None, n: int = 512,
     subspaces: Mapping[str, Mapping[int, Float[Tensor, "k d"]]] | None = None, weights: str = "both", seed: int = 0,
     skip_first: bool = True, show_progress: bool | None = None,
 ) -> Alignment:  # fmt: skip
@@ -75,7 +74,6 @@ def alignment(
     derangement of all positions of a batch).
 
     Args:
-        model: whose response is measured.
         lenses: a lens or `{name: lens}`; each gets its own subspaces.
         tokens: text, as `evaluate` takes it.
         k: directions of the subspace.
@@ -95,21 +93,14 @@ def alignment(
     Example:
         >>> print(alignment(model, {"logit": tll.Lens(model), "tuned": lens}, tokens))      # doctest: +SKIP
     """
-    subject = Subject.of(
-        model, lenses_of(model, lenses, "alignment"), layers, what="alignment", final="asked", every=True
-    )
+    given = lenses_of(model, lenses, "alignment")
+    subject = Subject.of(model, given, layers, what="alignment", final="asked", every=True)
     lenses, width = subject.lenses, d_model(model)
     check_k(k, width)
-    one_of("weights", weights, tuple(WEIGHTS))
+    one_of("weights", weights, WEIGHTS)
     seed = seed_of(seed)
     if subspaces is not None:
-        if not isinstance(subspaces, Mapping):
-            raise TypeError(
-                f"subspaces must be a mapping {{lens: {{layer: directions}}}}, got {type(subspaces).__name__}"
-            )
-        if missing := [name for name in lenses if name not in subspaces]:
-            raise ValueError(f"subspaces are given for {sorted(subspaces)} and not for lens {missing[0]!r}")
-        subspaces = {name: check_subspaces(subspaces[name], subject.layers, width, name) for name in lenses}
+        subspaces = check_subspaces(subspaces, subject.layers, width, of="lens", names=list(lenses))
     texts = subject.texts(tokens, n=n, skip_first=skip_first, resampled=True)
     if subspaces is None:
         states = subject.states(texts)
@@ -139,9 +130,8 @@ def _aligned(
     for batch, used in texts:
         edit = edits.where(used, edits.project(rows, toward=edits.resample(seed), orthonormal=True))
         states: dict[str, Tensor] = {}
-        step = lambda hooks, batch=batch: run(model, batch.tokens, hooks, attention_mask=batch.attention_mask)
-        clean = step([read(name, states, "clean")])[used]
-        treated = step([patch(name, edit), read(name, states, "treated")])[used]
+        clean = logits_of(model, batch, [read(name, states, "clean")])[used]
+        treated = logits_of(model, batch, [patch(name, edit), read(name, states, "treated")])[used]
         before, after = states["clean"][used], states["treated"][used]
         # The control: the response of another position, drawn like the states, with its own weights.
         other = edits.resample(seed + 1)(torch.arange(len(clean))[:, None, None])[:, 0, 0]

@@ -1,7 +1,6 @@
 """Which directions of a layer matter to a lens, and do they matter to the model as much? Causal basis extraction."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ from tl_lenses.checks import one_of
 from tl_lenses.experiments.basis import SOLVERS, Basis, bases_of, check_k
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, Texts, text_settings
-from tl_lenses.hooks import patch, run
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Subject, Texts, logits_of, text_settings
+from tl_lenses.hooks import patch
 from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel, d_model
 from tl_lenses.numerics import spearman
@@ -68,27 +66,20 @@ class CausalBasis(Report):
     def pictures(self) -> dict[str, Picture]:
         """Effect on the model against effect on the lens, a dot per direction; Spearman per layer."""
         bits = self.grid.map(lambda x: (x * BITS).double().clamp_min(1e-9))  # a logarithmic axis has no zero
-        pairs = {layer: bits.at(layer=layer) for layer in self.layers}
         dots = {
-            f"layer {layer}": list(zip(at["energy"].tolist(), at["effect"].tolist(), strict=True))
-            for layer, at in pairs.items()
+            f"layer {layer}": [(row["energy"], row["effect"]) for row in bits.at(layer=layer).rows()]
+            for layer in self.layers
         }
-        pictures: dict[str, Picture] = {
-            "effects": Lines(
-                f"causal directions, {self.model}", dots, "effect on the lens, bits", "effect on the model, bits",
-                points=True, log_x=True, log_y=True,
-            )
-        }  # fmt: skip
+        title, axes = f"causal directions, {self.model}", ("effect on the lens, bits", "effect on the model, bits")
+        pictures: dict[str, Picture] = {"effects": Lines(title, dots, *axes, points=True, log_x=True, log_y=True)}
         if len(self.layers) > 1 and len(self.directions) > 2:
-            ranks = [(layer, self.spearman(layer)) for layer in self.layers]
-            pictures["spearman"] = Lines(
-                f"lens against model, {self.model}", {"Spearman": ranks}, up="rank correlation"
-            )
+            ranks = {"Spearman": [(layer, self.spearman(layer)) for layer in self.layers]}
+            pictures["spearman"] = Lines(f"lens against model, {self.model}", ranks, up="rank correlation")
         return pictures
 
 
 def causal_basis(
-    model: LensModel, lens: Lens, tokens: Any, *, k: int = 32, layers: Iterable[LayerOrSite] | None = None,
+    model: LensModel, lens: Lens, tokens: Any, *, k: int = 32, layers: Layers = None,
     n: int = 512, solver: str = "fast", skip_first: bool = True, show_progress: bool | None = None,
 ) -> CausalBasis:  # fmt: skip
     """Directions by their effect on a lens, and the effect of each on the model.
@@ -97,8 +88,6 @@ def causal_basis(
         effect(v) = E KL( M(x) || M(x; h_l <- r(h_l, v)) )
 
     Args:
-        model: whose layers are read and ablated.
-        lens: f.
         tokens: text, as `evaluate` takes it.
         k: directions per layer; d_model is the whole basis, as the paper has it.
         layers: `0..n_layers-1` by default; ablated is the input of block l.
@@ -117,20 +106,18 @@ def causal_basis(
     Example:
         >>> print(causal_basis(model, lens, tokens, k=8))      # doctest: +SKIP
     """
-    subject = Subject.of(
-        model, one_lens(model, lens, "causal-basis"), layers, what="causal-basis", final="asked", every=True
-    )
+    single = one_lens(model, lens, "causal-basis")
+    subject = Subject.of(model, single, layers, what="causal-basis", final="asked", every=True)
     check_k(k, d_model(model))
-    one_of("solver", solver, tuple(SOLVERS))
+    one_of("solver", solver, SOLVERS)
     texts = subject.texts(tokens, n=n, skip_first=skip_first)
     states = subject.states(texts)
     bases = bases_of(lens, states, k, solver=solver, show_progress=show_progress)
-    bar = progress(total=k * len(subject.layers), desc="ablating in the model", show=show_progress)
-    effect = [
-        effects(model, texts, layer, basis.vectors, states[layer].float().mean(0), bar)
-        for layer, basis in bases.items()
-    ]
-    bar.close()
+    with progress(total=k * len(subject.layers), desc="ablating in the model", show=show_progress) as bar:
+        effect = [
+            _effects(model, texts, layer, basis.vectors, states[layer].float().mean(0), bar)
+            for layer, basis in bases.items()
+        ]
     energy = torch.stack([basis.energies for basis in bases.values()])
     axes = {"layer": subject.layers, "direction": range(k)}
     grid = Grid.over(axes, {"energy": energy, "effect": torch.stack(effect)})
@@ -141,24 +128,17 @@ def causal_basis(
 
 
 @torch.no_grad()
-def effects(
-    model: LensModel,
-    texts: Texts,
-    layer: int,
-    directions: Float[Tensor, "k d"],
-    mean: Float[Tensor, " d"],
-    bar: Any = None,
+def _effects(
+    model: LensModel, texts: Texts, layer: int, directions: Float[Tensor, "k d"], mean: Float[Tensor, " d"], bar: Any
 ) -> Float[Tensor, " k"]:
     """KL between the model and the model with one direction mean-ablated in the input of block `layer`, nats."""
     total = torch.zeros(len(directions), dtype=torch.float64)
     for batch, used in texts:
-        step = lambda hooks, batch=batch: run(model, batch.tokens, hooks, attention_mask=batch.attention_mask)
-        clean = S.log_probs(step([])[used])
+        clean = S.log_probs(logits_of(model, batch)[used])
         p = clean.exp()
         for i, v in enumerate(directions):
             edit = edits.where(used, edits.project(v, toward=mean))
-            logq = S.log_probs(step([patch(site(model, layer), edit)])[used])
+            logq = S.log_probs(logits_of(model, batch, [patch(site(model, layer), edit)])[used])
             total[i] += float(S.kl(clean, logq, p).double().sum())
-            if bar is not None:
-                bar.update(1 / len(texts.batches))
+            bar.update(1 / len(texts.batches))
     return (total / texts.n).float()

@@ -4,7 +4,7 @@ Features are the log-probabilities of the answers at every layer, or, where ther
 prediction; the rivals are distances of the final state, which need no lens.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_lenses import stats as S
-from tl_lenses.checks import one_of, several, whole_number
+from tl_lenses.checks import several, some_of, whole_number
 from tl_lenses.experiments.choices import Question, Scored, scored
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.injections import Task
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Lenses, Subject
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel
 from tl_lenses.numerics import DRAWS, auroc, ledoit_wolf, percentiles, resampled
@@ -95,8 +94,8 @@ class Detection(Report):
 
 
 def detection(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], tasks: Sequence[Task], *, detectors: Sequence[str] = DETECTORS,
-    layers: Iterable[LayerOrSite] | None = None, splits: int = 10, neighbors: int = 20, draws: int = DRAWS,
+    model: LensModel, lenses: Lenses, tasks: Sequence[Task], *, detectors: Sequence[str] = DETECTORS,
+    layers: Layers = None, splits: int = 10, neighbors: int = 20, draws: int = DRAWS,
     seed: int = 0, batch_size: int = 16, show_progress: bool | None = None,
 ) -> Detection:  # fmt: skip
     """AUROC of anomaly detectors that are fitted on normal prompts and see normal and injected ones.
@@ -108,8 +107,6 @@ def detection(
     `m(x) = (x - mu)^T S^-1 (x - mu) - (x - mu)^T diag(S)^-1 (x - mu)`, and its first term alone.
 
     Args:
-        model: the model that the lenses are of.
-        lenses: a lens or `{name: lens}`.
         tasks: from `injections.tasks_of`, or of your own: any normal and anomalous prompts.
         detectors: of scikit-learn (extra `detect`), with its defaults.
         layers: of the features; `0..n_layers` by default.
@@ -128,9 +125,7 @@ def detection(
         >>> print(detection(model, {"tuned": lens}, tasks_of(read_facts())))      # doctest: +SKIP
     """
     subject = Subject.of(model, lenses, layers, what="detection", every=True)
-    detectors, seed = several("detectors", detectors, "words"), whole_number("seed", seed, least=0, most=2**32 - 1)
-    for name in detectors:
-        one_of("detectors", name, DETECTORS)
+    detectors, seed = some_of("detectors", detectors, DETECTORS), whole_number("seed", seed, least=0, most=2**32 - 1)
     splits, neighbors = whole_number("splits", splits, least=1), whole_number("neighbors", neighbors, least=1)
     draws, batch_size = whole_number("draws", draws, least=1), whole_number("batch_size", batch_size, least=1)
     tasks = several("tasks", tasks, "tasks")

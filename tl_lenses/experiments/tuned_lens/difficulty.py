@@ -1,7 +1,7 @@
 """Which predictions are hard? Do predictions that settle late in the layers settle late in training as well?"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from tl_lenses.checks import seed_of, several, whole_number
 from tl_lenses.experiments.choices import Question, scored
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, text_settings
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Lenses, Subject, text_settings
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, n_layers
 from tl_lenses.numerics import percentiles, spearman, spearman_draws
@@ -143,8 +142,8 @@ def settled(top: Int[Tensor, "time item"]) -> Int[Tensor, " item"]:
 
 @torch.no_grad()
 def difficulty(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], tokens: Any, checkpoints: Sequence[tuple[int, Any]], *,
-    questions: Sequence[Question] = (), layers: Iterable[LayerOrSite] | None = None, n: int = 2000,
+    model: LensModel, lenses: Lenses, tokens: Any, checkpoints: Sequence[tuple[int, Any]], *,
+    questions: Sequence[Question] = (), layers: Layers = None, n: int = 2000,
     skip_first: bool = True, seed: int = 0, show_progress: bool | None = None,
 ) -> Difficulty:  # fmt: skip
     """Prediction depth and iteration learned, per token and per question, and how they correlate.

@@ -17,9 +17,8 @@ from tl_lenses.decode import decode, read_run
 from tl_lenses.evaluation import BytesPerToken
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, text_settings
+from tl_lenses.experiments.subject import Layers, Subject, text_settings
 from tl_lenses.hooks import Hook, checked_hooks
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, decoders_of
 from tl_lenses.model import LensModel, check_model, prepare
 from tl_lenses.progress import progress
@@ -113,7 +112,7 @@ class FineTune(Report):
 
 @torch.no_grad()
 def fine_tune(
-    model: LensModel, base: Translators, own: Translators, tokens: Any, *, layers: Iterable[LayerOrSite] | None = None,
+    model: LensModel, base: Translators, own: Translators, tokens: Any, *, layers: Layers = None,
     skip_first: bool = True, hooks: Iterable[Hook] = (), bytes_per_token: float | None = None,
     chunk_size: int | None = None, show_progress: bool | None = None,
 ) -> FineTune:  # fmt: skip
@@ -128,7 +127,6 @@ def fine_tune(
         tokens: held-out text, as `evaluate` takes it; costs are compared row by row.
         layers: all that both have, by default.
         skip_first: leave out real position 0 of each row.
-        hooks: your interventions.
         bytes_per_token: for plain ids; batches know their own, a tokenizer can decode the rest.
         chunk_size: positions decoded at a time.
 

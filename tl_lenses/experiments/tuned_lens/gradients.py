@@ -13,9 +13,8 @@ from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.edits import Edit
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, text_settings
+from tl_lenses.experiments.subject import Layers, Subject, text_settings
 from tl_lenses.hooks import Hook, checked_hooks, patch, read, run
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.model import LensModel
 from tl_lenses.sites import site
 from tl_lenses.tokens import Batch, next_tokens, used_positions
@@ -93,7 +92,7 @@ class Gradients(Report):
 
 
 def gradients(
-    model: LensModel, tokens: Any, *, layers: Iterable[LayerOrSite] | None = None, skip_first: bool = True,
+    model: LensModel, tokens: Any, *, layers: Layers = None, skip_first: bool = True,
     hooks: Iterable[Hook] = (), draws: int = 16, seed: int = 0, show_progress: bool | None = None,
 ) -> Gradients:  # fmt: skip
     """Cosine of what block l adds, `F_l = h_(l+1) - h_l`, and the loss' gradient `dL/dh_l`, per sequence.

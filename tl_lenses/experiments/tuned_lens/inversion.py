@@ -1,6 +1,5 @@
 """Which hidden state would say this? The state whose decoding is closest to a distribution, with and without a prior."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,8 @@ from tl_lenses import stats as S
 from tl_lenses.checks import finite_number, whole_number
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Drawn, Subject, text_settings
-from tl_lenses.layers import LayerOrSite
-from tl_lenses.lens import LayerLens, Lens
+from tl_lenses.experiments.subject import Drawn, Layers, Lenses, Subject, text_settings
+from tl_lenses.lens import LayerLens
 from tl_lenses.model import LensModel, d_model
 from tl_lenses.moments import Moments, moments
 from tl_lenses.numerics import Gaussian, gain, minimise
@@ -76,14 +74,12 @@ class Inversion(Report):
 
 
 def inversion(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], tokens: Any, *, layers: Iterable[LayerOrSite] | None = None,
+    model: LensModel, lenses: Lenses, tokens: Any, *, layers: Layers = None,
     n: int = 24, weight: float = WEIGHT, steps: int = 60, seed: int = 0, show_progress: bool | None = None,
 ) -> Inversion:  # fmt: skip
     """Inverts the model's own next-token distributions at every layer and through every lens, and compares with the true states.
 
     Args:
-        model: the model that the lenses are of.
-        lenses: a lens or `{name: lens}`.
         tokens: text; the first rows are inverted, the prior comes from the rest.
         layers: `0..n_layers` by default.
         n: distributions, from 2.

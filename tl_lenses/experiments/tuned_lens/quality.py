@@ -1,6 +1,6 @@
 """How good are the lenses, and how biased? KL, bits per byte and marginal bias per layer, for one model or several."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite, log, nan
 from typing import Any
@@ -9,10 +9,8 @@ from tl_lenses.checks import plain_text
 from tl_lenses.evaluation import Scores, evaluate
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, text_settings
+from tl_lenses.experiments.subject import Layers, Lenses, Subject, text_settings
 from tl_lenses.hooks import Hook
-from tl_lenses.layers import LayerOrSite
-from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel
 from tl_lenses.views import Lines, Picture
 
@@ -80,12 +78,7 @@ class Quality(Report):
     def _by_layer(self, model: str, lens: str, value: str) -> dict[int, float]:
         if value not in self.grid:
             raise ValueError(f"no {value!r}: there are {', '.join(self.grid)}")
-        rows = self.scores[model].rows
-        return {
-            row["layer"]: float(self.grid.at(model=model, lens=lens, layer=row["layer"])[value])
-            for row in rows
-            if row["lens"] == lens
-        }
+        return {row["layer"]: row[value] for row in self.grid.at(model=model, lens=lens).rows(value)}
 
     def tables(self) -> list[Table]:
         """Every layer of every model, then at how many layers each lens is better than the first one."""
@@ -133,7 +126,7 @@ class Quality(Report):
 
 
 def quality(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], tokens: Any, *, layers: Iterable[LayerOrSite] | None = None,
+    model: LensModel, lenses: Lenses, tokens: Any, *, layers: Layers = None,
     skip_first: bool = True, hooks: Iterable[Hook] = (), bytes_per_token: float | None = None, name: str | None = None,
     chunk_size: int | None = None, show_progress: bool | None = None,
 ) -> Quality:  # fmt: skip
@@ -142,7 +135,6 @@ def quality(
     `bias_l = KL(p || q_l)`, p and q_l the means over positions of the model's and the lens' distributions.
 
     Args:
-        model: the model that the lenses are of.
         lenses: a lens or `{name: lens}`; the others are compared with the first one.
         tokens: held-out text, as `evaluate` takes it.
         layers: all that every lens has, by default; the last one, which is the model itself, is always there.

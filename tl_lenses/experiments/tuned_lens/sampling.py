@@ -1,7 +1,7 @@
 """What would the model write from layer l? Generation where each token is drawn from a lens."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from tl_lenses import stats as S
 from tl_lenses.checks import finite_number
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, data_of, lenses_of
+from tl_lenses.experiments.subject import Layers, Lenses, Subject, data_of, lenses_of
 from tl_lenses.hooks import Hook, checked_hooks, generate, run
 from tl_lenses.layers import LayerOrSite, site_layer
 from tl_lenses.lens import Lens, one_lens
@@ -37,8 +37,6 @@ def sample_from(
     vain.)
 
     Args:
-        model: the model that the lens is of.
-        lens: the logit lens or a fitted one.
         layer: whose residual is read, or a site of a residual's width.
         prompt: text (BOS is prepended; several prompts are padded on the left), or token ids.
         max_new_tokens: how many tokens to add.
@@ -174,15 +172,13 @@ class Sampling(Report):
 
 @torch.no_grad()
 def sampling(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], prompts: str | Sequence[str] | Int[Tensor, "batch pos"], *,
-    layers: Iterable[LayerOrSite] | None = None, max_new_tokens: int = 32, do_sample: bool = True,
+    model: LensModel, lenses: Lenses, prompts: str | Sequence[str] | Int[Tensor, "batch pos"], *,
+    layers: Layers = None, max_new_tokens: int = 32, do_sample: bool = True,
     temperature: float = 1.0, seed: int = 0, hooks: Iterable[Hook] = (), show_progress: bool | None = None,
 ) -> Sampling:  # fmt: skip
     """Texts from every layer of every lens, their perplexity under the model, and agreement with its own text.
 
     Args:
-        model: the model that the lenses are of.
-        lenses: a lens or `{name: lens}`.
         prompts: text or texts (padded on the left), or token ids.
         layers: all that every lens has, by default.
         max_new_tokens: length of the texts; EOS does not end one.
@@ -197,10 +193,8 @@ def sampling(
     Example:
         >>> print(sampling(model, {"logit": tll.Lens(model), "tuned": lens}, ["Once upon a time"]))      # doctest: +SKIP
     """
-    subject, hooks = (
-        Subject.of(model, lenses_of(model, lenses, "sampling"), layers, what="sampling"),
-        checked_hooks(model, hooks),
-    )
+    subject = Subject.of(model, lenses_of(model, lenses, "sampling"), layers, what="sampling")
+    hooks = checked_hooks(model, hooks)
     batch = prepare(model, prompts)
     start, mask = batch.tokens.shape[1], batch.attention_mask
     how: dict[str, Any] = {

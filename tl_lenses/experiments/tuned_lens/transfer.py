@@ -12,9 +12,8 @@ from tl_lenses import stats as S
 from tl_lenses.checks import whole_number
 from tl_lenses.experiments.grid import Grid, Table
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject, text_settings
+from tl_lenses.experiments.subject import Layers, Subject, text_settings
 from tl_lenses.hooks import Hook
-from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel
 from tl_lenses.moments import Moments, moments
@@ -159,7 +158,7 @@ class Transfer(Report):
 
 @torch.no_grad()
 def transfer(
-    model: LensModel, lens: Lens, tokens: Any, *, layers: Iterable[LayerOrSite] | None = None, skip_first: bool = True,
+    model: LensModel, lens: Lens, tokens: Any, *, layers: Layers = None, skip_first: bool = True,
     hooks: Iterable[Hook] = (), chunk_size: int | None = None, show_progress: bool | None = None,
 ) -> Transfer:  # fmt: skip
     """Every translator on every layer, from one pass over the text.
@@ -168,12 +167,10 @@ def transfer(
     covariance of the residual at layer l.
 
     Args:
-        model: the model that the lens is of.
         lens: a fitted lens; the logit lens has one translator only.
         tokens: held-out text, as `evaluate` takes it.
         layers: the fitted ones by default. `n_layers` may be among them: its translator is the identity.
         skip_first: leave out real position 0 of each row, whose outsized norm would be most of a covariance.
-        hooks: your interventions.
         chunk_size: positions decoded at a time.
 
     Raises:

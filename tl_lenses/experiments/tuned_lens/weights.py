@@ -1,19 +1,18 @@
 """Which tokens do the weights write and read? Singular vectors and columns of attention and MLP as tokens, through a lens."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_lenses.checks import seed_of, several, whole_number
+from tl_lenses.checks import seed_of, some_of, whole_number
 from tl_lenses.deprecation import renamed
 from tl_lenses.experiments.grid import Grid, Table, interval
 from tl_lenses.experiments.report import Report
-from tl_lenses.experiments.subject import Subject
-from tl_lenses.layers import LayerOrSite
+from tl_lenses.experiments.subject import Layers, Lenses, Subject
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, d_model, name_of
 from tl_lenses.numerics import DRAWS, gain, percentiles, resampled
@@ -59,20 +58,12 @@ class Weights(Report):
 
     name = "weights"
 
-    @staticmethod
-    def of(model: str, readings: list[Reading], words: dict[int, str], settings: dict[str, Any]) -> "Weights":
-        """Readings with their means by lens and layer."""
-        lenses = list(dict.fromkeys(r.lens for r in readings))
-        blocks = sorted({r.block for r in readings if r.kind != RANDOM})
-        mean = lambda kinds: torch.tensor([
-            [float(_scores(readings, lens, kinds, block).mean()) for block in blocks] for lens in lenses
-        ], dtype=torch.float64)  # fmt: skip
-        grid = Grid.over({"lens": lenses, "layer": blocks}, {"coherence": mean(KINDS), "random": mean([RANDOM])})
-        return Weights(model, readings, words, grid=grid, settings=settings)
-
-    def scores(self, lens: str, kind: str, block: int | None = None) -> Float[Tensor, " n"]:
-        """Coherence of all vectors of a kind, in one block or in all."""
-        return _scores(self.readings, lens, [kind], block)
+    def scores(self, lens: str, kind: str | Sequence[str], block: int | None = None) -> Float[Tensor, " n"]:
+        """Coherence of all vectors of a kind or of several, in one block or in all."""
+        kinds = [kind] if isinstance(kind, str) else kind
+        there = lambda r, kind: (r.lens, r.kind) == (lens, kind) and block in (None, r.block)
+        parts = [r.coherence for kind in kinds for r in self.readings if there(r, kind)]
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def summary(self, lens: str, kind: str) -> tuple[float, float, float, float]:
         """Mean coherence, its 95% interval over vectors, and the share of vectors above 95% of the random ones."""
@@ -110,12 +101,9 @@ class Weights(Report):
     def best(self, lens: str, n: int) -> list[tuple[Reading, int]]:
         """The most coherent vectors of all blocks, one of each kind at most."""
         score = lambda pair: float(pair[0].coherence[pair[1]])
-        best = []
-        for kind in KINDS:
-            pairs = [(r, i) for r in self.readings if (r.lens, r.kind) == (lens, kind) for i in range(len(r.labels))]
-            if pairs:
-                best.append(max(pairs, key=score))
-        return sorted(best, key=score, reverse=True)[:n]
+        of_kind = lambda kind: [r for r in self.readings if (r.lens, r.kind) == (lens, kind)]
+        pairs = [[(r, i) for r in of_kind(kind) for i in range(len(r.labels))] for kind in KINDS]
+        return sorted((max(of, key=score) for of in pairs if of), key=score, reverse=True)[:n]
 
     def text(self, ids: Int[Tensor, " k"]) -> str:
         """Tokens as one line."""
@@ -141,8 +129,8 @@ class Weights(Report):
 @renamed(blocks="layers")
 @torch.no_grad()
 def weights(
-    model: LensModel, lenses: Lens | Mapping[str, Lens], *, kinds: Sequence[str] = KINDS,
-    layers: Iterable[LayerOrSite] | None = None, k: int = 10, directions: int = 8, columns: int = 64,
+    model: LensModel, lenses: Lenses, *, kinds: Sequence[str] = KINDS,
+    layers: Layers = None, k: int = 10, directions: int = 8, columns: int = 64,
     embeddings: str | Float[Tensor, "d_vocab d_embed"] = "W_E", among: Int[Tensor, " some"] | None = None,
     n_random: int = 200, seed: int = 0, show_progress: bool | None = None,
 ) -> Weights:  # fmt: skip
@@ -158,7 +146,6 @@ def weights(
 
     Args:
         model: its weights are read; it never runs.
-        lenses: a lens or `{name: lens}`.
         kinds: some of `KINDS`.
         layers: blocks by the layer that enters them, `0..n_layers - 1`; all by default.
         k: top tokens, from 2.
@@ -181,15 +168,15 @@ def weights(
         >>> result.summary("tuned", "OV out")      # doctest: +SKIP
     """
     blocks = Subject.of(model, layers=layers, what="weights", final="never").layers
-    kinds, seed = several("kinds", kinds, "words"), seed_of(seed)
+    kinds, seed = some_of("kinds", kinds, KINDS), seed_of(seed)
     k, directions = _check_numbers(model, kinds, k, directions, among)
     columns, n_random = whole_number("columns", columns, least=1), whole_number("n_random", n_random, least=1)
     read = sorted({block + (kind in WRITES) for block in blocks for kind in kinds})
     lenses = Subject.of(model, lenses, read, what="weights").lenses
     table = _table(model, embeddings, among)
     generator = torch.Generator().manual_seed(seed)
-    pick = {block: torch.randperm(int(model.cfg.d_mlp), generator=generator)[:columns] for block in blocks} if any(
-        "columns" in kind for kind in kinds) else {}  # fmt: skip
+    of_columns = blocks if any("columns" in kind for kind in kinds) else []
+    pick = {block: torch.randperm(int(model.cfg.d_mlp), generator=generator)[:columns] for block in of_columns}
 
     readings: list[Reading] = []
     for block in progress(blocks, desc="weights", show=show_progress):
@@ -209,7 +196,12 @@ def weights(
         "embeddings": embeddings if isinstance(embeddings, str) else "given",
         "among": None if among is None else len(among),
     }  # fmt: skip
-    return Weights.of(name_of(model), readings, words, settings)
+    report = Weights(name_of(model), readings, words, settings=settings)
+    mean = lambda kinds: torch.tensor(
+        [[float(report.scores(lens, kinds, block).mean()) for block in blocks] for lens in lenses], dtype=torch.float64
+    )
+    values = {"coherence": mean(KINDS), "random": mean([RANDOM])}
+    return replace(report, grid=Grid.over({"lens": list(lenses), "layer": blocks}, values))
 
 
 def _check_numbers(
@@ -217,8 +209,6 @@ def _check_numbers(
 ) -> tuple[int, int]:
     """k and directions, in the range that the model gives them."""
     k, directions = whole_number("k", k), whole_number("directions", directions)
-    if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in KINDS]:
-        raise ValueError(f"no kind {unknown[0]!r}; there are {list(KINDS)}")
     heads = any(kind.startswith(("QK", "OV")) for kind in kinds)
     most, where = (int(model.cfg.d_head), "a head") if heads else (d_model(model), "the residual stream (d_model)")
     if not 1 <= directions <= most:
@@ -230,16 +220,6 @@ def _check_numbers(
     if among is not None and not k <= len(among):
         raise ValueError(f"among has {len(among)} tokens: pass {k} or more, as many as are listed")
     return k, directions
-
-
-def _scores(
-    readings: Sequence[Reading], lens: str, kinds: Sequence[str], block: int | None = None
-) -> Float[Tensor, " n"]:
-    """Coherence of all vectors of some kinds, in one block or in all."""
-    parts = [
-        r.coherence for kind in kinds for r in readings if (r.lens, r.kind) == (lens, kind) and block in (None, r.block)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def coherence(table: Float[Tensor, "d_vocab d_embed"], ids: Int[Tensor, "n k"]) -> Float[Tensor, " n"]:
