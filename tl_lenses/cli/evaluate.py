@@ -6,16 +6,7 @@ from typing import Annotated
 import typer
 
 import tl_lenses as tll
-from tl_lenses.cli import options
-from tl_lenses.cli.inputs import (
-    check_file,
-    data_source,
-    lens_names,
-    load_model,
-    parse_layers,
-    read_batches,
-    saved_lenses,
-)
+from tl_lenses.cli import inputs, options
 from tl_lenses.cli.messages import say
 
 FILES = (".csv", ".json", ".html", ".svg", ".png")
@@ -45,15 +36,15 @@ def evaluate(
 
     Example: tl-lenses eval --model gpt2 --lens my-lens --lens old=older-lens --data heldout.txt
     """
-    folders = lens_names(lens, taken=("logit",))
-    check_file(output, FILES)
-    data, fitted = data_source(data, model, text_column), saved_lenses(folders)
-    loaded = load_model(model, device, dtype.value)
+    folders = inputs.lens_names(lens, taken=("logit",))
+    inputs.check_file(output, FILES)
+    data, fitted = inputs.data_source(data, model, text_column), inputs.saved_lenses(folders)
+    loaded = inputs.load_model(model, device, dtype.value)
     if split is None:
         split = "heldout" if data == "lab" else "validation"
-    batches = read_batches(loaded, data, text_column, split, seq_len, batch_size, limit_tokens, seed)
+    batches = inputs.read_batches(loaded, data, text_column, split, seq_len, batch_size, limit_tokens, seed)
     lenses = {name: tll.Lens(loaded, maps) for name, maps in ({"logit": None} | fitted).items()}
-    scores = tll.evaluate(loaded, lenses, batches, layers=parse_layers(layers, loaded.cfg.n_layers + 1))
+    scores = tll.evaluate(loaded, lenses, batches, layers=inputs.parse_layers(layers, loaded.cfg.n_layers + 1))
     say(str(scores))
     if output is not None:
         about = {"model": model, "data": data, "lenses": {name: str(folder) for name, folder in folders.items()}}

@@ -7,16 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import tl_lenses as tll
-from tl_lenses.cli import options
-from tl_lenses.cli.inputs import (
-    as_chat,
-    check_file,
-    load_model,
-    open_page,
-    page_to_open,
-    parse_layers,
-    read_prompts,
-)
+from tl_lenses.cli import inputs, options
 from tl_lenses.cli.messages import say
 from tl_lenses.cli.parts import Shard, parse_shard, sharing
 from tl_lenses.experiments.facts import read_facts
@@ -75,24 +66,24 @@ def patchscope(
 
     Example: tl-lenses patchscope "Pizza originates from the country of" --scope "The capital of x is the city of"
     """
-    save = page_to_open(save, opened)
-    check_file(save, FILES)
-    prompts = read_prompts(prompt, file)
+    save = inputs.page_to_open(save, opened)
+    inputs.check_file(save, FILES)
+    prompts = inputs.read_prompts(prompt, file)
     if shard is not None and save is None:
         raise ValueError("--shard needs --save: its parts lie beside that file")
     parse_shard(shard)
     target = target_named(scope, placeholder)
     fitted = None if maps is None else tll.Translators.load(maps)
-    loaded = load_model(model, device, dtype.value)
+    loaded = inputs.load_model(model, device, dtype.value)
     depth = loaded.cfg.n_layers + 1
     place: int | str = int(position) if position.strip().lstrip("-").isdigit() else position
-    rows, into = parse_layers(layers, depth), parse_layers(target_layers, depth)
+    rows, into = inputs.parse_layers(layers, depth), inputs.parse_layers(target_layers, depth)
     pairs = fitted.pairs if fitted is not None and rows is None and into is None else None
     ask = lambda sources: tll.patchscope(
         loaded, sources, target, rows, into, pairs=pairs, map=None if fitted is None else fitted.to(loaded.cfg.device),
         max_new_tokens=max_new_tokens, norm=_norm(norm),
     )  # fmt: skip
-    own = [tll.Source(text, place) for text in as_chat(prompts, chat)]
+    own = [tll.Source(text, place) for text in inputs.as_chat(prompts, chat)]
     others = _others(prompts, place, against) if faithful or against else []
     with sharing(shard, save):
         asked = ask([*own, *others])
@@ -105,7 +96,7 @@ def patchscope(
         (tll.page(found) if found is not None and save.suffix.lower() == ".html" else result).save(save)
         say(f"saved in {save}")
         if opened:
-            open_page(save)
+            inputs.open_page(save)
 
 
 def _of_first(result: Any, n: int) -> Any:

@@ -7,18 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import tl_lenses as tll
-from tl_lenses.cli import options
-from tl_lenses.cli.inputs import (
-    as_chat,
-    check_file,
-    lens_names,
-    load_model,
-    open_page,
-    page_to_open,
-    parse_layers,
-    read_prompts,
-    saved_lenses,
-)
+from tl_lenses.cli import inputs, options
 from tl_lenses.cli.messages import say
 from tl_lenses.views import STATS, difference, to_text
 
@@ -62,24 +51,24 @@ def show(
         raise ValueError(f"no statistic {stat!r}: choose from {', '.join(STATS)}")
     if stat == "logprob_diff" and anti_target is None:
         raise ValueError("logprob_diff needs --anti-target, the token that the target is compared with")
-    folders = lens_names(lens)
+    folders = inputs.lens_names(lens)
     pair = None if diff is None else tuple(diff.split(","))
     if pair is not None and (len(pair) != 2 or not {*pair} <= {*folders, "logit"}):
         raise ValueError(
             f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit"
         )
-    save = page_to_open(save, opened)
-    check_file(save, PICTURES if answer is None else (".svg", ".png"))
-    prompts = read_prompts(prompt, file)
-    fitted = saved_lenses(folders)
-    loaded = load_model(model, device, dtype.value)
+    save = inputs.page_to_open(save, opened)
+    inputs.check_file(save, PICTURES if answer is None else (".svg", ".png"))
+    prompts = inputs.read_prompts(prompt, file)
+    fitted = inputs.saved_lenses(folders)
+    loaded = inputs.load_model(model, device, dtype.value)
     lenses = {name: tll.Lens(loaded, maps) for name, maps in fitted.items()}
     if not lenses or (pair is not None and "logit" in pair):
         lenses.setdefault("logit", tll.Lens(loaded))
     tracked = [*(track or ()), *([] if answer is None else [answer])]
-    chosen = parse_layers(layers, loaded.cfg.n_layers + 1)
+    chosen = inputs.parse_layers(layers, loaded.cfg.n_layers + 1)
     trajectories = tll.trajectory(
-        loaded, lenses, as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=tracked or None
+        loaded, lenses, inputs.as_chat(prompts, chat), chosen, target, anti_targets=anti_target, track=tracked or None
     )
     if last is not None:
         by_name = {name: _last(trajectory, last) for name, trajectory in trajectories.items()}
@@ -93,7 +82,7 @@ def show(
         shown.save(save, stat=stat, diff=pair, answer=answer)
         say(f"saved in {save}")
         if opened:
-            open_page(save)
+            inputs.open_page(save)
 
 
 def _last(trajectory: Any, n: int) -> Any:

@@ -250,7 +250,8 @@ def _vectors(
     part = model.blocks[block]  # type: ignore[attr-defined]
     norm = getattr(part, "ln1", None)
     before = {"attn": norm, "mlp": getattr(part, "ln2", None) or norm}  # parallel blocks may share one norm
-    after = centred(Readout(model))
+    readout = Readout(model)
+    _, after = gain(readout.norm_module, readout.d_model, model.W_U)  # type: ignore[attr-defined]
     vectors: dict[str, tuple[list[str], Tensor]] = {}
 
     def reads(where: str, name: str) -> Tensor:
@@ -278,11 +279,6 @@ def _vectors(
         if f"{kind}, columns" in kinds and pick is not None:
             vectors[f"{kind}, columns"] = ([f"neuron {int(i)}" for i in pick], w()[pick.to(w().device)])
     return {kind: vectors[kind] for kind in kinds if kind in vectors}
-
-
-def centred(readout: Readout) -> bool:
-    """Whether the final norm removes the mean."""
-    return gain(readout.norm_module, readout.d_model, readout.model.W_U)[1]  # type: ignore[attr-defined]
 
 
 def _weight(block: Any, where: str, name: str) -> Float[Tensor, "*head d_in d_out"]:
