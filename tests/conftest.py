@@ -1,5 +1,6 @@
 """What holds for all tests: no network, one thread, and shapes checked by beartype where this can be done."""
 
+import functools
 import os
 
 # Before any import of a library that reads them.
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import shapes
 import torch
+
+shapes.check()
 
 # The models are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -33,3 +37,16 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@functools.cache
+def _loaded(load, name, **how):
+    return load(name, **how)
+
+
+@pytest.fixture
+def models_once(monkeypatch):
+    """Commands that name a model share it: none of them changes it, and loading is most of the time of a small one."""
+    from tl_lenses import loading
+
+    monkeypatch.setattr(loading, "load_model", functools.partial(_loaded, loading.load_model))
