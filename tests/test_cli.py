@@ -23,6 +23,8 @@ from tl_lenses.cli.inputs import lens_names, load_model, parse_layers
 from tl_lenses.cli.messages import ranges
 from tl_lenses.model import name_of
 
+pytestmark = pytest.mark.usefixtures("models_once")
+
 TEXT = "the cat sat on the mat. the dog ran to the king of France and a bird sang in Paris.\n"
 
 
@@ -798,12 +800,11 @@ def test_a_notice_is_one_line(model, data, tmp_path, monkeypatch):
 
 
 def test_fit_stops_by_held_out_text(model, data, tmp_path):
+    # A rate that changes nothing: four looks without a gain, and a quarter as many steps to cool down.
     done = run("fit", "--model", model, "--data", data, "--held-out", data, "--steps", "auto", "--batch-size", 4,
-               "--layers", "0", "--optimizer", "sgd", "--output", tmp_path / "lens")  # fmt: skip
+               "--layers", "0", "--optimizer", "sgd", "--lr", 1e-9, "--output", tmp_path / "lens")  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    from tl_lenses import Translators
-
-    meta = Translators.load(tmp_path / "lens").meta
+    meta = tll.Translators.load(tmp_path / "lens").meta
     assert meta["settings"]["steps"] == "auto" and list(meta["held_out"]["loss"])
 
 

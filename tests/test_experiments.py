@@ -550,8 +550,9 @@ def test_a_layer_out_of_range_is_the_same_error_in_every_experiment(name, layer)
         CALLS[name](model, tll.Lens(model), layers=[layer])
 
 
+@pytest.mark.usefixtures("models_once")
 @pytest.mark.parametrize("name", sorted(CALLS))
-def test_and_on_the_command_line(name, tmp_path):
+def test_a_layer_out_of_range_is_the_same_error_in_every_command(name, tmp_path):
     from typer.testing import CliRunner
 
     from tl_lenses.cli import app
