@@ -24,35 +24,45 @@ def _random(model, /, seed=0, scale=0.3, **meta):
 # --- the architecture matrix
 
 
-@pytest.mark.parametrize("arch,kind", zoo.cases())
+every_surface = pytest.mark.parametrize("arch,kind", zoo.cases())
+
+
+@every_surface
 @torch.no_grad()
-def test_architecture(arch, kind):
-    model = zoo.build(arch, kind)
-    n = model.cfg.n_layers
-    logits = model(TOKENS)
-    lens = tll.Lens(model)
-    seen = {}
-    assert torch.equal(tll.run(model, TOKENS, lens.hooks(seen, then=lambda z: z.clone())), logits)
+def test_the_last_row_is_the_model_bit_for_bit(arch, kind):
+    model, seen = zoo.build(arch, kind), {}
+    n, logits = model.cfg.n_layers, model(TOKENS)
+    assert torch.equal(tll.run(model, TOKENS, tll.Lens(model).hooks(seen, then=lambda z: z.clone())), logits)
     assert list(seen) == list(range(n + 1))
-    assert torch.equal(seen[n], logits)  # bitwise
+    assert torch.equal(seen[n], logits)
     assert (seen[n - 1] - logits).abs().max() > 1e-2
-    sites = [tll.site(model, i) for i in range(n + 1)]
+
+
+@every_surface
+@torch.no_grad()
+def test_a_patch_acts_from_its_position_on_in_every_layer(arch, kind):
+    """A patch by the same value changes no bit; another one changes logits, and none before it."""
+    model = zoo.build(arch, kind)
+    sites, logits = [tll.site(model, i) for i in range(model.cfg.n_layers + 1)], model(TOKENS)
     assert torch.equal(tll.run(model, TOKENS, [tll.patch(s, lambda x: x, pos=[2, -1]) for s in sites]), logits)
     for s in sites:
         patched = tll.run(model, TOKENS, [tll.patch(s, edits.noise(3.0), pos=5)])
         assert (patched - logits)[:, 5:].abs().max() > 1e-3, s
         assert torch.equal(patched[:, :5], logits[:, :5]), s
-    # left-padded with a mask equals alone
+
+
+@every_surface
+@torch.no_grad()
+def test_a_row_padded_on_the_left_is_the_row_alone(arch, kind):
+    model = zoo.build(arch, kind)
+    lens = tll.Lens(model)
     padded = torch.cat([torch.full((1, 3), zoo.PAD), TOKENS[:1, :7]], 1)
-    mask = torch.tensor([[0] * 3 + [1] * 7])
+    mask = torch.tensor([[0] * 3 + [1] * 7, [1] * 10])
     single = tll.trajectory(model, lens, TOKENS[:1, :7])
-    both = tll.trajectory(
-        model, lens, torch.cat([padded, TOKENS[1:]]), attention_mask=torch.cat([mask, torch.ones(1, 10).long()])
-    )
+    both = tll.trajectory(model, lens, torch.cat([padded, TOKENS[1:]]), attention_mask=mask)
     assert torch.allclose(both.entropy[:, :1, 3:], single.entropy, atol=1e-4)
-    assert (
-        both.kl[:, 0, :3].isnan().all() and (both.rank[:, 0, :3] == -1).all() and (both.top_ids[:, 0, :3] == -1).all()
-    )
+    pads = [both.stats[name][:, 0, :3] for name in ("kl", "rank")]
+    assert pads[0].isnan().all() and (pads[1] == -1).all() and (both.top_ids[:, 0, :3] == -1).all()
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
@@ -89,7 +99,8 @@ def test_bf16(kind):
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
-def test_lens_is_readout_of_the_affine_map_and_differentiable(kind):
+def test_a_lens_is_the_readout_of_its_affine_map(kind):
+    """Values and gradients."""
     model = zoo.build("gpt2", kind)
     t = _random(model)
     lens = tll.Lens(model, t)
@@ -99,24 +110,48 @@ def test_lens_is_readout_of_the_affine_map_and_differentiable(kind):
     (grad,) = torch.autograd.grad(lens[1](x)[:, 3].sum(), x)
     (reference,) = torch.autograd.grad(expected[:, 3].sum(), x)
     assert torch.allclose(grad, reference, atol=1e-5) and grad.abs().max() > 0
-    assert torch.equal(lens["blocks.0.hook_resid_post"](x), lens[1](x))  # one place, two names
-    assert torch.equal(lens[-1](x), tll.Lens(model)[model.cfg.n_layers](x))  # the final layer is the identity, always
-    for shape in ((model.cfg.d_model,), (2, 3, model.cfg.d_model)):
-        assert lens[0](torch.randn(shape)).shape == (*shape[:-1], model.cfg.d_vocab)
 
 
-def test_lens_layers_and_refusals():
+def test_the_final_layer_of_any_lens_is_the_logit_lens():
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    x = torch.randn(4, model.cfg.d_model)
+    assert torch.equal(tll.Lens(model, _random(model))[-1](x), tll.Lens(model)[model.cfg.n_layers](x))
+
+
+def test_a_layer_has_two_names():
+    model, x = zoo.build("gpt2", zoo.KINDS[0]), torch.randn(4, 32)
+    lens = tll.Lens(model, _random(model))
+    assert torch.equal(lens["blocks.0.hook_resid_post"](x), lens[1](x))
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 3, 32)])
+def test_a_lens_takes_states_of_any_shape(shape):
+    assert tll.Lens(zoo.build("gpt2", zoo.KINDS[0]))[0](torch.randn(shape)).shape == (*shape[:-1], zoo.D_VOCAB)
+
+
+def test_the_logit_lens_reads_every_layer_and_site():
+    lens = tll.Lens(zoo.build("gpt2", zoo.KINDS[0]))
+    assert lens.layers == [0, 1, 2, 3]
+    assert lens["blocks.1.hook_attn_out"](torch.zeros(2, 32)).shape == (2, 320)
+
+
+def test_a_fitted_lens_reads_what_was_fitted():
     model = zoo.build("gpt2", zoo.KINDS[0])
     lens = tll.Lens(model, _random(model).select([1]))
-    assert lens.layers == [1, 3] and tll.Lens(model).layers == [0, 1, 2, 3]
-    with pytest.raises(KeyError, match=r"not fitted; fitted are \[1\]"):
-        lens[0]
-    with pytest.raises(ValueError, match="no layer 9"):
-        lens[9]
-    with pytest.raises(ValueError, match=r"width 32 \(d_model\), got \[2, 16\]"):
-        tll.Lens(model)[0](torch.zeros(2, 16))
-    assert tll.Lens(model)["blocks.1.hook_attn_out"](torch.zeros(2, 32)).shape == (2, 320)
-    assert "logit lens" in repr(tll.Lens(model))
+    assert lens.layers == [1, 3]
+    for layer, error, message in ((0, KeyError, r"not fitted; fitted are \[1\]"), (9, ValueError, "no layer 9")):
+        with pytest.raises(error, match=message):
+            lens[layer]
+
+
+def test_states_of_another_width_are_refused():
+    model = zoo.build("gpt2", zoo.KINDS[0])
+    for lens, shape in (
+        (tll.Lens(model), (2, 16)),
+        (tll.Lens(model, _random(model)), (2, 15)),
+    ):  # 2 x 16 may be two heads
+        with pytest.raises(ValueError, match=rf"width 32.*, got \[2, {shape[1]}\]"):
+            lens[1](torch.zeros(shape))
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
@@ -201,29 +236,39 @@ def _raw_and_centred():
     return zoo.build("gpt2", raw), zoo.build("gpt2", centred)
 
 
-def test_bases_do_not_mix_and_convert_exactly():
-    raw, centred = _raw_and_centred()
-    on_centred = _random(centred, basis="centered", fingerprint=fingerprint(centred))
-    on_raw = _random(raw, basis="raw", fingerprint=fingerprint(raw))
-    for check in ("strict", "warn"):  # never another basis
-        with pytest.raises(
-            ValueError,
-            match="residual basis is centered and not raw: load the model with center_writing_weights=False",
-        ):
-            tll.Lens(centred, on_raw, check=check)
-    a = tll.trajectory(centred, tll.Lens(centred, on_centred), TOKENS)
+def _maps_in_both():
+    """Models in the raw and in the centred basis, and maps made for each."""
+    models = _raw_and_centred()
+    names = ("raw", "centered")
+    return models, [_random(m, basis=name, fingerprint=fingerprint(m)) for m, name in zip(models, names, strict=True)]
+
+
+@pytest.mark.parametrize("check", ["strict", "warn"])
+def test_maps_of_the_raw_basis_are_refused_in_the_centred_one(check):
+    (_, centred), (on_raw, _) = _maps_in_both()
+    expected = "residual basis is centered and not raw: load the model with center_writing_weights=False"
+    with pytest.raises(ValueError, match=expected):
+        tll.Lens(centred, on_raw, check=check)
+
+
+def test_maps_of_the_centred_basis_say_the_same_in_the_raw_one():
+    (raw, centred), (_, on_centred) = _maps_in_both()
     converted = tll.Lens(raw, on_centred)
     assert converted.translators.basis == "raw"
-    b = tll.trajectory(raw, converted, TOKENS)
-    assert torch.allclose(a.kl, b.kl, atol=1e-3) and a.kl[0].mean() > 0.05
-    # the other way round where no map reads the mean: biases alone, and what came from a centred model
-    bias_only = Translators(on_raw.rows, torch.eye(32).expand(3, 32, 32), on_raw.biases, n_layers=3, meta=on_raw.meta)
-    for maps in (bias_only, on_centred.to_raw()):
-        there, here = tll.Lens(centred, maps), tll.Lens(raw, maps)
-        assert there.translators.basis == "centered"
-        assert torch.allclose(
-            tll.trajectory(centred, there, TOKENS).kl, tll.trajectory(raw, here, TOKENS).kl, atol=1e-3
-        )
+    there, here = tll.trajectory(centred, tll.Lens(centred, on_centred), TOKENS), tll.trajectory(raw, converted, TOKENS)
+    assert torch.allclose(there.kl, here.kl, atol=1e-3) and there.kl[0].mean() > 0.05
+
+
+@pytest.mark.parametrize("which", ["biases alone", "made in a centred model"])
+def test_raw_maps_that_read_no_mean_say_the_same_in_the_centred_basis(which):
+    (raw, centred), (on_raw, on_centred) = _maps_in_both()
+    eye = torch.eye(32).expand(3, 32, 32)
+    maps = Translators(on_raw.rows, eye, on_raw.biases, n_layers=3, meta=on_raw.meta)
+    maps = maps if which == "biases alone" else on_centred.to_raw()
+    there, here = tll.Lens(centred, maps), tll.Lens(raw, maps)
+    assert there.translators.basis == "centered"
+    kls = [tll.trajectory(model, lens, TOKENS).kl for model, lens in ((centred, there), (raw, here))]
+    assert torch.allclose(*kls, atol=1e-3)
 
 
 def test_translators_of_another_model_are_refused():
@@ -245,7 +290,7 @@ def test_translators_of_another_model_are_refused():
         tll.Lens(model, inner)
 
 
-def test_a_model_in_train_mode_or_quantised_is_refused():
+def test_a_model_in_train_mode_is_refused():
     import copy
 
     model = copy.deepcopy(zoo.build("gpt2", zoo.KINDS[0]))
@@ -293,7 +338,8 @@ def test_a_lens_says_what_it_takes(unchecked):
         tll.Lens(None)
 
 
-def test_the_repr_of_a_layer_is_one_short_line():
+def test_the_repr_of_a_lens_is_one_short_line():
     model = zoo.build("gpt2", zoo.KINDS[0])
+    assert "logit lens" in repr(tll.Lens(model))
     assert repr(tll.Lens(model)[1]) == "LayerLens(logit lens)"
     assert repr(tll.Lens(model, _random(model))[1]) == "LayerLens(W x + b, 32 -> 32)"

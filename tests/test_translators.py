@@ -33,19 +33,28 @@ def _data(n=400, d=6, rows=2, seed=0):
 # --- Affine and Translators
 
 
-def test_affine_composes_and_inverts():
+def _affines():
     g = torch.Generator().manual_seed(0)
-    a, b = (Affine(torch.randn(4, 4, generator=g), torch.randn(4, generator=g)) for _ in range(2))
-    x = torch.randn(7, 4, generator=g)
-    assert torch.allclose((a @ b)(x), a(b(x)), atol=1e-5)
-    assert torch.allclose(a.pinv()(a(x)), x, atol=1e-4)
-    assert not torch.allclose(a(x), x, atol=0.1)
-    wide = Affine(torch.randn(6, 4, generator=g), torch.randn(6, generator=g))
-    assert torch.allclose(wide.pinv()(wide(x)), x, atol=1e-4)
+    a, b, wide = (Affine(torch.randn(n, 4, generator=g), torch.randn(n, generator=g)) for n in (4, 4, 6))
+    return a, b, wide, torch.randn(7, 4, generator=g)
+
+
+def test_a_product_of_maps_is_one_after_the_other():
+    a, b, wide, x = _affines()
+    assert torch.allclose((a @ b)(x), a(b(x)), atol=1e-5) and not torch.allclose(a(x), x, atol=0.1)
     with pytest.raises(ValueError, match="inner widths differ"):
         a @ wide
+
+
+def test_the_pseudoinverse_leads_back():
+    a, _, wide, x = _affines()
+    for affine in (a, wide):
+        assert torch.allclose(affine.pinv()(affine(x)), x, atol=1e-4)
+
+
+def test_a_map_refuses_states_of_another_width():
     with pytest.raises(ValueError, match="width 4, got"):
-        a(torch.zeros(2, 5))
+        _affines()[0](torch.zeros(2, 5))
 
 
 def test_translators_apply_each_row_to_its_own_input():
@@ -57,7 +66,7 @@ def test_translators_apply_each_row_to_its_own_input():
     assert torch.allclose(t.weights - t.delta, torch.eye(5).expand(3, 5, 5))
 
 
-def test_keys_are_layers_sites_and_targets():
+def test_a_map_is_found_by_layer_site_or_target():
     t = _random()
     assert torch.equal(t[1].weight, t["blocks.1.hook_resid_pre"].weight)
     assert torch.equal(t[1].weight, t["blocks.0.hook_resid_post"].weight)  # the same place
@@ -71,16 +80,23 @@ def test_keys_are_layers_sites_and_targets():
         t[4]
 
 
-def test_ambiguous_targets_and_rectangular_maps():
-    rows = [
-        ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
-        ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"),
-    ]
-    t = Translators(rows, torch.randn(2, 4, 3), torch.zeros(2, 4), n_layers=3)
+def _two_targets():
+    """Maps of one layer into two others, of another width."""
+    source, targets = "blocks.0.hook_resid_pre", ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post")
+    rows = [(source, target) for target in targets]
+    return Translators(rows, torch.randn(2, 4, 3), torch.zeros(2, 4), n_layers=3)
+
+
+def test_a_layer_of_two_targets_wants_its_target():
+    t = _two_targets()
     with pytest.raises(KeyError, match=r"several targets.*\[1, 3\]"):
         t[0]
     assert t[0, 1](torch.ones(3)).shape == (4,)
-    assert torch.equal(t.delta, t.weights)  # no identity between different widths
+
+
+def test_between_different_widths_there_is_no_identity():
+    t = _two_targets()
+    assert torch.equal(t.delta, t.weights)
 
 
 def test_constructor_refuses():
@@ -117,26 +133,31 @@ def test_basis_conversion():
 # --- moments
 
 
-def test_moments_stream_merge_and_permute():
+@pytest.mark.parametrize("order", ["at once", "in a row", "two halves", "backwards"])
+def test_moments_do_not_depend_on_how_the_data_come(order):
     x, w, b = _data()
     y = x @ w.mT + b[:, None]
-    whole = moments(x, y)
     parts = [moments(x[:, i : i + 37], y[:, i : i + 37]) for i in range(0, 400, 37)]
-    streamed = sum(parts)
-    left = sum(parts[:5]) + sum(parts[5:])
-    shuffled = sum(reversed(parts))
-    mean = x.mean(1)
-    reference = (x - mean[:, None]).mT @ (x - mean[:, None])
-    for m in (whole, streamed, left, shuffled):
-        assert m.n == 400
-        assert torch.allclose(m.mean_x, mean, rtol=1e-12)
-        assert torch.allclose(m.xx, reference, rtol=1e-10)
-        assert torch.allclose(m.yx, (y - y.mean(1, keepdim=True)).mT @ (x - mean[:, None]), rtol=1e-9, atol=1e-9)
-        assert torch.allclose(m.yy, ((y - y.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-10)
+    m = {
+        "at once": lambda: moments(x, y),
+        "in a row": lambda: sum(parts),
+        "two halves": lambda: sum(parts[:5]) + sum(parts[5:]),
+        "backwards": lambda: sum(reversed(parts)),
+    }[order]()
+    far_x, far_y = (z - z.mean(1, keepdim=True) for z in (x, y))
+    assert m.n == 400
+    assert torch.allclose(m.mean_x, x.mean(1), rtol=1e-12)
+    assert torch.allclose(m.xx, far_x.mT @ far_x, rtol=1e-10)
+    assert torch.allclose(m.yx, far_y.mT @ far_x, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(m.yy, (far_y**2).sum(1), rtol=1e-10)
+
+
+def test_moments_refuse_other_shapes_and_what_is_not_finite():
+    x, _, _ = _data()
     with pytest.raises(ValueError, match="different shape"):
-        whole + moments(x[..., :3], y)
+        moments(x, x) + moments(x[..., :3], x)
     with pytest.raises(ValueError, match="not finite"):
-        moments(x / 0, y)
+        moments(x / 0, x)
 
 
 def test_moments_keep_precision_far_from_zero():
@@ -188,13 +209,25 @@ def test_ridge_where_directions_are_never_taken():
     assert torch.allclose(x @ weight.mT + bias[:, None], x @ w.mT + b[:, None], atol=1e-6)
 
 
-def test_procrustes_and_shift():
+def _rotation():
     x, _, b = _data()
-    q = torch.linalg.qr(torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
+    generator = torch.Generator().manual_seed(3)
+    return x, b, torch.linalg.qr(torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)).Q
+
+
+def test_procrustes_finds_a_rotation():
+    x, b, q = _rotation()
     weight, bias = solve.procrustes(moments(x, x @ q.mT + b[:, None]))
     assert torch.allclose(weight, q, atol=1e-8) and torch.allclose(bias, b, atol=1e-7)
-    weight, _ = solve.procrustes(moments(x, 2.5 * x @ q.mT), scaled=True)
-    assert torch.allclose(weight, 2.5 * q, atol=1e-8)
+
+
+def test_procrustes_finds_a_scaled_rotation():
+    x, _, q = _rotation()
+    assert torch.allclose(solve.procrustes(moments(x, 2.5 * x @ q.mT), scaled=True)[0], 2.5 * q, atol=1e-8)
+
+
+def test_a_shift_is_the_difference_of_the_means():
+    x, b, _ = _rotation()
     weight, bias = solve.shift(moments(x, x + b[:, None]))
     assert torch.equal(weight, torch.eye(6).double().expand(2, 6, 6)) and torch.allclose(bias, b)
 
