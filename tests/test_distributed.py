@@ -39,8 +39,10 @@ def launch(world, work, folder):
             outcome = {"ok": work(rank, model)}
         except BaseException as error:
             outcome = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        save_state(folder / f"rank{rank}", outcome)
-        os._exit(0)
+        try:
+            save_state(folder / f"rank{rank}", outcome)
+        finally:
+            os._exit(0)  # in any case: this process is not to go on with the tests
     ends = [os.waitpid(child, 0)[1] for child in children]
     (folder / "meet").unlink(missing_ok=True)
     outcomes = []
@@ -177,54 +179,26 @@ def test_training_is_that_of_one_process(world, optimizer, tmp_path):
         assert b.value("lens", layer) == pytest.approx(a.value("lens", layer), rel=0.005)
 
 
-def test_what_one_process_finds_all_of_them_say(tmp_path):
-    tokens = zoo.tokens(8, 16)
+def _with_a_bad_row(tokens):
+    """The last row, which process 1 has, holds an id that is no token."""
+    wrong = tokens.clone()
+    wrong[-1, 3] = zoo.D_VOCAB
+    return wrong
 
+
+def test_settings_that_differ_are_refused_in_every_process(tmp_path):
     def lr(rank, model):
-        return tll.fit_tuned(model, tokens, steps=2, init="identity", lr=0.1 if rank else 0.2)
+        return tll.fit_tuned(model, zoo.tokens(8, 16), steps=2, init="identity", lr=0.1 if rank else 0.2)
 
     for rank in launch(2, lr, tmp_path):
         assert "ValueError: process" in rank["error"] and "was started with lr=0." in rank["error"]
 
-    def bad(rank, model):  # the last row belongs to process 1
-        wrong = tokens.clone()
-        wrong[-1, 3] = zoo.D_VOCAB
-        return tll.fit_tuned(model, wrong, steps=2, init="identity")
 
+def test_a_bad_row_of_one_process_reaches_all(tmp_path):
+    tokens = _with_a_bad_row(zoo.tokens(8, 16))
+    bad = lambda rank, model: tll.fit_tuned(model, tokens, steps=2, init="identity")
     errors = [rank["error"] for rank in launch(2, bad, tmp_path)]
     assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process" in e for e in errors)
-
-
-def test_a_killed_process_ends_the_job_and_the_checkpoint_goes_on(tmp_path):
-    tokens = zoo.tokens(40, 16)
-    settings = dict(steps=12, optimizer="sgd", init="identity", tokens_per_step=96, precision="float32")
-    file = tmp_path / "state"
-    whole = tll.fit_tuned(zoo.build("gpt2", zoo.FEW_KINDS[0]), tokens, **settings)
-
-    def work(rank, model):
-        def die(entry):
-            if rank == 1 and entry["step"] == 7:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return _maps(tll.fit_tuned(model, tokens, checkpoint=file, checkpoint_every=3, log=die, **settings))
-
-    start = time.perf_counter()
-    team = launch(2, work, tmp_path)
-    assert team[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
-    assert "lost the others: one of them has ended" in team[0]["error"], team[0]
-    assert "in step 8 of 12" in team[0]["error"] and f"{file} holds the last steps" in team[0]["error"]
-    assert load_state(file)["step"] == 7
-    steps = []
-    again = tll.fit_tuned(
-        zoo.build("gpt2", zoo.FEW_KINDS[0]),
-        tokens,
-        checkpoint=file,
-        checkpoint_every=3,
-        log=lambda entry: steps.append(entry["step"]),
-        **settings,
-    )
-    assert steps == [8, 9, 10, 11, 12]  # by one process this time
-    assert torch.allclose(again.delta, whole.delta, atol=1e-5, rtol=0)
 
 
 def test_both_processes_go_on_from_the_file_of_the_first(tmp_path):
@@ -282,33 +256,33 @@ def test_a_sharded_model_fits_the_same_maps(arch, kind, tmp_path):
         assert maps["meta"]["basis"] == alone.meta["basis"]
 
 
-def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_one_ends_the_job(tmp_path):
+@pytest.mark.parametrize("method", ["tuned", "regression"])
+def test_with_a_sharded_model_a_bad_row_of_one_process_reaches_all(method, tmp_path):
     from tl_lenses.fit.shard import shard
 
     tokens = zoo.tokens(8, 16)
+    batches = [*_with_a_bad_row(tokens).split(2), *tokens.split(2)]
 
-    def bad(rank, model):  # the last row belongs to process 1
+    def work(rank, model):
         shard(model)
-        wrong = tokens.clone()
-        wrong[-1, 3] = zoo.D_VOCAB
-        return tll.fit_tuned(model, [*wrong.split(2), *tokens.split(2)], steps=2, tokens_per_step=300, init="identity")
+        if method == "regression":
+            return _maps(tll.fit_regression(model, batches))
+        return tll.fit_tuned(model, batches, steps=2, tokens_per_step=300, init="identity")
 
-    errors = [rank["error"] for rank in launch(2, bad, tmp_path)]
-    assert all(f"token id {zoo.D_VOCAB}" in error for error in errors) and any("(in process 1" in e for e in errors)
-
-    def regression(rank, model):
-        shard(model)
-        wrong = tokens.clone()
-        wrong[-1, 3] = zoo.D_VOCAB
-        return _maps(tll.fit_regression(model, [*wrong.split(2), *tokens.split(2)]))
-
-    errors = [rank["error"] for rank in launch(2, regression, tmp_path)]
+    errors = [rank["error"] for rank in launch(2, work, tmp_path)]
     assert all(f"token id {zoo.D_VOCAB}" in error for error in errors)
+    assert method == "regression" or any("(in process 1" in error for error in errors)
 
-    def broken(rank, model):  # a gradient that is not finite, of a row of process 1
+
+def test_with_a_sharded_model_a_gradient_that_is_not_finite_reaches_all(tmp_path):
+    from tl_lenses.fit.shard import shard
+
+    tokens = zoo.tokens(8, 16)
+    guilty = tokens[5]  # of process 1
+
+    def broken(rank, model):
         shard(model)
         compute = tl_lenses.fit.learner.loss_and_gradient
-        guilty = tokens[5]
 
         def wrong(pairs, delta, biases, head, grad_w, *args, **kwargs):
             losses = compute(pairs, delta, biases, head, grad_w, *args, **kwargs)
@@ -326,27 +300,45 @@ def test_with_a_sharded_model_an_error_of_one_process_reaches_all_and_a_killed_o
         return tll.fit_tuned(model, tokens, steps=2, tokens_per_step=300, init="identity")
 
     errors = [rank["error"] for rank in launch(2, broken, tmp_path)]
-    assert all(
-        "the gradient is not finite at step 0 for 'blocks.1.hook_resid_pre'" in e and "on the text" in e for e in errors
-    )
+    place = "the gradient is not finite at step 0 for 'blocks.1.hook_resid_pre'"
+    assert all(place in error and "on the text" in error for error in errors)
 
-    def killed(rank, model):
-        shard(model)
 
+KILLED = dict(steps=12, optimizer="sgd", init="identity", tokens_per_step=96, precision="float32")
+
+
+def _goes_on(file, tokens):
+    """One process ends what two began."""
+    model, steps = zoo.build("gpt2", zoo.FEW_KINDS[0]), []
+    settings = KILLED | dict(checkpoint=file, checkpoint_every=3, log=lambda entry: steps.append(entry["step"]))
+    again = tll.fit_tuned(model, tokens, **settings)
+    assert steps == [8, 9, 10, 11, 12]
+    assert torch.allclose(again.delta, tll.fit_tuned(model, tokens, **KILLED).delta, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_killed_process_ends_the_job(sharded, tmp_path):
+    """And its state says how far it came."""
+    from tl_lenses.fit.shard import shard
+
+    tokens, file = zoo.tokens(40, 16), tmp_path / "state"
+
+    def work(rank, model):
         def die(entry):
-            if rank == 1 and entry["step"] == 3:
+            if rank == 1 and entry["step"] == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return _maps(
-            tll.fit_tuned(
-                model, tokens, steps=6, optimizer="sgd", init="identity", checkpoint=tmp_path / "state", log=die
-            )
-        )
+        _ = shard(model) if sharded else None
+        return _maps(tll.fit_tuned(model, tokens, checkpoint=file, checkpoint_every=3, log=die, **KILLED))
 
     start = time.perf_counter()
-    team = launch(2, killed, tmp_path)
+    team = launch(2, work, tmp_path)
     assert team[1] == {"killed": signal.SIGKILL} and time.perf_counter() - start < 60
-    assert "lost the others" in team[0]["error"] and "holds the last steps" in team[0]["error"], team[0]
+    assert "lost the others: one of them has ended" in team[0]["error"], team[0]
+    assert "in step 8 of 12" in team[0]["error"] and f"{file} holds the last steps" in team[0]["error"]
+    assert load_state(file)["step"] == 7
+    if not sharded:
+        _goes_on(file, tokens)
 
 
 class _Torn:
@@ -438,56 +430,56 @@ def test_one_process_alone_has_nobody_to_share_with(unchecked):
         shard(zoo.build("gpt2", zoo.FEW_KINDS[0]))
 
 
-def _launch(port, *arguments):
+def _launch(*arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", str(port), "-m", "tl_lenses", "fit", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tll.__file__).parents[1])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_accelerate_launches_the_command(tmp_path):
-    from typer.testing import CliRunner
-
-    from tl_lenses.cli import app
-
+@pytest.fixture
+def command(tmp_path):
+    """Options of `fit` with six steps on a tiny model."""
     zoo.reference("gpt2").save_pretrained(tmp_path / "model")
     zoo.tokenizer().save_pretrained(tmp_path / "model")
     text = "\n<|endoftext|>\n".join(f"{i} the cat sat on the mat. the dog ran to the king." for i in range(80))
     (tmp_path / "text.txt").write_text(text)
     fit = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--steps", 6, "--optimizer", "sgd"]
     # Products in bf16 round the other way where the last bit of a residual differs: then the maps differ by 1e-4.
-    fit += ["--batch-size", 3, "--device", "cpu", "--precision", "float32"]
-    alone = CliRunner().invoke(app, ["fit", *map(str, fit), "--output", str(tmp_path / "one")])
+    return [*fit, "--batch-size", 3, "--device", "cpu", "--precision", "float32"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command(command, tmp_path):
+    """On a model that is spread over both processes: what one finds alone; that it need not be spread is shown above and below."""
+    from typer.testing import CliRunner
+
+    from tl_lenses.cli import app
+
+    alone = CliRunner().invoke(app, ["fit", *map(str, command), "--output", str(tmp_path / "one")])
     assert alone.exit_code == 0, alone.stderr
-    job = _launch(_free_port(), *fit, "--output", tmp_path / "two")
+    job = _launch(*command, "--shard", "--output", tmp_path / "two")
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
     assert out.count("saved in") == 1 and "in 2 processes" in out and "memory at the peak" in out
     a, b = (tll.Translators.load(tmp_path / name) for name in ("one", "two"))
     assert torch.allclose(a.delta, b.delta, atol=1e-5, rtol=0) and a.meta["tokens_seen"] == b.meta["tokens_seen"]
 
-    # the model spread over both
-    job = _launch(_free_port(), *fit, "--shard", "--output", tmp_path / "spread")
-    out, err = job.communicate(timeout=300)
-    assert job.returncode == 0, err
-    assert torch.allclose(tll.Translators.load(tmp_path / "spread").delta, b.delta, atol=1e-6, rtol=0)
 
-    # one worker is killed: the job ends, and the same command goes on
-    job = _launch(_free_port(), *fit, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "three")
-    state = tmp_path / "three.checkpoint"
+@pytest.mark.slow
+def test_a_killed_worker_ends_what_accelerate_launched(command, tmp_path):
+    """Its state is kept."""
+    job = _launch(*command, "--steps", 5000, "--checkpoint-every", 3, "--output", tmp_path / "lens")
+    state = tmp_path / "lens.checkpoint"
     for _ in range(600):
         if state.exists() and load_state(state)["step"] > 0:
             break
         time.sleep(0.1)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    out, err = job.communicate(timeout=300)
-    assert job.returncode != 0 and not (tmp_path / "three").exists() and state.exists()
+    job.communicate(timeout=300)
+    assert job.returncode != 0 and not (tmp_path / "lens").exists() and state.exists()
     assert load_state(state)["step"] > 0
