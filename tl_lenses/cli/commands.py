@@ -25,9 +25,7 @@ from tl_lenses.cli.version import version
 from tl_lenses.patchscopes.parts import merging
 
 
-def merge(
-    output: Annotated[str, typer.Argument(help="What --output or --save of the shared command said.")],
-) -> None:
+def merge(output: Annotated[str, typer.Argument(help="What --output or --save of the shared command said.")]) -> None:
     """Put the parts of a shared sweep together (`experiment` or `patchscope` with --shard): the result of one run, exactly.
 
     Example: tl-lenses merge experiments/next-token

@@ -30,9 +30,7 @@ HELD_OUT_TOKENS = 2**14  # read of --held-out
 
 # The words that options take; the last four are those of `fit_tuned`.
 Method = Enum(
-    "Method",
-    {"regression": "regression", "tuned": "tuned", "jacobian": "jacobian", "relevance": "relevance"},
-    type=str,
+    "Method", {"regression": "regression", "tuned": "tuned", "jacobian": "jacobian", "relevance": "relevance"}, type=str
 )
 Optimizer = Enum("Optimizer", {"muon": "muon", "sgd": "sgd", "adam": "adam"}, type=str)
 Loss = Enum("Loss", {"kl": "kl", "ce": "ce"}, type=str)

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.deprecation import renamed
-from tl_lenses.experiments.common import (
-    PATCHED,
-    RUN,
-    UNPATCHED,
-    Cells,
-    Controlled,
-    Result,
-    scores_of,
-    vectors_of,
-)
+from tl_lenses.experiments.common import PATCHED, RUN, UNPATCHED, Cells, Controlled, Result, scores_of, vectors_of
 from tl_lenses.experiments.facts import PLACEHOLDER, read_facts, texts_of
 from tl_lenses.experiments.faithful import identification
 from tl_lenses.experiments.grid import Table
