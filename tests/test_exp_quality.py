@@ -66,7 +66,7 @@ def test_numbers_by_hand(model, lenses):
 
 def test_the_check_fails_where_kl_is_the_wrong_way_round(model, lenses, monkeypatch):
     true = decode.S.kl
-    monkeypatch.setattr(decode.S, "kl", lambda p, q, _=None: true(q, p))
+    monkeypatch.setattr(decode.S, "kl", lambda p, q, *_: true(q, p))
     with pytest.raises(AssertionError):
         check_by_hand(model, lenses)
 
