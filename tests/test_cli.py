@@ -194,7 +194,7 @@ def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path
     assert "is no file" in refused("show", "--file", tmp_path / "none", "--model", model)
 
 
-def test_show_takes_a_chat_the_last_tokens_and_opens_the_page(model, tmp_path, monkeypatch):
+def test_the_last_tokens_are_shown_in_a_page_that_opens(model, monkeypatch):
     seen = []
     monkeypatch.setattr(webbrowser, "open", lambda uri: seen.append(uri) or True)
     done = run("show", "the cat sat on the mat", "--model", model, "--last", 2, "--open")
@@ -202,9 +202,15 @@ def test_show_takes_a_chat_the_last_tokens_and_opens_the_page(model, tmp_path, m
     (page,) = [Path(urllib.parse.urlparse(uri).path) for uri in seen]
     last = len(zoo.build("gpt2", zoo.FEW_KINDS[0]).to_tokens("the cat sat on the mat")[0]) - 1
     assert f'title="position {last}"' in page.read_text("utf-8")
+
+
+def test_a_page_that_cannot_be_opened_says_where_it_is(model, tmp_path, monkeypatch):
     monkeypatch.setattr(webbrowser, "open", lambda uri: False)
     assert "no browser can be opened here: the page is in" in refused("show", "the cat", "--model", model, "--open")
     assert "--open shows a page" in refused("show", "the cat", "--model", model, "--open", "--save", tmp_path / "a.svg")
+
+
+def test_a_chat_is_shown_and_patched(model, tmp_path):
     assert "needs a tokenizer with a chat template" in refused("patchscope", "the cat", "--model", model, "--chat")
     chats = zoo.tokenizer()
     chats.chat_template = "{% for m in messages %}a dog: {{ m.content }}{% endfor %}"

@@ -217,14 +217,13 @@ def _changes(config):
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_changed_config_is_refused_or_says_the_same(saved, unchecked, version):
     t, path = saved
+    t.meta["fingerprint"] = t.meta["fingerprint"][:2]  # fewer numbers to change
+    t.save(path, overwrite=True)
     file = path / "config.json"
     config = json.loads(file.read_text())
     if version == 1:  # as tl_lenses 0.1 wrote it
         del config["checksum"]
         config["version"] = 1
-    config["meta"]["fingerprint"] = config["meta"]["fingerprint"][:2]
-    if version == 2:
-        config["checksum"] = files.maps._checksum(config)
     count = refused = 0
     for changed in _changes(config):
         file.write_text(json.dumps(changed))

@@ -88,23 +88,27 @@ def test_several_lenses_share_a_pass_and_compare(model):
     assert set(both.to_frame()["lens"]) == {"logit", "tuned"}
 
 
-def test_slicing_and_strides(model):
+def test_a_slice_is_a_smaller_trajectory(model):
     traj = tll.trajectory(model, tll.Lens(model), TOKENS)
     small = traj[1:, 0, [2, -1]]
     assert small.layers == (1, 2, 3) and small.tokens.tolist() == [[int(TOKENS[0, 2]), int(TOKENS[0, 9])]]
     assert torch.equal(small.kl, traj.kl[1:, :1][:, :, [2, 9]]) and small.top_ids.shape == (3, 1, 2, 10)
     assert torch.equal(traj[-1].kl, traj.kl[-1:])
-    assert tll.trajectory(model, tll.Lens(model), TOKENS, layers=slice(0, None, 2)).layers == (
-        0,
-        2,
-        3,
-    )  # the model stays
-    assert torch.equal(traj.delta("kl"), traj.kl[1:] - traj.kl[:-1])
-    assert traj.delta("rank")[:, :, -1].isnan().all()
     with pytest.raises(IndexError, match="three axes"):
         traj[0, 0, 0, 0]
     with pytest.raises(IndexError, match="outside an axis of 4"):
         traj[7]
+
+
+def test_a_stride_of_layers_keeps_the_model(model):
+    traj = tll.trajectory(model, tll.Lens(model), TOKENS, layers=slice(0, None, 2))
+    assert traj.layers == (0, 2, 3)
+
+
+def test_a_delta_is_the_change_per_layer(model):
+    traj = tll.trajectory(model, tll.Lens(model), TOKENS)
+    assert torch.equal(traj.delta("kl"), traj.kl[1:] - traj.kl[:-1])
+    assert traj.delta("rank")[:, :, -1].isnan().all()  # nothing follows the last token
 
 
 def test_sites_of_other_kinds(model):
@@ -115,27 +119,31 @@ def test_sites_of_other_kinds(model):
     assert torch.equal(traj.top_ids[:2, ..., 0], z.argmax(-1))
 
 
-def test_under_intervention(model):
-    lens = tll.Lens(model)
+def test_the_teacher_is_the_hooked_run(model):
+    hooks, lens = [tll.patch(1, edits.noise(2.0), pos=4)], tll.Lens(model)
+    hooked, clean = (tll.trajectory(model, lens, TOKENS, hooks=given) for given in (hooks, ()))
+    assert (hooked.kl[-1] == 0).all()
+    assert torch.equal(hooked.entropy[:, :, :4], clean.entropy[:, :, :4])
+    assert not torch.equal(hooked.entropy[1:, :, 4:], clean.entropy[1:, :, 4:])
+
+
+def test_a_clean_teacher_is_the_run_without_hooks(model):
     hooks = [tll.patch(1, edits.noise(2.0), pos=4)]
-    hooked = tll.trajectory(model, lens, TOKENS, hooks=hooks)
-    clean = tll.trajectory(model, lens, TOKENS)
-    against_clean = tll.trajectory(model, lens, TOKENS, hooks=hooks, teacher="clean")
-    assert (hooked.kl[-1] == 0).all()  # the teacher is the same hooked run
-    assert torch.equal(hooked.entropy[:, :, :4], clean.entropy[:, :, :4]) and not torch.equal(
-        hooked.entropy[1:, :, 4:], clean.entropy[1:, :, 4:]
-    )
-    assert (against_clean.kl[-1, :, :4] == 0).all() and (against_clean.kl[-1, :, 4:] > 0).all()
-    # an intervention on the final norm reaches the last row, which is the model
-    scaled = tll.trajectory(model, lens, TOKENS, hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
+    kl = tll.trajectory(model, tll.Lens(model), TOKENS, hooks=hooks, teacher="clean").kl
+    assert (kl[-1, :, :4] == 0).all() and (kl[-1, :, 4:] > 0).all()
+
+
+def test_a_hook_on_the_final_norm_reaches_the_last_row(model):
+    hooks = [("ln_final.hook_scale", lambda x, hook: x * 3)]
+    scaled = tll.trajectory(model, tll.Lens(model), TOKENS, hooks=hooks)
     with torch.no_grad():
-        final = model.run_with_hooks(TOKENS, fwd_hooks=[("ln_final.hook_scale", lambda x, hook: x * 3)])
+        final = model.run_with_hooks(TOKENS, fwd_hooks=hooks)
     assert torch.allclose(scaled.entropy[-1], S.entropy(final.log_softmax(-1)), atol=1e-5)
-    # at a site that both use, the user's hook runs first
-    zeroed = tll.trajectory(model, lens, TOKENS, hooks=[tll.patch(2, edits.zero)])
-    assert zeroed.kl[2, :, 1:].var() >= 0 and torch.allclose(
-        zeroed.entropy[2], zeroed.entropy[2, 0, 0].expand(2, 10), atol=1e-5
-    )
+
+
+def test_a_users_hook_runs_before_the_lens_reads(model):
+    entropy = tll.trajectory(model, tll.Lens(model), TOKENS, hooks=[tll.patch(2, edits.zero)]).entropy[2]
+    assert torch.allclose(entropy, entropy[0, 0].expand(2, 10), atol=1e-5)
 
 
 @torch.no_grad()
@@ -154,23 +162,30 @@ def test_an_existing_cache_is_read(model):
         tll.trajectory(model, lens, TOKENS, cache=cache, teacher="clean")
 
 
-def test_text_pads_and_targets(model):
-    prompts = ["the cat sat on the mat.", "a bird"]
-    traj = tll.trajectory(model, tll.Lens(model), prompts)
-    n = traj.mask.sum(1)
-    assert traj.tokens[0, 0] == zoo.BOS and not traj.mask[1, 0]  # BOS first; the shorter one is padded on the left
-    alone = tll.trajectory(model, tll.Lens(model), prompts[1])
-    assert torch.allclose(traj.kl[:, 1, -int(n[1]) :], alone.kl[:, 0], atol=1e-4)
+PROMPTS = ["the cat sat on the mat.", "a bird"]
+
+
+def test_a_shorter_text_is_padded_and_says_what_it_says_alone(model):
+    traj, alone = (tll.trajectory(model, tll.Lens(model), text) for text in (PROMPTS, PROMPTS[1]))
+    n = int(traj.mask[1].sum())
+    assert traj.tokens[0, 0] == zoo.BOS and not traj.mask[1, 0]
+    assert torch.allclose(traj.kl[:, 1, -n:], alone.kl[:, 0], atol=1e-4)
     assert (traj.targets[1][~traj.mask[1]] == -1).all() and (traj.targets[:, -1] == -1).all()
-    bare = tll.trajectory(model, tll.Lens(model), prompts[1], prepend_bos=False)
-    assert torch.equal(bare.tokens, alone.tokens[:, 1:])
-    scored = tll.trajectory(model, tll.Lens(model), prompts[0], targets=" the", anti_targets=7)
+
+
+def test_a_text_starts_with_bos_unless_asked(model):
+    with_bos, bare = (tll.trajectory(model, tll.Lens(model), PROMPTS[1], prepend_bos=on) for on in (True, False))
+    assert torch.equal(bare.tokens, with_bos.tokens[:, 1:])
+
+
+def test_a_target_is_a_tokens_text_or_id(model):
+    scored = tll.trajectory(model, tll.Lens(model), PROMPTS[0], targets=" the", anti_targets=7)
     token = model.tokenizer(" the", add_special_tokens=False)["input_ids"][0]
     assert (scored.targets == token).all() and (scored.anti_targets == 7).all() and scored.logprob_diff.isfinite().all()
-    with pytest.raises(ValueError, match=r"logprob_diff needs anti_targets"):
-        _ = traj.logprob_diff
     with pytest.raises(ValueError, match="is .* tokens, expected one"):
-        tll.trajectory(model, tll.Lens(model), prompts[0], targets="the cat sat")
+        tll.trajectory(model, tll.Lens(model), PROMPTS[0], targets="the cat sat")
+    with pytest.raises(ValueError, match=r"logprob_diff needs anti_targets"):
+        _ = tll.trajectory(model, tll.Lens(model), PROMPTS[0]).logprob_diff
 
 
 def test_views_of_a_real_trajectory(model, tmp_path):
