@@ -127,8 +127,9 @@ def bounds(model: Any, ids: torch.Tensor, layers: list[int] | None) -> None:
     print(f"{len(ids)} prompts of {ids.shape[1]} tokens; times fewer rows at equal error, at most")
     for i, layer in enumerate(sites):
         states = seen[layer][:, 16:-1].flatten(0, 1)
-        for name, out, into in (("entries", None, None), ("logits", read, root(states.T @ states / len(states)))):
-            maps = each[:, i] if out is None else out @ each[:, i] @ into
+        same = torch.eye(len(read))
+        for name, out, into in (("entries", same, same), ("logits", read, root(states.T @ states / len(states)))):
+            maps = out @ each[:, i] @ into
             apart = maps - maps.mean(0)
             size = float(apart.square().sum() / (len(ids) - 1) / maps.mean(0).square().sum())
             found = ", ".join(f"{key} {value:.2f}" for key, value in gains(apart).items())
