@@ -316,6 +316,11 @@ def test_sentences_of_bias_calibration_and_cost_have_the_answer_that_was_planted
     report = _of(kl=[0.4, 0.5, 0.6, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 9e6, 0.0], spread=1e-3)
     assert report.sentences()[3].endswith("logit, 1.0 M multiply-adds, 0.00 MB; none is cheaper")
     assert report.sentences()[0].endswith("below good in 100% of resampled texts")
+    # texts that are all alike: an interval of no width
+    report = _of(
+        kl=[2.0, 0.1, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], rows=7, spread=0.0
+    )
+    assert "cost: good, " in report.sentences()[3]
 
 
 def test_a_lens_that_says_less_than_the_guess_is_praised_for_nothing():

@@ -124,11 +124,12 @@ class Comparison(Report):
         low, high = (float(x) for x in percentiles(draws[able[0]]))
         adds, size = (self.grid[name][:, part].mean(1) for name in ("multiply_adds", "bytes"))
         costs = [(float(a), float(b)) for a, b in zip(adds[:-1], size[:-1], strict=True)]
-        first = min((i for i in able if float(mean[i]) <= high), key=lambda i: costs[i])  # the nearest of equal ones
+        near = [i for i in able if i == able[0] or float(mean[i]) <= high]
+        first = min(near, key=lambda i: costs[i])  # the nearest of equal ones
         text = f"{self.lenses[first]}, {costs[first][0] / 1e6:.1f} M multiply-adds, {costs[first][1] / 1e6:.2f} MB"
         if first != able[0]:
-            near = f"{self.lenses[able[0]]}, {interval(float(mean[able[0]]), low, high)}"
-            return f"{text}; its KL {float(mean[first]):.2f} is within the interval of {near}"
+            best = f"{self.lenses[able[0]]}, {interval(float(mean[able[0]]), low, high)}"
+            return f"{text}; its KL {float(mean[first]):.2f} is within the interval of {best}"
         cheaper = min(costs) < costs[first]
         return text + ("; none cheaper is within its interval" if cheaper else "; none is cheaper")
 
