@@ -79,7 +79,7 @@ class States:
         import torch
 
         import tl_lenses as tll
-        from tl_lenses.fit.common import activations
+        from tl_lenses.fit import common
         from tl_lenses.fit.step import Pairs
         from tl_lenses.moments import moments
 
@@ -90,7 +90,8 @@ class States:
         for batch in batches:
             final: list[Any] = []
             with self.readout.without_logits(final, [(name, None) for pair in self.rows for name in pair]):
-                _, seen, used, _ = activations(self.model, batch, self.rows, [], True)
+                names = [name for row in self.rows for name in row]
+                _, seen, used, _ = common.states(self.model, batch, names, [], True)
             at = used.flatten().nonzero()[:, 0]
             states = [seen[source].flatten(0, 1)[at].float() for source, _ in self.rows]
             every = torch.arange(len(at))

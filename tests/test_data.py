@@ -555,7 +555,6 @@ def test_no_bos_where_the_tokenizer_has_none(bare_tokenizer):
     assert tokenize(bare_tokenizer, "the cat").tokens.tolist() == [encode(bare_tokenizer, "the cat")]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("special", "pad"),
     [
@@ -565,10 +564,10 @@ def test_no_bos_where_the_tokenizer_has_none(bare_tokenizer):
         ({}, 0),
     ],
 )
-def test_padding(side, special, pad):
+def test_padding(special, pad):
     tokenizer = make_tokenizer(**special)
     prompts = ["the cat sat on the mat", "the", "the dog sat"]
-    batch = tokenize(tokenizer, prompts, padding_side=side)
+    batch = tokenize(tokenizer, prompts)
     longest = max(tokenize(tokenizer, prompt).tokens.shape[1] for prompt in prompts)
     assert batch.tokens.shape == batch.attention_mask.shape == (3, longest)
     assert batch.tokens.dtype == batch.attention_mask.dtype == torch.long
@@ -576,7 +575,7 @@ def test_padding(side, special, pad):
         alone = tokenize(tokenizer, prompt).tokens[0]
         assert torch.equal(row[mask == 1], alone) and (row[mask == 0] == pad).all()
         n_pads = longest - len(alone)
-        assert mask.tolist() == ([0] * n_pads + [1] * len(alone))[:: 1 if side == "left" else -1]
+        assert mask.tolist() == [0] * n_pads + [1] * len(alone)
 
 
 def test_equal_lengths_need_no_mask(tokenizer):
@@ -589,7 +588,6 @@ def test_equal_lengths_need_no_mask(tokenizer):
     [
         ("prompts is an empty list; pass at least one string", [], {}),
         ("prompt 1 has no tokens and no BOS is put before it. Pass some text", ["a", ""], {"prepend_bos": False}),
-        ("padding_side is 'middle'; expected 'left' or 'right'", "a", {"padding_side": "middle"}),
     ],
 )
 def test_prompts_refused(tokenizer, message, prompts, kwargs):

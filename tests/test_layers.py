@@ -47,7 +47,7 @@ ROOMS: dict[str, list[list[str]]] = {
     "text": [["sources", "stored"], ["stream"], ["batches"]],
     "fit": [
         ["common", "guard", "settings", "stop", "team", "whiten"],
-        ["optim", "shard", "state", "step", "task"],
+        ["optim", "shard", "state", "step"],
         ["evidence", "examples", "jacobian", "plan", "sampled"],
         ["regression"],
         ["start"],

@@ -55,11 +55,6 @@ class Affine:
         return Affine(inverse.to(self.weight), -(inverse @ self.bias.double()).to(self.bias))
 
 
-def identity(d: int) -> Affine:
-    """`x -> x`."""
-    return Affine(torch.eye(d), torch.zeros(d))
-
-
 def base(d_out: int, d_in: int, **kwargs: Any) -> Float[Tensor, "d_out d_in"]:
     """The part of W that is not trained: the identity for square maps, zeros otherwise."""
     return torch.eye(d_out, **kwargs) if d_out == d_in else torch.zeros(d_out, d_in, **kwargs)

@@ -81,7 +81,7 @@ def capture(
     else:
         size = (stored or torch.float32).itemsize
         shard_tokens = max(1, SHARD // (size * len(sites) * int(model.cfg.d_model)))
-    _check_same(folder / files.INDEX, files.about_states(folder) if folder.is_dir() else None, about)
+    _is_there(folder, about)
     hashes, ratio, n_tokens = [], None, 0
     with progress(total=text.n_batches, desc="capturing", show=show_progress) as bar:
         for i, batches in enumerate(_groups(text, shard_tokens)):
@@ -103,7 +103,7 @@ def capture(
         **about, "text": files.hash_of_shards(hashes), "bytes_per_token": ratio, "batches": text.ids is None,
         "shards": len(hashes), "tokens": n_tokens,
     }  # fmt: skip
-    _check_same(folder / files.INDEX, files.about_states(folder), whole)
+    _is_there(folder, whole)
     files.write_index(folder, whole)
     return folder
 
@@ -137,11 +137,7 @@ def _flat(batch: Batch) -> tuple[Tensor, Tensor]:
 def _states(
     model: LensModel, batch: Batch, sites: list[str], hooks: list[Hook], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """States of the real tokens by site `[n, d]`, on the CPU.
-
-    Raises:
-        ValueError: some are not finite.
-    """
+    """States of the real tokens by site `[n, d]`, on the CPU."""
     batch = prepared(model, batch)
     seen, _ = passed(model, batch, {name: name for name in sites}, hooks, fn=lambda x: x.flatten(2))
     real, states = used_positions(batch, False), {}
@@ -154,26 +150,14 @@ def _states(
     return states
 
 
-def _is_there(file: Path, about: dict[str, Any]) -> bool:
-    """Whether a shard is there, whole.
-
-    Raises:
-        ValueError: one of other states.
-    """
-    there = files.about_states(file)
-    _check_same(file, there, about)
-    return there is not None
-
-
-def _check_same(file: Path, there: dict[str, Any] | None, about: dict[str, Any]) -> None:
-    """Refuse to mix states of two captures in a folder."""
+def _is_there(place: Path, about: dict[str, Any]) -> bool:
+    """Whether a shard or folder is there, whole; refuses one of another capture, whose states would be mixed with these."""
+    there = files.about_states(place)
     if there is None:
-        return
+        return False
     for key, value in about.items():
         if there.get(key) != value and key not in ("fingerprint", "bytes_per_token"):
-            other = (
-                "another text or shard_tokens"
-                if key == "text"
-                else f"{key} {there.get(key)!s:.60} and not {value!s:.60}"
-            )
-            raise ValueError(f"{file} is of another capture, with {other}: choose another folder, or remove it")
+            differs = f"{key} {there.get(key)!s:.60} and not {value!s:.60}"
+            other = "another text or shard_tokens" if key == "text" else differs
+            raise ValueError(f"{place} is of another capture, with {other}: choose another folder, or remove it")
+    return True

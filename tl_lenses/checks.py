@@ -5,16 +5,13 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 Entry = TypeVar("Entry")
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    """An integer of any type (Python's, numpy's, torch's) as an `int`.
-
-    >>> import torch
-    >>> whole_number("steps", torch.tensor(3), least=1)
-    3
-    """
+    """An integer of any type (Python's, numpy's, torch's) as an `int`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -31,11 +28,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
 def finite_number(
     name: str, value: Any, *, above: int | float | None = None, least: int | float | None = None
 ) -> float:
-    """A finite number of any type as a `float`.
-
-    >>> finite_number("temperature", 2, above=0)
-    2.0
-    """
+    """A finite number of any type as a `float`."""
     kind = "positive and finite" if above == 0 else "a finite number"
     try:
         number = float(value) if hasattr(value, "__float__") else None
@@ -53,11 +46,7 @@ def finite_number(
 
 
 def one_of(name: str, value: Any, words: Sequence[str]) -> Any:
-    """A word that an argument takes.
-
-    >>> one_of("side", "left", ("left", "right"))
-    'left'
-    """
+    """A word that an argument takes."""
     if not isinstance(value, str) or value not in words:
         listed = [repr(word) for word in words]
         expected = f"{', '.join(listed[:-1])} or {listed[-1]}" if len(listed) > 1 else listed[0]
@@ -66,51 +55,46 @@ def one_of(name: str, value: Any, words: Sequence[str]) -> Any:
 
 
 def some_of(name: str, value: Any, words: Sequence[str]) -> list[str]:
-    """A list of words that an argument takes.
-
-    >>> some_of("sides", ["left"], ("left", "right"))
-    ['left']
-    """
+    """A list of words that an argument takes."""
     return [one_of(name, word, words) for word in several(name, value, "words")]
 
 
-def seed_of(seed: Any) -> int:
-    """A seed that a generator takes.
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return value
 
-    >>> seed_of(3)
-    3
-    """
+
+def device_named(name: Any) -> torch.device:
+    """A device of torch."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {_shown(name)}") from None
+
+
+def seed_of(seed: Any) -> int:
+    """A seed that a generator takes."""
     return whole_number("seed", seed, least=-(2**63), most=2**63 - 1)
 
 
 def plain_text(name: str, value: Any) -> str:
-    """A text.
-
-    >>> plain_text("placeholder", "x")
-    'x'
-    """
+    """A text."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, got {_shown(value)}")
     return value
 
 
 def several(name: str, value: Any, of: str = "layers and sites") -> list[Any]:
-    """The entries of a list or of another iterable. A text is none, though Python goes through its letters.
-
-    >>> several("layers", range(2))
-    [0, 1]
-    """
+    """The entries of a list or of another iterable. A text is none, though Python goes through its letters."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a list of {of}, got {_shown(value)}: pass {name}=[{_shown(value)}]")
     return list(value)
 
 
 def entry(mapping: Mapping[Any, Entry], what: str, key: Any) -> Entry:
-    """The entry of a mapping that a user asks for by name.
-
-    >>> entry({"a": 1}, "lens", "a")
-    1
-    """
+    """The entry of a mapping that a user asks for by name."""
     try:
         return mapping[key]
     except (KeyError, TypeError):  # a list has no hash
@@ -118,11 +102,7 @@ def entry(mapping: Mapping[Any, Entry], what: str, key: Any) -> Entry:
 
 
 def index(name: str, value: Any, n: int, what: str) -> int:
-    """A place among `n` things, negative ones from the end, counted from the front.
-
-    >>> index("batch", -1, 3, "this trajectory has 3 rows")
-    2
-    """
+    """A place among `n` things, negative ones from the end, counted from the front."""
     number = whole_number(name, value)
     if not -n <= number < n:
         raise ValueError(f"{name}={number} is out of range: {what} (0..{n - 1})")

@@ -117,13 +117,15 @@ class Decoder:
         the rows of all blocks equal again.
         """
         assert self.batch is not None and len(self.batch.tokens) == 1 and self.batch.attention_mask is None
-        other = copy.copy(self)
-        other.cache = None
         count = lambda block: n if isinstance(n, int) else 1 if block is None else n[block]
-        other.batch = Batch(self.batch.tokens.expand(count(None), -1), None)
-        if self.cache is not None:
-            expand = lambda x, block: x.expand(count(block), *x.shape[1:])
-            other.cache = _shaped(self.cache, self.takes_own_cache, expand)
+        expand = lambda x, block: x.expand(count(block), *x.shape[1:])
+        return self._copy(self.batch.tokens.expand(count(None), -1), expand)
+
+    def _copy(self, tokens: Int[Tensor, "batch pos"], reshape: Callable[[Tensor, int | None], Tensor]) -> "Decoder":
+        """A decoder after other columns, its cache reshaped; this one stays as it is."""
+        other = copy.copy(self)
+        other.batch = Batch(tokens, None)
+        other.cache = None if self.cache is None else _shaped(self.cache, self.takes_own_cache, reshape)
         return other
 
     def spread(self, rows: Int[Tensor, " kept"]) -> None:
@@ -150,22 +152,17 @@ class Decoder:
         kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", [])}
         if not self.takes_own_cache and kinds != {"DynamicLayer"}:
             return None  # a sliding window may have dropped what belongs to the first n
-        other = copy.copy(self)
-        other.batch = Batch(self.batch.tokens[row : row + 1, :n], None)
         axis = 1 if self.takes_own_cache else -2
         first = lambda x, block: x[row : row + 1].narrow(axis if block is not None else 1, 0, n)
-        other.cache = _shaped(self.cache, self.takes_own_cache, first)
-        return other
+        return self._copy(self.batch.tokens[row : row + 1, :n], first)
 
     def of_rows(self, rows: Int[Tensor, " taken"]) -> "Decoder":
         """A decoder of these rows, some of them several times; this one stays. Whole sequences follow where the cache cannot be shared."""
         assert self.batch is not None and self.batch.attention_mask is None
-        other = copy.copy(self)
-        other.batch = Batch(self.batch.tokens[rows], None)
         if self.shareable():
-            other.cache = _shaped(self.cache, self.takes_own_cache, lambda x, _: x[rows.to(x.device)])
-        else:
-            other.use_cache, other.cache = False, None
+            return self._copy(self.batch.tokens[rows], lambda x, _: x[rows.to(x.device)])
+        other = copy.copy(self)
+        other.batch, other.use_cache, other.cache = Batch(self.batch.tokens[rows], None), False, None
         return other
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -175,31 +172,34 @@ class Decoder:
         self.batch = Batch(tokens[rows], None if mask is None else mask[rows])
         if self.cache is None:
             return
-        if not self.takes_own_cache:
-            if self.abilities.drops:
-                # Every kind of layer has this one; `batch_select_indices` leaves the state of hybrid layers as it is.
-                self.cache.reorder_cache(rows)
-            else:
-                self.use_cache, self.cache = False, None
-                _warn_uncached(self.model, "cannot lose rows that have finished")
-            return
-        for entry in self.cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
-        self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
+        if self.takes_own_cache:
+            self.cache = _shaped(self.cache, True, lambda x, _: x[rows])
+        elif self.abilities.drops:
+            # Every kind of layer has this one; `batch_select_indices` leaves the state of hybrid layers as it is.
+            self.cache.reorder_cache(rows)
+        else:
+            self.use_cache, self.cache = False, None
+            _warn_uncached(self.model, "cannot lose rows that have finished")
 
     def _run(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
         assert self.batch is not None
         mask = self.batch.attention_mask
         kwargs = {} if last is None or last >= tokens.shape[1] else _fewer_logits(self.model, last)
-        if not self.use_cache:
-            logits = forward(self.model, Batch(tokens, mask), kwargs.pop("return_type", "logits"), **kwargs)
-            return tokens.new_empty(len(tokens), 0, 0, dtype=torch.float32) if logits is None else logits
-        if self.takes_own_cache:
+        if self.use_cache and not self.takes_own_cache:
+            return self._run_with_cache(tokens, mask, kwargs)
+        if self.use_cache:
             # The cache keeps the mask of earlier columns itself and refuses to guess one without a tokenizer.
             new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
             logits = self.model(tokens, attention_mask=new, past_kv_cache=self.cache, **kwargs)  # type: ignore[operator]
-            return tokens.new_empty(len(tokens), 0, 0, dtype=torch.float32) if logits is None else logits
-        assert self.handed is not None
+        else:
+            logits = forward(self.model, Batch(tokens, mask), kwargs.pop("return_type", "logits"), **kwargs)
+        return tokens.new_empty(len(tokens), 0, 0, dtype=torch.float32) if logits is None else logits
+
+    def _run_with_cache(
+        self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch pos"] | None, kwargs: dict[str, Any]
+    ) -> Float[Tensor, "rows returned d_vocab"]:
+        """A pass of a bridge with the cache of the model that it wraps."""
+        assert self.batch is not None and self.handed is not None
         if mask is not None:
             # With a cache a bridge numbers columns from the cache's length, pads included: say the real positions.
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]

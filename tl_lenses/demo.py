@@ -124,13 +124,8 @@ def run_real(
 
     Args:
         name: of `tl_lenses.load_model`: a model that knows names and countries.
-        output: folder for the lens and the heat map; files of an earlier run are replaced.
         seed: of the order of the text and of the draw of facts.
-        show_progress: progress bars; None decides by where the output goes.
-        say: takes each line that is announced.
-
-    Returns:
-        The folder.
+        output, show_progress, say: as in `run`.
 
     Raises:
         ValueError: the folder cannot be written; there is no such model, or it knows none of the facts.

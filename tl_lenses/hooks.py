@@ -16,9 +16,9 @@ from torch import Tensor
 from tl_lenses.checks import finite_number, one_of, whole_number
 from tl_lenses.decoding import Decoder
 from tl_lenses.effects import check_edits
-from tl_lenses.layers import LayerOrSite, as_layer, resolve_layer
+from tl_lenses.layers import LayerOrSite, as_layer, resolved
 from tl_lenses.model import LensModel, Prompt, eos_ids, forward, lock_of, n_layers, prepare
-from tl_lenses.sites import check_names, site
+from tl_lenses.sites import check_names, per_row, site
 
 Hook = tuple[Any, Callable[..., Any]]
 Edit = Callable[[Tensor], Tensor]
@@ -60,13 +60,7 @@ def _columns(pos: Pos, n_pos: int, batch: int, name: str) -> Int[Tensor, "batch 
             raise ValueError(f"{pos} selects nothing at {name!r}, which has {n_pos} positions here")
         return index.expand(batch, -1)
     if isinstance(pos, Tensor):
-        if pos.is_floating_point() or pos.dtype == torch.bool:
-            raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
-        index = (pos.expand(batch, 1) if pos.ndim == 0 else pos[:, None] if pos.ndim == 1 else pos).cpu()
-        if index.ndim != 2 or index.shape[0] != batch:
-            raise ValueError(
-                f"positions of shape {list(pos.shape)} do not fit a batch of {batch} at {name!r}: expected [{batch}] or [{batch}, k]"
-            )
+        index = per_row(pos.expand(batch) if pos.ndim == 0 else pos, batch, f" at {name!r}").cpu()
     else:
         given_positions = [pos] if not hasattr(pos, "__iter__") else list(pos)  # type: ignore[arg-type]
         index = torch.tensor([whole_number("pos", position) for position in given_positions], dtype=torch.long).expand(
@@ -428,6 +422,5 @@ def generate(
 
 def residual_reads(model: LensModel, layers: Iterable[LayerOrSite], into: MutableMapping[Any, Any]) -> list[Hook]:
     """Reads of layers `0..n_layers` (negative ones resolved) and sites, under those keys."""
-    depth = n_layers(model)
-    keys = [layer if isinstance(layer, str) else resolve_layer(as_layer(layer), depth) for layer in layers]
+    keys = [resolved(layer, n_layers(model)) for layer in layers]
     return [read(site(model, key), into, key=key) for key in keys]

@@ -22,10 +22,6 @@ from tl_lenses.unembed import Readout
 _PROBES, _PROJECTIONS = 8, 4
 _SAMPLE = "The capital of France is Paris."
 
-# Largest difference of one number, relative to their spread, between forms of one model. Measured in tests/test_lens.py:
-# below 1e-5 in fp32 and below 0.02 in half precision over the tested architectures; two random models differ by 0.5 or more.
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
-
 
 def _noise(rows: int, columns: int, salt: float) -> Float[Tensor, "rows columns"]:
     """Fixed numbers in [-1, 1) from a formula, so that no random generator's version matters."""
@@ -52,19 +48,14 @@ def fingerprint(model: LensModel) -> list[list[float]]:
     return (logp @ signs.T / logp.shape[-1] ** 0.5).tolist()
 
 
-def same_model(a: list[list[float]], b: list[list[float]], dtype: torch.dtype = torch.float32) -> bool:
-    """Whether two fingerprints are of one model, within the tolerance of `dtype`."""
+def same_model(a: list[list[float]], b: list[list[float]], *dtypes: torch.dtype | str | None) -> bool:
+    """Whether two fingerprints are of one model, within the tolerance of the coarsest of the types that they were computed in."""
     x, y = torch.tensor(a), torch.tensor(b)
-    if x.shape != y.shape:
-        return False
-    return bool((x - y).abs().max() <= _TOLERANCE.get(dtype, 0.05) * max(float(x.std()), 1e-6))
-
-
-def fits(meta: Mapping[str, Any], model: LensModel) -> bool:
-    """Whether the fingerprint in a record is that of this model, within the tolerance of the coarser of both types."""
-    types = (str(dtype_of(model)), str(meta.get("model_dtype", "")))
-    half = any(name.removeprefix("torch.") in ("float16", "bfloat16") for name in types)
-    return same_model(meta["fingerprint"], fingerprint(model), torch.float16 if half else torch.float32)
+    half = any(str(dtype).removeprefix("torch.") in ("float16", "bfloat16") for dtype in dtypes)
+    # Largest difference of one number, relative to their spread, between forms of one model. Measured in tests/test_lens.py:
+    # below 1e-5 in fp32 and below 0.02 in half precision over the tested architectures; two random models differ by 0.5 or more.
+    tolerance = (0.05 if half else 1e-3) * max(float(x.std()), 1e-6)
+    return x.shape == y.shape and bool((x - y).abs().max() <= tolerance)
 
 
 @torch.no_grad()
@@ -91,9 +82,7 @@ def is_centered(resid: Float[Tensor, "*batch d_model"], dtype: torch.dtype | Non
     """Whether the mean over d_model vanishes at every token: `|x . 1| / |x|`, which is about |N(0, 1)| in a raw stream of any width.
 
     The largest entry is no measure of it: entries of some directions are a hundred times the others, and a mean is small beside them.
-
-    Args:
-        dtype: in which the residuals were computed; their own by default.
+    `dtype` is the one that the residuals were computed in, by default their own.
     """
     # Measured over the tested architectures: below 5e-7 in fp32, below 0.015 in bfloat16, and at least 0.28 where it is raw.
     tolerance = 0.02 if (dtype or resid.dtype) in (torch.float32, torch.float64) else 0.15
@@ -187,7 +176,7 @@ def difference(meta: Mapping[str, Any], model: LensModel) -> str | None:
     if "basis" in meta and (got := basis_of(model)) != meta["basis"]:
         return f"whose residual basis is {got} and not {meta['basis']}"
     if "fingerprint" in meta:
-        if not fits(meta, model):
+        if not same_model(meta["fingerprint"], fingerprint(model), dtype_of(model), meta.get("model_dtype")):
             return "whose readout behaves differently (another fingerprint)"
     elif "unembed_hash" in meta and unembedding_hash(model) != meta["unembed_hash"]:
         norm = Readout(model).norm_module

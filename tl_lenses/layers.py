@@ -26,18 +26,23 @@ def layer_site(layer: int, n_layers: int) -> str:
     >>> layer_site(3, 12), layer_site(12, 12), layer_site(-1, 12)
     ('blocks.3.hook_resid_pre', 'blocks.11.hook_resid_post', 'blocks.11.hook_resid_post')
     """
-    resolved = resolve_layer(layer, n_layers)
-    return f"blocks.{resolved}.hook_resid_pre" if resolved < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+    at = resolve_layer(layer, n_layers)
+    return f"blocks.{at}.hook_resid_pre" if at < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
 
 
 def resolve_layer(layer: int, n_layers: int) -> int:
     """A layer as `0..n_layers`; negative ones count from `n_layers`."""
-    resolved = layer + n_layers + 1 if layer < 0 else layer
-    if not 0 <= resolved <= n_layers:
+    at = layer + n_layers + 1 if layer < 0 else layer
+    if not 0 <= at <= n_layers:
         raise ValueError(
             f"no layer {layer}: this model has layers 0..{n_layers} (0 enters the first block, {n_layers} or -1 is the final residual)"
         )
-    return resolved
+    return at
+
+
+def resolved(layer: LayerOrSite, n_layers: int) -> LayerOrSite:
+    """A layer as `0..n_layers`; a hook name as it is."""
+    return layer if isinstance(layer, str) else resolve_layer(as_layer(layer), n_layers)
 
 
 def site_layer(name: str) -> int | None:

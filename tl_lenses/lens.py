@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.checks import one_of, several, whole_number
+from tl_lenses.checks import one_of, several
 from tl_lenses.files import HasJacobians, readable
 from tl_lenses.hooks import Hook, read
 from tl_lenses.identity import basis_of, described, described_model, difference
-from tl_lenses.layers import LayerOrSite, layer_site, resolve_layer, site_layer
+from tl_lenses.layers import LayerOrSite, layer_site, resolved, site_layer
 from tl_lenses.model import LensModel, check_model, n_layers, name_of
 from tl_lenses.numerics import gain
 from tl_lenses.sites import site
@@ -173,7 +173,7 @@ class Lens:
         """
         pairs = []
         for layer in self.layers if layers is None else several("layers", layers):
-            key = resolve_layer(layer, self.n_layers) if isinstance(layer, int) else layer
+            key = resolved(layer, self.n_layers)
             decode = self[key]
             fn = decode if then is None else lambda x, decode=decode: then(decode(x))
             pairs.append(read(site(self.model, key), into, key=key, fn=fn, detach=detach))
@@ -242,11 +242,7 @@ def _wrong(model: LensModel, translators: Translators) -> str | None:
 
 
 def printable(name: Any) -> Any:
-    """A lens' name as every file and terminal can hold it: without control characters and lone surrogates.
-
-    >>> printable("tuned\x1b[31m")
-    'tuned<0x1B>[31m'
-    """
+    """A lens' name as every file and terminal can hold it: without control characters and lone surrogates."""
     return readable(name) if isinstance(name, str) else name
 
 
@@ -271,11 +267,7 @@ def named_lenses(model: LensModel, lens: Any, alone: str = "") -> dict[str, Lens
 
 
 def one_lens(model: LensModel, lens: Any, what: str) -> dict[str, Lens]:
-    """A lens by itself, as `named_lenses` gives it.
-
-    Raises:
-        TypeError: several in a mapping, or no lens.
-    """
+    """A lens by itself, as `named_lenses` gives it; refuses several in a mapping."""
     if isinstance(lens, Mapping):
         raise TypeError(f"{what} reads through one lens, got a mapping of {len(lens)}: pass one of them")
     return named_lenses(model, lens, alone="lens")
@@ -307,13 +299,9 @@ def common_layers(
         raise TypeError(
             f"layers must be a list of layers and sites or a slice, got {layers!r}: pass layers=[{layers!r}]"
         )
-    chosen = [_row(x, depth) for x in layers]
+    chosen = [resolved(x, depth) for x in layers]
     if not chosen:
         raise ValueError("an empty list of layers has nothing to read")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"a layer is given twice: {chosen}")
     return chosen
-
-
-def _row(layer: Any, depth: int) -> int | str:
-    return layer if isinstance(layer, str) else resolve_layer(whole_number("a layer", layer), depth)

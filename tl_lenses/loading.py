@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_lenses import lab
+from tl_lenses.checks import device_named
 
 REAL = ("smollm2-135m", "gemma3-270m")  # those that the tool makes
 
@@ -44,7 +45,7 @@ def load_model(name: str, *, device: str | torch.device | None = None, dtype: to
         raise TypeError(f"expected the name or the folder of a model, as text, got {name!r:.80}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"expected a floating-point dtype such as torch.float32, got {dtype!r:.80}")
-    place = _device(device)
+    place = str(device_named(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if name in {bundled.name for bundled in lab.available()}:
         return lab.load(name, device=place, dtype=dtype)
     folder = _folder(name)
@@ -77,15 +78,6 @@ def load_reference(name: str, *, device: str | torch.device | None = None, dtype
     except Exception as error:  # every library below has its own errors
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the reference {name!r}: {message}") from error
-
-
-def _device(device: str | torch.device | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.device(device))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {device!r}") from None
 
 
 def _folder(name: str) -> Path | None:

@@ -35,7 +35,6 @@ def logit_lens(model: LensModel, tokens: Tokens, layer: LayerOrSite, pos: Positi
     S = T, i* = i, l* = n_layers, f = identity. The logits at `pos` are `tll.Lens(model)[layer](h)`.
 
     Args:
-        model: the model.
         tokens: the prompt that the hooks will run on, to find `pos` in.
         layer: l.
         pos: i; None for every position.
@@ -64,7 +63,6 @@ def tuned_lens(
     normed state and normed again.) With least-squares maps these are the linear shortcuts of Yom Din et al. 2023.
 
     Args:
-        model: the model.
         tokens: the prompt that the hooks will run on, to find `pos` in.
         translators: the maps, of `fit_tuned`, `fit_regression` or another fitter.
         layer: l.
@@ -110,7 +108,6 @@ def activation_patching(
     S = clean, T = corrupted, l* = l, f = identity. Runs the clean prompt once, now.
 
     Args:
-        model: the model.
         clean: the prompt that the states come from.
         corrupted: the prompt that the hooks will run on.
         layers: a layer or site, or several that are patched together (heads: "blocks.3.attn.hook_z"). For a sweep,
@@ -216,7 +213,6 @@ def attention_knockout(
     table writes it as zero vectors at several layers; the method itself cuts edges.)
 
     Args:
-        model: the model.
         tokens: the prompt that the hooks will run on. Generated tokens attend to everything.
         queries: positions whose attention is cut; a text means its last token (`tll.at(text, span=True)` for all). None:
             every one.
@@ -287,7 +283,6 @@ def multihop(
       generated there.
 
     Args:
-        model: the model.
         first: the inner question, such as "the company that created Visual Basic".
         second: the outer question, such as "The current CEO of".
         masked: which of the two.

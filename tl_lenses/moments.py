@@ -1,7 +1,7 @@
 """Streaming means and covariances in float64. Evidence merges, so that shards and machines are a sum (`a + b`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -68,12 +68,9 @@ def moments(
     Raises:
         ValueError: values that are not finite.
     """
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("activations that are not finite cannot be averaged")
-    x, y = x.double(), y.double().expand(len(x), -1, -1)
-    mean_x, mean_y = x.mean(1), y.mean(1)
-    x, y = x - mean_x[:, None], y - mean_y[:, None]
-    return Moments(x.shape[1], mean_x, mean_y, x.mT @ x, y.mT @ x, (y**2).sum(1))
+    rows = grouped_moments(list(x), list(y), [[0 if len(y) == 1 else i] for i in range(len(x))])
+    joined = (torch.cat([getattr(row, field.name) for row in rows]) for field in fields(Moments)[1:])
+    return Moments(rows[0].n, *joined)
 
 
 def grouped_moments(
@@ -83,10 +80,8 @@ def grouped_moments(
 ) -> tuple[Moments, ...]:
     """The moments of one batch for pairs of several sources and targets: one `Moments` per source.
 
-    A covariance is computed once per source and a mean once per source and target; only `yx` is per pair.
-
-    Args:
-        targets: for each source the targets that it is paired with, as indices of `y`.
+    A covariance is computed once per source and a mean once per source and target; only `yx` is per pair. `targets` are those that
+    each source is paired with, as indices of `y`.
 
     Example:
         >>> x, y = torch.randn(100, 3), torch.randn(100, 5)

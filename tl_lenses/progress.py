@@ -63,13 +63,8 @@ class _Lines:
 class StepBar:
     """A line for training: steps, loss at the first, middle and last layer, tokens per second, time left.
 
-    Args:
-        steps: their number, None where nobody knows it yet.
-        done: steps that were made before.
-        labels: of the layers.
-        tokens: trained on before.
-        show: False for nothing.
-        alike: whether the first step costs as much as the others; else the second one tells how long the fit takes.
+    `steps` is None where nobody knows their number yet; `done` and `tokens` were before. The first step says how long the fit takes
+    if steps are `alike`, else the second.
     """
 
     def __init__(
@@ -83,15 +78,7 @@ class StepBar:
     def update(
         self, values: Sequence[float], tokens: int, seconds: float, steps: int | None, looks: float = 0.0
     ) -> None:
-        """After a step.
-
-        Args:
-            values: the loss of each layer.
-            tokens: trained on by then.
-            seconds: that the step took.
-            steps: of the whole fit, as far as it is known.
-            looks: seconds of the looks at held-out text or the guard that are to come.
-        """
+        """After a step: losses by layer, tokens by then, seconds of the step, steps of the fit, seconds of the looks that are to come."""
         if steps is not None:
             set_total(self.bar, steps)
         rate = (tokens - self.tokens) / (time.perf_counter() - self.start)

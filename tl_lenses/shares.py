@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.checks import several, whole_number
+from tl_lenses.checks import flag, several, whole_number
 from tl_lenses.files import csv_text, json_text, readable
 from tl_lenses.hooks import Hook, check_edits, checked_hooks, patch, read, run
 from tl_lenses.layers import LayerOrSite, as_layer, layer_site, resolve_layer
@@ -49,19 +49,13 @@ class Shares:
         return f"Shares({self.title!r}, {len(self.rows)} rows, {len(self.tokens)} positions, over {self.over})"
 
     def _table(self) -> tuple[str, list[str], list[list[Any]], str]:
-        note = (
-            "logits; the sum over rows is that of the token below"
-            if self.over == "rows"
-            else "logits; the sum over positions and the rest is the total"
-        )
         rows: list[list[Any]] = [[name, *part] for name, part in zip(self.rows, self.values.tolist(), strict=True)]
-        columns = ["", *self.tokens]
+        columns, rest, total = ["", *self.tokens], self.rest.tolist(), self.total.tolist()
         if self.over == "rows":
-            rows += [["rest", *self.rest.tolist()], ["total", *self.total.tolist()], ["of", *self.targets]]
-        else:
-            columns += ["rest", "total"]
-            rows = [[*row, r, t] for row, r, t in zip(rows, self.rest.tolist(), self.total.tolist(), strict=True)]
-        return self.title, columns, rows, note
+            rows += [["rest", *rest], ["total", *total], ["of", *self.targets]]
+            return self.title, columns, rows, "logits; the sum over rows is that of the token below"
+        rows = [[*row, r, t] for row, r, t in zip(rows, rest, total, strict=True)]
+        return self.title, [*columns, "rest", "total"], rows, "logits; the sum over positions and the rest is the total"
 
     def __rich__(self) -> Any:
         from tl_lenses import views
@@ -79,17 +73,11 @@ class Shares:
         return views.rows_html(*self._table())
 
     def _records(self) -> list[dict[str, Any]]:
-        cells = [(r, c) for r in range(len(self.rows)) for c in range(len(self.tokens))]
         target = lambda r, c: self.targets[c if self.over == "rows" else r]
         return [
-            {
-                "row": self.rows[r],
-                "pos": c,
-                "token": self.tokens[c],
-                "target": target(r, c),
-                "value": float(self.values[r, c]),
-            }
-            for r, c in cells
+            {"row": row, "pos": c, "token": token, "target": target(r, c), "value": float(self.values[r, c])}
+            for r, row in enumerate(self.rows)
+            for c, token in enumerate(self.tokens)
         ]
 
     def to_frame(self) -> Any:
@@ -165,8 +153,7 @@ def components(
     batch, depth = _prompt(model, tokens), n_layers(model)
     end = resolve_layer(as_layer(layer), depth)
     decode = lens[end]
-    if not isinstance(heads, bool):
-        raise TypeError(f"heads must be True or False, got {heads!r}")
+    flag("heads", heads)
     with torch.enable_grad():
         states, written = _parts_of(model, batch, end, heads, checked_hooks(model, hooks))
     with torch.enable_grad(), Linearised("detached", strict=False):
@@ -256,11 +243,12 @@ def detached(
         finally:
             for p, flag in flags:
                 p.requires_grad_(flag)
-    parts = [
-        torch.zeros(()) if g is None else (_wide(g) * _wide(x)).detach().sum(-1)
-        for g, x in zip(grads, asked, strict=True)
-    ]
-    explained = float(sum(part.double().sum() for part in parts[len(numbers) :]) + _output_bias(decode, ids))
+    inner = lambda g, x: torch.zeros(()) if g is None else (_wide(g) * _wide(x)).detach().sum(-1)
+    parts = list(map(inner, grads, asked))
+    _, b_u = decode.readout.weights()
+    explained = float(sum(part.double().sum() for part in parts[len(numbers) :])) + (
+        0.0 if b_u is None else float(b_u[ids].sum())
+    )
     logit = logit.detach()
     share = 1e-3 if dtype_of(model).itemsize >= 4 else 0.02  # of what half precision rounds
     if abs(explained - float(logit)) > share * max(1.0, float(hidden.detach().abs().max()), abs(float(logit))):
@@ -345,11 +333,6 @@ def _logits(decode: LayerLens, hidden: Tensor, ids: Tensor) -> Float[Tensor, " p
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least: sums of half-precision products lose what small parts add."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _output_bias(decode: LayerLens, ids: Tensor) -> float:
-    _, b_u = decode.readout.weights()
-    return 0.0 if b_u is None else float(b_u[ids].sum())
 
 
 def _texts(model: LensModel, ids: list[int]) -> tuple[str, ...]:

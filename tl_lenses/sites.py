@@ -121,22 +121,12 @@ def positions(
     """
     batch = prepare(model, tokens, attention_mask, prepend_bos=prepend_bos)
     rows, width = batch.tokens.shape
-    if isinstance(pos, Tensor):
-        if pos.is_floating_point() or pos.dtype == torch.bool:
-            raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
-        per_row = pos[:, None] if pos.ndim == 1 else pos
-        if per_row.ndim != 2 or per_row.shape[0] != rows:
-            raise ValueError(
-                f"positions of shape {list(pos.shape)} do not fit {rows} prompts: expected [{rows}] or [{rows}, k]"
-            )
-        per_prompt: list[Any] = [row.tolist() for row in per_row]
-    else:
-        per_prompt = [pos] * rows
+    each = [row.tolist() for row in per_row(pos, rows)] if isinstance(pos, Tensor) else [pos] * rows
     out = []
     for row in range(rows):
         mask = batch.attention_mask
         real_columns = torch.arange(width) if mask is None else mask[row].cpu().nonzero()[:, 0]
-        indices = _row_positions(model, batch.tokens[row].cpu()[real_columns].tolist(), per_prompt[row])
+        indices = _row_positions(model, batch.tokens[row].cpu()[real_columns].tolist(), each[row])
         out.append(real_columns[torch.tensor(indices, dtype=torch.long)])
     lengths = {len(o) for o in out}
     if len(lengths) > 1:
@@ -144,6 +134,18 @@ def positions(
             f"position {pos!r} selects a different number of tokens per prompt ({sorted(lengths)}): give each prompt its own call"
         )
     return torch.stack(out).to(batch.tokens.device)
+
+
+def per_row(pos: Tensor, rows: int, where: str = "") -> Int[Tensor, "rows k"]:
+    """A tensor of positions, `[rows]` or `[rows, k]`, as `[rows, k]`."""
+    if pos.is_floating_point() or pos.dtype == torch.bool:
+        raise TypeError(f"positions must be integers, got a {pos.dtype} tensor")
+    index = pos[:, None] if pos.ndim == 1 else pos
+    if index.ndim != 2 or index.shape[0] != rows:
+        raise ValueError(
+            f"positions of shape {list(pos.shape)} do not fit a batch of {rows}{where}: expected [{rows}] or [{rows}, k]"
+        )
+    return index
 
 
 def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:

@@ -32,20 +32,16 @@ class Batch(NamedTuple):
         return Batch(tokens, attention_mask, self.bytes_per_token)
 
 
-def tokenize(
-    tokenizer: Any, prompts: str | Sequence[str], *, prepend_bos: bool = True, padding_side: str = "left"
-) -> Batch:
-    """Turns one prompt, or several padded to one length, into token ids `[batch, pos]` and a mask where there are pads.
+def tokenize(tokenizer: Any, prompts: str | Sequence[str], *, prepend_bos: bool = True) -> Batch:
+    """Turns one prompt, or several padded on the left, into token ids `[batch, pos]` and a mask where there are pads.
 
     Args:
         tokenizer: a Hugging Face tokenizer, such as `model.tokenizer`.
-        prompts: a prompt or a list of them.
         prepend_bos: start each with BOS, where the tokenizer has one of its own (see `special_id`) and the text does not
             start with it already.
-        padding_side: `"left"`, so that the last position is real in every row, or `"right"`.
 
     Raises:
-        ValueError: no prompts, a prompt without tokens, an unknown side.
+        ValueError: no prompts, a prompt without tokens.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -54,8 +50,6 @@ def tokenize(
         ([[100, 101, 102], [0, 0, 103]], [[1, 1, 1], [0, 0, 1]])
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'.")
     if not texts:
         raise ValueError("prompts is an empty list; pass at least one string.")
     if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
@@ -63,11 +57,11 @@ def tokenize(
     bos, rows = bos_of(tokenizer, prepend_bos), encode(tokenizer, texts)
     if bos is not None:  # compared as ids: the text may spell BOS, and some tokenizers add it whatever they are told
         rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
-    return padded(tokenizer, rows, padding_side=padding_side)
+    return padded(tokenizer, rows)
 
 
-def padded(tokenizer: Any, rows: Sequence[list[int]], *, padding_side: str = "left") -> Batch:
-    """Lists of ids as one batch, and a mask where there are pads."""
+def padded(tokenizer: Any, rows: Sequence[list[int]]) -> Batch:
+    """Lists of ids as one batch, pads on the left, so that the last position is real in every row; and their mask."""
     if not all(rows):
         empty = next(i for i, ids in enumerate(rows) if not ids)
         raise ValueError(f"prompt {empty} has no tokens and no BOS is put before it. Pass some text.")
@@ -79,26 +73,15 @@ def padded(tokenizer: Any, rows: Sequence[list[int]], *, padding_side: str = "le
     pad = next(token for token in candidates if token is not None)
     tokens, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
     for row, ids in enumerate(rows):
-        real = slice(longest - len(ids), None) if padding_side == "left" else slice(len(ids))
-        tokens[row, real], mask[row, real] = torch.tensor(ids), 1
+        tokens[row, longest - len(ids) :], mask[row, longest - len(ids) :] = torch.tensor(ids), 1
     return Batch(tokens, mask)
 
 
 def check_tokens(tokens: Any, d_vocab: int, n_ctx: int | None) -> Int[Tensor, "batch pos"]:
     """Refuses ids that the model cannot read; gives the others as int64 `[batch, pos]`, never changing a value.
 
-    Args:
-        tokens: `[pos]` or `[batch, pos]`, any integer dtype.
-        d_vocab: the size of the model's vocabulary.
-        n_ctx: the longest row that the model reads; None for no limit.
-
-    Raises:
-        TypeError: not a tensor of integers.
-        ValueError: another number of axes, empty, too long, or an id outside the vocabulary.
-
-    Example:
-        >>> check_tokens(torch.tensor([5, 2], dtype=torch.int32), d_vocab=10, n_ctx=4)
-        tensor([[5, 2]])
+    >>> check_tokens(torch.tensor([5, 2], dtype=torch.int32), d_vocab=10, n_ctx=4)
+    tensor([[5, 2]])
     """
     rows = _rows_of(tokens, "tokens")
     if n_ctx is not None and rows.shape[1] > n_ctx:
@@ -203,12 +186,7 @@ def bos_of(tokenizer: Any, prepend_bos: bool) -> int | None:
 
 
 def bos_text(tokenizer: Any, prepend_bos: bool = True) -> str | None:
-    """BOS as text, as settings record it: what is put before text. None where nothing is.
-
-    >>> from transformers import ByT5Tokenizer
-    >>> bos_text(ByT5Tokenizer()), bos_text(None)
-    (None, None)
-    """
+    """BOS as text, as settings record it: what is put before text. None where nothing is."""
     if tokenizer is None or (bos := bos_of(tokenizer, prepend_bos)) is None:
         return None
     return tokenizer.decode([bos])

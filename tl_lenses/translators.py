@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_lenses.affine import Affine, base
-from tl_lenses.checks import one_of, plain_text, whole_number
+from tl_lenses.checks import device_named, one_of, plain_text, whole_number
 from tl_lenses.deprecation import say
 from tl_lenses.layers import canonical, label
 
@@ -109,9 +109,7 @@ class Translators(nn.Module):
             if not (w.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"the map of {row[0]!r} has values that are not finite")
         # Frozen: a lens is read far more often than trained. `requires_grad_()` thaws it.
-        self.delta = nn.Parameter(
-            weights.detach() - base(*weights.shape[1:], dtype=weights.dtype, device=weights.device), requires_grad=False
-        )
+        self.delta = nn.Parameter(weights.detach() - base(*weights.shape[1:]).to(weights), requires_grad=False)
         self.biases = nn.Parameter(biases.detach().clone(), requires_grad=False)
 
     def _row(self, row: Any) -> Row:
@@ -122,7 +120,7 @@ class Translators(nn.Module):
     @property
     def weights(self) -> Float[Tensor, "n_rows d_out d_in"]:
         """The full maps `W = I + D`."""
-        return self.delta + base(*self.delta.shape[1:], dtype=self.delta.dtype, device=self.delta.device)
+        return self.delta + base(*self.delta.shape[1:]).to(self.delta)
 
     @property
     def d_in(self) -> int:
@@ -171,11 +169,7 @@ class Translators(nn.Module):
         return self._index(source, target)
 
     def _index(self, source: int | str, target: int | str | None = None) -> int:
-        """Row number of a source (and a target where there are several).
-
-        Raises:
-            KeyError: not fitted; the fitted ones are listed.
-        """
+        """Row number of a source (and a target where there are several)."""
         source_site = _name(source, self.n_layers)
         target_site = (
             None if target is None else _name(target, self.n_target_layers, "targets of these translators are")
@@ -210,8 +204,7 @@ class Translators(nn.Module):
         if self._is_identity(source, target):
             return Affine(torch.eye(self.d_in).to(self.delta), torch.zeros(self.d_in).to(self.delta))
         i = self._index(source, target)
-        eye = base(self.d_out, self.d_in, dtype=self.delta.dtype, device=self.delta.device)
-        return Affine(self.delta[i] + eye, self.biases[i], self.unit)
+        return Affine(self.delta[i] + base(*self.delta.shape[1:]).to(self.delta), self.biases[i], self.unit)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -269,14 +262,13 @@ class Translators(nn.Module):
         return self._in_basis("centered")
 
     def _in_basis(self, basis: str) -> "Translators":
-        """The maps for the same model in another basis. Streams of one model differ by their mean, which the final norm removes.
-
-        Raises:
-            ValueError: the maps read the mean.
-        """
+        """The maps for the same model in another basis. Streams of one model differ by their mean, which the final norm removes."""
         if self.basis == basis:
             return self
-        self._check_not_unit()
+        if self.unit:
+            raise ValueError(
+                "these maps read h / |h|, and the length of h with its mean is not that without: no other basis has the same map; fit on this model"
+            )
         w, b = self.weights.double(), self.biases.double()
         if self.basis == "centered":
             w = w - w.mean(-1, keepdim=True)
@@ -291,12 +283,6 @@ class Translators(nn.Module):
                 )
         meta = {**self.meta, "basis": basis}
         return Translators(self.rows, w.to(self.delta), b.to(self.biases), n_layers=self.n_layers, meta=meta)
-
-    def _check_not_unit(self) -> None:
-        if self.unit:
-            raise ValueError(
-                "these maps read h / |h|, and the length of h with its mean is not that without: no other basis has the same map; fit on this model"
-            )
 
     def extra_repr(self) -> str:
         """One line for `repr`."""
@@ -357,7 +343,7 @@ class Translators(nn.Module):
     def __str__(self) -> str:
         from tl_lenses import views
 
-        return views.to_text(views.rows_table(*self._table()))
+        return views.to_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         from tl_lenses import views
@@ -453,10 +439,7 @@ class Translators(nn.Module):
         """
         from tl_lenses import files
 
-        try:
-            device = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {device!r:.80}") from None
+        device = device_named(device)
         for name, value in (("filename", filename), ("revision", revision), ("token", token)):
             if value is not None:
                 plain_text(name, value)
@@ -470,7 +453,7 @@ class Translators(nn.Module):
             if place is None:
                 place = files.fetch(str(path_or_hub_id), filename, files.Access(revision, token, cache_dir))
         ours = isinstance(place, Path) and files.is_ours(place)
-        tensors, config = files.load_maps(place, device=device) if ours else files.read_foreign(place, given)
+        tensors, config = files.load_maps(place) if ours else files.read_foreign(place, given)
         try:
             rows, about = map(tuple, config["rows"]), {name: config[name] for name in ("n_layers", "meta")}
             translators = Translators(rows, tensors["delta"], tensors["biases"], **about)

@@ -57,12 +57,19 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path = as_path(path)
     if not isinstance(content, (bytes, bytearray, memoryview)):
         raise TypeError(f"content must be bytes, got {type(content).__name__}")
-    temporary = temporary_file(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end of the block, whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
         sync(path.parent)
@@ -74,7 +81,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place at the end of the block, all or nothing."""
-    temporary = temporary_folder(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -123,19 +130,8 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def temporary_file(path: Path) -> Path:
-    """An empty file beside `path`, whose folder is made and swept."""
-    handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-    os.close(handle)
-    return Path(name)
-
-
-def temporary_folder(path: Path) -> Path:
-    """An empty folder beside `path`, whose own folder is made and swept."""
-    return Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-
-
 def _prefix(path: Path) -> str:
+    """How the name of a temporary file beside `path` begins; its folder is made and swept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     return f".tl_lenses.{host()}.{os.getpid()}."
@@ -209,7 +205,7 @@ def sync(path: Path) -> None:
     """Flush a file to the disk; or a folder, so that a rename in it survives a power failure."""
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what can be written
     try:
         os.fsync(handle)
     finally:

@@ -16,27 +16,13 @@ from tl_lenses.files.atomic import as_path, check_output, versions, whole_folder
 from tl_lenses.files.maps import CONFIG, PARAMS
 
 Rows = Mapping[tuple[Any, Any], tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]]  # (source, target): D = W - I, b
+Writers = dict[str, Callable[[Path], object]]  # by the name of the file
 
 
 def write_foreign(
     path: str | Path, kind: str, rows: Rows, n_layers: int, meta: dict[str, Any], *, overwrite: bool = False
 ) -> Path:
-    """Write maps in the format of another package: all or nothing.
-
-    Args:
-        path: the folder; made with its parents.
-        kind: "tuned-lens", "jacobian-lens" or "selfie".
-        rows: D = W - I and b by source and target layer, of raw weights.
-        n_layers: of the model.
-        meta: where the maps come from.
-        overwrite: replace what is in the folder.
-
-    Returns:
-        The folder for "tuned-lens"; the file in it for the others.
-
-    Raises:
-        ValueError: the format has no place for these maps; says which and why. The folder is not free.
-    """
+    """Write maps of raw weights in the format of another package, all or nothing: see `Translators.export`."""
     path = check_output(as_path(path).resolve(), overwrite=overwrite)
     if path.exists() and (others := sorted({file.name for file in path.iterdir()} - _NAMES)):
         raise ValueError(
@@ -46,13 +32,14 @@ def write_foreign(
         raise ValueError(
             f"{kind} files hold maps between the residual layers of one model, and these are {list(rows)[:3]}"
         )
-    write = FORMATS[kind](rows, n_layers, meta)
+    writers = FORMATS[kind](rows, n_layers, meta)
     with whole_folder(path) as temporary:
-        name = write(temporary)
-    return path / name if name else path
+        for name, write in writers.items():
+            write(temporary / name)
+    return path if kind == "tuned-lens" else path / next(iter(writers))
 
 
-def _tuned_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[[Path], str]:
+def _tuned_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Writers:
     missing = [layer for layer in range(n_layers) if (layer, n_layers) not in rows]
     if missing or len(rows) != n_layers:
         raise ValueError(
@@ -67,16 +54,13 @@ def _tuned_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[[Pa
         "base_model_name_or_path": meta.get("model"), "d_model": len(bias), "num_hidden_layers": n_layers, "bias": True,
         "base_model_revision": meta.get("revision"), "unembed_hash": meta.get("unembed_hash"), "lens_type": "linear_tuned_lens",
     }  # fmt: skip
-
-    def write(folder: Path) -> str:
-        torch.save(state, folder / PARAMS)
-        (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        return ""
-
-    return write
+    return {
+        PARAMS: lambda file: torch.save(state, file),
+        CONFIG: lambda file: file.write_text(json.dumps(config), encoding="utf-8"),
+    }
 
 
-def _jacobian_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[[Path], str]:
+def _jacobian_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Writers:
     if 0 in {source for source, _ in rows}:
         raise ValueError(
             "a Jacobian lens reads the outputs of blocks, so it has no place for layer 0, the embeddings: export translators.select([1, 2, ...])"
@@ -98,15 +82,10 @@ def _jacobian_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[
         "J": matrices, "n_prompts": int(meta.get("n_prompts") or 0), "source_layers": sorted(matrices), "d_model": len(next(iter(matrices.values()))),
         "metadata": metadata,
     }  # fmt: skip
-
-    def write(folder: Path) -> str:
-        torch.save(content, folder / "lens.pt")
-        return "lens.pt"
-
-    return write
+    return {"lens.pt": lambda file: torch.save(content, file)}
 
 
-def _selfie(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[[Path], str]:
+def _selfie(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Writers:
     if len(rows) != 1 or next(iter(rows))[1] != 0:
         raise ValueError(
             f"a SelfIE adapter is one map, put at the embeddings (target layer 0), and these are {list(rows)}: export translators.select([(l, 0)])"
@@ -119,12 +98,8 @@ def _selfie(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Callable[[Path],
     kind, unit = "scalar_affine" if scalar else "full_rank", bool(meta.get("unit", False))
     config = json.dumps({"projection": {"type": kind, "normalize_input": unit, "init_scale": 1.0}})
     header = {"format": "selfie_adapter_v1", "model_dim": str(len(bias)), "config_json": config}
-
-    def write(folder: Path) -> str:
-        write_tensors(folder / "adapter.safetensors", {**tensors, "bias": bias.float().clone()}, header)
-        return "adapter.safetensors"
-
-    return write
+    tensors["bias"] = bias.float().clone()
+    return {"adapter.safetensors": lambda file: write_tensors(file, tensors, header)}
 
 
 FORMATS = {"tuned-lens": _tuned_lens, "jacobian-lens": _jacobian_lens, "selfie": _selfie}

@@ -70,11 +70,7 @@ class Given:
 
 
 def read_foreign(place: Any, given: Given = Given()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config, as `load_maps` gives them, of a lens that another package wrote.
-
-    Args:
-        place: a file, a folder, or a live `JacobianLens` of TransformerLens.
-        given: what the file may not say.
+    """Tensors and config, as `load_maps` gives them, of a file, a folder, or a live `JacobianLens` of TransformerLens.
 
     Raises:
         ValueError: a format that is not known, or one that says something else than `given`; matrices that are missing,
@@ -133,13 +129,8 @@ def _checked(maps: Maps, given: Given) -> tuple[dict[str, Tensor], dict[str, Any
         raise ValueError("holds no matrix but the identity of its target")
     delta = torch.stack(weights) - (0 if maps.minus_identity else torch.eye(d))
     meta = {"basis": "raw", "d_model": d, "format": maps.kind, **maps.meta}
-    config = {
-        "n_layers": n_layers,
-        "d_in": d,
-        "d_out": d,
-        "rows": rows,
-        "meta": json.loads(json.dumps(meta, default=str)),
-    }
+    plain_meta = json.loads(json.dumps(meta, default=str))
+    config = {"n_layers": n_layers, "d_in": d, "d_out": d, "rows": rows, "meta": plain_meta}
     return {"delta": delta, "biases": torch.stack(biases)}, config
 
 
@@ -394,20 +385,13 @@ def _stack(stack: Tensor, record: dict[str, Any], given: Given) -> Maps:
 
 def _selfie(tensors: dict[str, Tensor], record: Mapping[str, Any], given: Given) -> Maps:
     """`f(h) = e^s u + V U^T u + b` with u = h / |h| (or h, where it was trained so), put at the embeddings of the target."""
-    missing = [
-        name for name, value in (("source_layer", given.source_layer), ("n_layers", given.n_layers)) if value is None
-    ]
-    if missing:
-        raise ValueError(
-            f"a SelfIE adapter does not say which layer's vectors it reads: pass {' and '.join(f'{name}=' for name in missing)}"
-        )
+    if missing := [f"{name}=" for name in ("source_layer", "n_layers") if getattr(given, name) is None]:
+        raise ValueError(f"a SelfIE adapter does not say which layer's vectors it reads: pass {' and '.join(missing)}")
     if unknown := sorted(set(tensors) - {"log_scale", "weight", "U", "V", "bias"}):
         raise ValueError(f"a SelfIE adapter with {unknown} is of a projection that we do not know")
     tensors = {name: x.float() for name, x in tensors.items()}
-    d = next(
-        (x.shape[0] for name, x in tensors.items() if name in ("bias", "U", "weight")),
-        int(record.get("model_dim") or 0),
-    )
+    widths = [x.shape[0] for name, x in tensors.items() if name in ("bias", "U", "weight")]
+    d = widths[0] if widths else int(record.get("model_dim") or 0)
     if not d:
         raise ValueError("the SelfIE adapter does not say its width (model_dim)")
     weight = tensors["weight"] if "weight" in tensors else torch.zeros(d, d)
@@ -415,27 +399,18 @@ def _selfie(tensors: dict[str, Tensor], record: Mapping[str, Any], given: Given)
         weight = weight + torch.eye(d) * tensors["log_scale"].exp()
     if "U" in tensors:
         weight = weight + tensors["V"] @ tensors["U"].T
-    projection = record.get("projection")
-    projection = (
-        projection
-        if isinstance(projection, Mapping)
-        else {"normalize_input": str(record.get("normalize_input", "true")).lower() == "true"}
-    )
+    unit: Any = str(record.get("normalize_input", "true")).lower() == "true"
+    if isinstance(projection := record.get("projection"), Mapping):
+        unit = projection.get("normalize_input", True)
     row = (given.source_layer, 0)
     meta = {
         "fitter": "selfie",
-        "unit": bool(projection.get("normalize_input", True)),
+        "unit": bool(unit),
         **{k: record[k] for k in ("model_name", "global_step") if k in record},
     }
     biases = {row: tensors["bias"]} if "bias" in tensors else {}
-    return Maps(
-        "selfie_adapter_v1",
-        {row: weight},
-        biases,
-        given.n_layers,
-        meta,
-        ["which layer's vectors it reads, nor the depth of its model: as you record"],
-    )
+    unknown = ["which layer's vectors it reads, nor the depth of its model: as you record"]
+    return Maps("selfie_adapter_v1", {row: weight}, biases, given.n_layers, meta, unknown)
 
 
 def _shortcuts(paths: list[Path], given: Given, read: Matrices | None = None) -> Maps:

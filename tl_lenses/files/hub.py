@@ -32,8 +32,6 @@ def fetch(name: str, filename: str | None = None, access: Access = Access()) -> 
     Args:
         name: a repository "owner/name" with a lens of ours, or with `filename`; or a model that has a lens in the Space of
             the tuned-lens package.
-        filename: a file of that repository.
-        access: revision, token, cache.
 
     Raises:
         FileNotFoundError: the Hub did not give it; says what was tried and why it failed.
@@ -135,7 +133,6 @@ def offers(name: str, access: Access = Access(), kind: str | None = None) -> lis
 
     Args:
         name: "owner/name", or "tuned-lens" for the Space of that package.
-        access: revision, token.
         kind: "model", "space" or "dataset"; a model repository by default.
 
     Raises:
@@ -197,7 +194,7 @@ def push(folder: str | Path, name: str, *, access: Access = Access(), private: b
 def card(config: dict[str, Any], name: str) -> str:
     """Model-card text of a lens, made from its record alone."""
     meta = config["meta"]
-    model, shown = meta.get("model", "a model that its file does not name"), lambda key: meta.get(key, "not recorded")
+    model = meta.get("model", "a model that its file does not name")
     lines = ["---", "library_name: tl-lenses", *([f"base_model: {model}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) else []), "tags: [interpretability, lens]", "---"]  # fmt: skip
     lines += ["", f"# {meta.get('fitter', 'affine')} lens of {model}", ""]
     lines += [f"{len(config['rows'])} affine maps {config['d_in']} -> {config['d_out']} between residual sites of a model with {config['n_layers']} layers.", ""]  # fmt: skip
@@ -207,5 +204,5 @@ def card(config: dict[str, Any], name: str) -> str:
     keys = "fitter basis tokens_seen n_prompts corpus settings held_out format converted_from versions"
     for key in keys.split():
         if key in meta:
-            lines.append(f"| {key} | `{str(shown(key))[:300]}` |".replace("\n", " "))
+            lines.append(f"| {key} | `{str(meta[key])[:300]}` |".replace("\n", " "))
     return "\n".join(lines) + "\n"

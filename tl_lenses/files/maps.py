@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_lenses.files.atomic import (
-    as_path,
-    check_output,
-    recover,
-    set_aside,
-    versions,
-    whole_folder,
-    write_tensors,
-)
+from tl_lenses.files.atomic import as_path, check_output, recover, set_aside, versions, whole_folder, write_tensors
 
 # Version 1 has a checksum of the weights only; version 2 one of everything that config.json says too.
 FORMAT, VERSION = "tl_lenses.translators", 2
@@ -73,22 +65,18 @@ def is_ours(path: Path) -> bool:
     return WEIGHTS in names or CONFIG in names and _format_of(path / CONFIG) == FORMAT
 
 
-def load_maps(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_maps(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config of translators from their folder.
 
     Files of version 1 are read too; their config.json has no checksum, so only its form is checked.
     """
     path = as_path(path)
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {device!r:.80}") from None
     if not path.is_dir() or not (path / CONFIG).is_file():
         raise ValueError(f"{path} is not a folder of translators: expected {CONFIG} and {WEIGHTS} in it")
     config = _config(path)
     if not (path / WEIGHTS).is_file():
         raise ValueError(f"{path} has {CONFIG} but no {WEIGHTS}: copy the whole folder")
-    return _tensors(path, config, device), config
+    return _tensors(path, config), config
 
 
 def check_meta(meta: Any) -> None:
@@ -176,7 +164,7 @@ def _wrong_in(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _tensors(path: Path, config: dict[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+def _tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a folder: their checksum, names, shapes and types are those that the config says."""
     from safetensors.torch import load_file
 
@@ -198,7 +186,7 @@ def _tensors(path: Path, config: dict[str, Any], device: str | torch.device) -> 
             raise ValueError(
                 f"{file}: {name!r} should hold floating point numbers of 16 to 64 bits, got {tensor.dtype}"
             )
-    return {name: tensors[name].to(device) for name in ("delta", "biases")}
+    return {name: tensors[name] for name in ("delta", "biases")}
 
 
 def _format_of(file: Path) -> Any:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_lenses.files.atomic import as_path, sync, temporary_file, write_bytes, write_tensors
+from tl_lenses.files.atomic import as_path, whole_file, write_bytes, write_tensors
 
 FORMAT, VERSION, INDEX = "tl_lenses.states", 1, "states.json"
 
@@ -21,16 +21,9 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write a shard, whole or not at all."""
-    temporary = temporary_file(path)
-    try:
-        content = json.dumps({"format": FORMAT, "version": VERSION, **about})
+    content = json.dumps({"format": FORMAT, "version": VERSION, **about})
+    with whole_file(path) as temporary:
         write_tensors(temporary, tensors, {"about": content})
-        sync(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_index(folder: Path, about: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_lenses.files.atomic import as_path, sync, temporary_file, write_tensors
+from tl_lenses.files.atomic import as_path, sync, whole_file, write_tensors
 
 
 class Notice(UserWarning):
@@ -98,21 +98,11 @@ def save_state(path: str | Path, tree: dict[str, Any]) -> None:
 
     skeleton = json.dumps(strip(tree))
     metadata = {"tree": skeleton, "crc32": str(_crc32(skeleton, tensors))}
-    temporary = temporary_file(path)
-    kept = Path(f"{temporary}.previous")
-    try:
+    with whole_file(path) as temporary:
         write_tensors(temporary, tensors or {"": torch.zeros(0)}, metadata)
-        sync(temporary)
-        temporary.chmod(0o644)
+        sync(temporary)  # before there is another previous one
         if path.exists():
-            _link(path, kept)
-            os.replace(kept, previous_of(path))
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException:
-        for file in (temporary, kept):
-            file.unlink(missing_ok=True)
-        raise
+            _set_aside(path, Path(f"{temporary}.previous"))
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -173,9 +163,15 @@ def _crc32(skeleton: str, tensors: dict[str, Tensor]) -> int:
     return crc
 
 
-def _link(path: Path, other: Path) -> None:
+def _set_aside(path: Path, kept: Path) -> None:
+    """Make a file the previous one; it stays at `path` too."""
     try:
-        os.link(path, other)
-    except OSError:  # a file system without hard links: the copy costs time, and is as safe
-        shutil.copyfile(path, other)
-        sync(other)
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without hard links: the copy costs time, and is as safe
+            shutil.copyfile(path, kept)
+            sync(kept)
+        os.replace(kept, previous_of(path))
+    except BaseException:
+        kept.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,6 @@
 """Shared by the fitters: rows, the activations of a batch, and a record of where the maps come from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from tl_lenses.checks import several, whole_number
 from tl_lenses.decode import Output, passed
 from tl_lenses.hooks import Hook
 from tl_lenses.identity import identity_of
-from tl_lenses.layers import LayerOrSite, layer_site, site_layer
+from tl_lenses.layers import LayerOrSite, canonical, layer_site, site_layer
 from tl_lenses.model import LensModel, n_layers, name_of, prepared
 from tl_lenses.sites import site
 from tl_lenses.text.batches import Text
@@ -19,9 +19,18 @@ from tl_lenses.tokens import Batch, used_positions
 from tl_lenses.translators import Row
 from tl_lenses.unembed import Readout
 
+Log = Callable[[dict[str, Any]], object] | list[dict[str, Any]] | None
+
 
 class NotFinite(ValueError):
     """NaN or infinity where numbers are averaged or trained on."""
+
+
+def logger(log: Log) -> Callable[[dict[str, Any]], object]:
+    """What takes the entries of a log: the function, or the list's `append`; nothing for None."""
+    if not (log is None or callable(log) or isinstance(log, list)):
+        raise TypeError(f"log must be a function or a list that receives the entries, got {type(log).__name__}")
+    return log.append if isinstance(log, list) else log or (lambda entry: None)
 
 
 def rows_for(model: LensModel, layers: Iterable[LayerOrSite] | None, to: LayerOrSite | None = None) -> list[Row]:
@@ -55,10 +64,8 @@ def row_groups(rows: list[Row], at_once: int | None, text: Text) -> list[list[Ro
 
 
 def place(model: LensModel, layer_or_site: LayerOrSite) -> str:
-    """One name per place: a residual layer under its layer's name, `hook_resid_post` of block i as layer i + 1."""
-    name = site(model, layer_or_site)
-    layer = site_layer(name)
-    return name if layer is None else layer_site(layer, n_layers(model))
+    """`layers.canonical`, of a layer or site that the model has."""
+    return canonical(site(model, layer_or_site), n_layers(model))
 
 
 def rows_of_pairs(
@@ -108,13 +115,6 @@ def rows_of_pairs(
     return list(rows)
 
 
-def activations(
-    model: LensModel, batch: Batch, rows: Sequence[Row], hooks: Sequence[Hook], skip_first: bool, readout: Readout | None = None
-) -> tuple[Output, dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:  # fmt: skip
-    """One pass, or the states that the batch brings: output, `{site: [batch, pos, d]}`, positions to use, and the batch as it ran."""
-    return states(model, batch, [name for row in rows for name in row], hooks, skip_first, readout)
-
-
 def states(
     model: LensModel,
     batch: Batch,
@@ -123,13 +123,12 @@ def states(
     skip_first: bool,
     readout: Readout | None = None,
 ) -> tuple[Output, dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
-    """`activations` of named sites."""
+    """One pass, or the states that the batch brings: output, `{site: [batch, pos, d]}`, positions to use, and the batch as it ran."""
     batch, sites = prepared(model, batch), {name: name for name in names}
     # Without grad but not in inference mode: what is kept enters the fitter's own graph.
+    heads_side_by_side = lambda x: x.flatten(2)
     with torch.no_grad():
-        seen, output = passed(
-            model, batch, sites, hooks, fn=lambda x: x.flatten(2), readout=readout
-        )  # heads side by side
+        seen, output = passed(model, batch, sites, hooks, fn=heads_side_by_side, readout=readout)
     used = used_positions(batch, skip_first)
     for name, x in seen.items():
         finite = x.isfinite().all(-1) | ~used.to(x.device)

@@ -11,9 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_lenses.checks import finite_number, whole_number
-from tl_lenses.files import as_path
 from tl_lenses.fit.common import NotFinite, states
-from tl_lenses.fit.state import Checkpoint, alone, identities_of, note_of
+from tl_lenses.fit.state import Checkpoint, alone
 from tl_lenses.fit.team import Team, processes
 from tl_lenses.hooks import Hook, check_edits
 from tl_lenses.identity import check_tokenizers
@@ -129,7 +128,6 @@ def evidence_of(tree: dict[str, Any], rows: tuple[Row, ...]) -> Evidence:
 # --- a pass over a text
 
 CHOOSING = 10  # of several ridge strengths, every tenth row of the text says which is best
-ALL = 1.0  # the share that holds out every row
 
 
 class Counts(NamedTuple):
@@ -156,8 +154,6 @@ class Reading:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.held_out <= 0.5 or self.held_out == ALL):
-            raise ValueError(f"held_out is a share of the rows, 0 (none) to 0.5, got {self.held_out!r}")
         if self.to is None and self.target_hooks:
             raise ValueError("target_hooks are for another model, and there is none: pass to=model, or hooks=")
 
@@ -242,7 +238,7 @@ def collect(
         >>> maps_of(model, sum(shards))                                            # doctest: +SKIP
     """
     share = finite_number("held_out", held_out, least=0)
-    if share == ALL:
+    if share > 0.5:
         raise ValueError(f"held_out is a share of the rows, 0 (none) to 0.5, got {held_out!r}")
     if limit_tokens is not None:
         limit_tokens = whole_number("limit_tokens", limit_tokens, least=1)
@@ -250,7 +246,7 @@ def collect(
         tuple(rows), to, skip_first, tuple(hooks), tuple(target_hooks), share, choose, limit_tokens, offload
     )
     with alone(checkpoint, processes()):
-        collecting = Collecting(model, reading, checkpoint, checkpoint_every, note_of(note))
+        collecting = Collecting(model, reading, checkpoint, checkpoint_every, note)
         total = collecting.run(tokens, show_progress, desc)
     _check_enough(total, reading, collecting.counts.rows)
     return total
@@ -259,7 +255,7 @@ def collect(
 @torch.no_grad()
 def collect_held_out(model: LensModel, tokens: Any, reading: Reading, show_progress: bool | None = None) -> Evidence:
     """Evidence of a text of which every row is held out."""
-    reading = replace(reading, held_out=ALL, choose=False, limit_tokens=None)
+    reading = replace(reading, held_out=1.0, choose=False, limit_tokens=None)
     return Collecting(model, reading, None, 1, None).run(tokens, show_progress, "held-out text")
 
 
@@ -267,18 +263,14 @@ class Collecting:
     """One pass over a text: the evidence so far, and the place in the text. Every number that changes is a field."""
 
     def __init__(
-        self, model: LensModel, reading: Reading, file: str | Path | None, every: int, note: dict[str, Any] | None
+        self, model: LensModel, reading: Reading, file: str | Path | None, every: int, note: Mapping[str, Any] | None
     ):
         self.model, self.reading, self.every = model, reading, whole_number("checkpoint_every", every, least=1)
         if reading.to is not None:
             check_tokenizers(model, reading.to)
         self.team = processes()
         settings = {**reading.settings(), "note": note}
-        self.team.same_settings(settings)
-        identities = identities_of(self._models, file, self.team)
-        self.checkpoint = Checkpoint(
-            None if file is None else as_path(file), "fit_regression", settings, identities, self.team
-        )
+        self.checkpoint = Checkpoint.of(file, "fit_regression", settings, self._models, self.team)
         self.total, self.bookmark, self.counts = reading.nothing, None, Counts()
         if (state := self.checkpoint.resume()) is not None:
             self.bookmark, self.counts = Bookmark.load(state["position"]), Counts(*state["counts"])

@@ -47,11 +47,7 @@ class Examples:
 
 
 def examples_of(asked: Asked, n: int, seed: int, show: bool | None) -> Examples:
-    """Those of the text, at most n; or one per source, in a random order.
-
-    Raises:
-        ValueError: no example, other labels than sources, a source of several positions, a vector of length 0.
-    """
+    """Those of the text, at most n; or one per source, in a random order."""
     in_text = isinstance(asked.labels, str) or not isinstance(asked.labels, Iterable)
     examples = _of_text(asked, n, seed, show) if in_text else _of_sources(asked, seed)
     for layer, x in examples.vectors.items():

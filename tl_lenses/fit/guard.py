@@ -63,11 +63,7 @@ class Guard:
 
 
 def guard_of(first: list[Batch], text: Text, n_trained: int, whole_batches: bool) -> Guard:
-    """What is set aside of a text.
-
-    Args:
-        first: its first batches, of one pass, of at least `tokens_read(n_trained)` tokens where the pass has so many.
-    """
+    """What is set aside of a text, of its first batches: of `tokens_read(n_trained)` tokens, or the whole pass where it has fewer."""
     if text.one_shot:
         return Guard(why_none="the source can be read only once, and may have no tokens to spare")
     n_tokens = min(tokens_of(n_trained), sum(batch.tokens.numel() for batch in first) // SPARE)

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_lenses.checks import one_of, several, whole_number
-from tl_lenses.files import as_path
+from tl_lenses.checks import flag, one_of, several, whole_number
 from tl_lenses.fit.common import NotFinite, place, record, rows_for
-from tl_lenses.fit.state import Checkpoint, alone, identities_of, note_of
+from tl_lenses.fit.state import Checkpoint, alone
 from tl_lenses.fit.team import Team, is_sharded, processes
 from tl_lenses.hooks import Hook, check_edits, checked_hooks, patch, read, run
 from tl_lenses.identity import same_model
@@ -98,9 +97,7 @@ def fit_jacobian(
         limit_prompts: stop after so many.
         rows_per_pass: rows of a backward pass, at least the prompts of a batch: each is there in copies, one per output dimension.
         hooks: interventions under which to fit.
-        checkpoint: file that keeps the sum every `checkpoint_every` batches; an existing one of the same settings, model and
-            `note` is resumed.
-        note: JSON values that decide the result and that a fit cannot see, such as the name of the text.
+        checkpoint, checkpoint_every, note: as in `fit_tuned`; the file keeps the sum, every so many batches.
 
     Returns:
         `Translators` with `meta["n_prompts"]`.
@@ -123,8 +120,7 @@ def fit_jacobian(
         )
     text = Text.of(tokens).to_run("fit_jacobian")
     one_of("rule", rule, ("jacobian", "relevance"))
-    if not isinstance(skip_last, bool):
-        raise TypeError(f"skip_last must be True or False, got {skip_last!r}")
+    flag("skip_last", skip_last)
     if limit_prompts is not None:
         limit_prompts = whole_number("limit_prompts", limit_prompts, least=1)
     skip_first = whole_number("skip_first", skip_first, least=0)
@@ -134,15 +130,10 @@ def fit_jacobian(
         tuple(checked_hooks(model, hooks)),
     )  # fmt: skip
     every = whole_number("checkpoint_every", checkpoint_every, least=1)
-    team, settings = (
-        processes(),
-        {**averaging.settings(), "rows": [list(row) for row in averaging.rows], "note": note_of(note)},
-    )
-    team.same_settings(settings)
-    identities = identities_of([model], checkpoint, team)
-    file = None if checkpoint is None else as_path(checkpoint)
+    team = processes()
+    settings = {**averaging.settings(), "rows": [list(row) for row in averaging.rows], "note": note}
+    kept = Checkpoint.of(checkpoint, "fit_jacobian", settings, [model], team)
     with alone(checkpoint, team):
-        kept = Checkpoint(file, "fit_jacobian", settings, identities, team)
         total, counts = _averaged(model, text, averaging, kept, every, show_progress)
     if not counts.prompts:
         raise ValueError(
@@ -150,7 +141,7 @@ def fit_jacobian(
             f"{skip_first + 1 + skip_last} tokens; give longer rows, or skip less"
         )
     weights = total / counts.prompts
-    meta = record(model, rule, counts.positions, averaging.settings(), next(iter(identities), None))
+    meta = record(model, rule, counts.positions, averaging.settings(), next(iter(kept.identities), None))
     meta |= {"n_prompts": counts.prompts, "skip_first": skip_first}
     return Translators(
         averaging.rows, weights, weights.new_zeros(weights.shape[:2]), n_layers=n_layers(model), meta=meta
@@ -176,15 +167,12 @@ def merge(parts: Sequence[Translators]) -> Translators:
         raise ValueError(
             f"each part must say how many prompts it is of, got n_prompts={counts}: merge what fit_jacobian made"
         )
+    about = lambda part: {"rows": part.rows, "fitter": part.meta.get("fitter"), **part.meta.get("settings", {})}
     for part in parts[1:]:
-        own = lambda p: {
-            "rows": p.rows,
-            "fitter": p.meta.get("fitter"),
-            **{k: v for k, v in p.meta.get("settings", {}).items() if k != "limit_prompts"},
-        }
-        differ = [key for key, value in own(first).items() if own(part).get(key) != value]
-        known, dtype = (first.meta.get("fingerprint"), part.meta.get("fingerprint")), str(first.meta.get("model_dtype"))
-        same = None in known or same_model(known[0], known[1], torch.float16 if "16" in dtype else torch.float32)
+        theirs = about(part)
+        differ = [key for key, value in about(first).items() if theirs.get(key) != value and key != "limit_prompts"]
+        known = first.meta.get("fingerprint"), part.meta.get("fingerprint")
+        same = None in known or same_model(*known, first.meta.get("model_dtype"))
         if differ or first.d_in != part.d_in or not same:
             raise ValueError(
                 f"these parts are not of one fit: they differ in {differ or 'the model'}; fit the shards with the same settings"

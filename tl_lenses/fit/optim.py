@@ -14,20 +14,25 @@ from tl_lenses.fit.whiten import whitened_step
 Optimizers = Sequence[Sequence[torch.optim.Optimizer]]  # of each layer
 
 
-def make_optimizers(
-    name: str, matrix: nn.Parameter | None, bias: nn.Parameter, lr: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    """The optimisers of one layer: Muon for the matrix with AdamW for the bias, or Nesterov SGD or AdamW for both."""
-    groups = [{"params": [p], "scale": 1.0} for p in (matrix, bias) if p is not None]
-    if name == "sgd":
-        return [torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)]
-    if name == "adam" or matrix is None:
-        return [torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)]
+def optimizers_of(
+    leaves: Sequence[nn.Parameter], biases: Sequence[nn.Parameter], settings: Settings
+) -> list[list[torch.optim.Optimizer]]:
+    """Separate optimisers for every layer, so that the state of one at a time need be on the device."""
+    return [_of_layer(leaf, bias, settings) for leaf, bias in zip(leaves, biases, strict=True)]
+
+
+def _of_layer(matrix: nn.Parameter, bias: nn.Parameter, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrix with AdamW for the bias, or Nesterov SGD or AdamW for both."""
+    groups = [{"params": [p], "scale": 1.0} for p in (() if settings.bias_only else (matrix,)) + (bias,)]
+    momentum, common = settings.momentum, {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    assert momentum is not None and None not in common.values()  # Settings.at_width fills them in
+    if settings.optimizer == "sgd":
+        return [torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **common)]
+    adam = lambda groups: torch.optim.AdamW(groups, betas=(momentum, 0.999), **common)
+    if not settings.muon:
+        return [adam(groups)]
     options: Any = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-    return [
-        torch.optim.Muon(groups[:1], lr=lr, weight_decay=weight_decay, momentum=momentum, **options),
-        torch.optim.AdamW(groups[1:], lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay),
-    ]
+    return [torch.optim.Muon(groups[:1], momentum=momentum, **common, **options), adam(groups[1:])]
 
 
 def map_sizes(delta: Float[Tensor, "rows d_out d_in"]) -> list[float]:
@@ -95,29 +100,15 @@ def multiply_scales(optimizers: Optimizers, factors: Float[Tensor, " rows"]) -> 
             group["scale"] *= factor
 
 
-def optimizers_of(
-    leaves: list[nn.Parameter], biases: list[nn.Parameter], settings: Settings
-) -> list[list[torch.optim.Optimizer]]:
-    """Separate optimisers for every layer, so that the state of one at a time need be on the device."""
-    name, lr, decay, momentum = settings.optimizer, settings.lr, settings.weight_decay, settings.momentum
-    assert lr is not None and decay is not None and momentum is not None  # Settings.at_width fills them in
-    return [
-        make_optimizers(name, None if settings.bias_only else leaf, bias, lr, decay, momentum)
-        for leaf, bias in zip(leaves, biases, strict=True)
-    ]
-
-
 def optimizer_step(
     optimizers: Optimizers,
     lr: float,
     device: torch.device | None = None,
     white: Float[Tensor, "rows d_in d_in"] | None = None,
 ) -> None:
-    """One step of every layer.
+    """One step of every layer, whose state is moved to a `device` for it and then back to the CPU.
 
-    Args:
-        device: each layer's state is moved here for its step and then back to the CPU.
-        white: P, if the matrices' gradients are in whitened coordinates (`fit.whiten`).
+    `white` is P, if the matrices' gradients are in whitened coordinates (`fit.whiten`).
     """
     for row, layer in enumerate(optimizers):
         for group in (group for opt in layer for group in opt.param_groups):

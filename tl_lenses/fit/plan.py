@@ -58,12 +58,9 @@ class Plan:
         return sum(self.memory.values())
 
     def seconds(self, operations_per_second: float, bytes_per_second: float, processes: int = 1) -> float:
-        """Time at sustained rates of one device: products and elementwise passes one after the other.
+        """Time at sustained rates of one device, of matrix products and of memory, one after the other.
 
-        Args:
-            operations_per_second: sustained, of matrix products.
-            bytes_per_second: sustained, of memory.
-            processes: devices that share the tokens; what is per step (the optimiser) is not shared.
+        Processes share the tokens; what is per step (the optimiser) is not shared.
         """
         alone = self.operations.get("optimiser", 0.0) / operations_per_second
         shared = sum(self.operations.values()) / operations_per_second - alone + self.moved / bytes_per_second

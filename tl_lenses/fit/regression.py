@@ -13,7 +13,7 @@ from tl_lenses.deprecation import say
 from tl_lenses.fit.common import record, row_groups, rows_for, rows_of_pairs
 from tl_lenses.fit.evidence import Evidence, Reading, collect, collect_held_out, count, groups_of
 from tl_lenses.fit.state import alone, state_file
-from tl_lenses.fit.stop import is_share, share_of
+from tl_lenses.fit.stop import is_share
 from tl_lenses.fit.team import processes
 from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.identity import check_tokenizers, identity_of
@@ -80,10 +80,7 @@ def fit_regression(
         limit_tokens: stop after about this many tokens.
         layers_at_once: source layers whose moments are held at a time, each group a pass over the same text.
         offload: add the moments up on the CPU.
-        checkpoint: file that keeps the sums every `checkpoint_every` batches; an existing one of the same settings, models and
-            `note` is resumed.
-        note: JSON values that decide the result and that a fit cannot see, such as the name of the text; kept in the checkpoint,
-            and compared when it is resumed.
+        checkpoint, checkpoint_every, note: as in `fit_tuned`; the file keeps the sums, every so many batches.
 
     Raises:
         ValueError: fewer tokens than a covariance needs; unknown layers; pairs that are empty, twice or out of range;
@@ -108,8 +105,10 @@ def fit_regression(
     one_of("method", method, ("ridge", "procrustes", "shift"))
     if held_out is None:
         held_out = 0.1 if other is not None or pairs is not None else 0.0
-    share = share_of(held_out) if is_share(held_out) else 0.0
-    text, held_out_text = Text.of(tokens), None if is_share(held_out) else Text.of(held_out)
+    share, held_out_text = (
+        (finite_number("held_out", held_out), None) if is_share(held_out) else (0.0, Text.of(held_out))
+    )
+    text = Text.of(tokens)
     hooks, target_hooks = tuple(checked_hooks(model, hooks)), tuple(checked_hooks(other or model, target_hooks))
     if toward is not None:
         one_of("toward", toward, ("identity", "zero"))

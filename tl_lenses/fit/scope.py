@@ -11,7 +11,6 @@ At s = 0 and b = V = 0 this is `patchscope(norm="replaced")`, and weight decay p
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +19,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_lenses import edits
-from tl_lenses.checks import finite_number, one_of, whole_number
 from tl_lenses.decoding import Decoder
-from tl_lenses.fit.common import NotFinite, place, record
+from tl_lenses.fit.common import Log, NotFinite, logger, place, record
 from tl_lenses.fit.examples import MOST, Asked, Examples, examples_of
-from tl_lenses.fit.state import (
-    Checkpoint,
-    alone,
-    identities_of,
-    note_of,
-    random_state,
-    set_random_state,
-    state_file,
-    unbroken,
-)
+from tl_lenses.fit.settings import ScopeSettings
+from tl_lenses.fit.state import Checkpoint, alone, random_state, set_random_state, unbroken
 from tl_lenses.fit.team import is_sharded, processes
-from tl_lenses.fit.training import Log
 from tl_lenses.hooks import Hook, checked_hooks, installed, marked, patch, read, run
 from tl_lenses.identity import identity_of
 from tl_lenses.model import LensModel, d_model, device_of, dtype_of, n_layers
@@ -50,55 +39,7 @@ from tl_lenses.patchscopes.targets import Prompt, ready_target
 from tl_lenses.progress import progress
 from tl_lenses.translators import CONTROLS, Row, Translators
 
-WARM_UP = 10  # steps, at most a tenth of all
 PASS_BYTES = 2**28  # of a pass with gradients, about
-
-
-@dataclass(frozen=True)
-class ScopeSettings:
-    """The settings of `fit_scope`, checked; it says what each one means."""
-
-    steps: int = 100
-    vectors_per_step: int = 24
-    rank: int = 0
-    lr: float = 0.1
-    weight_decay: float = 0.01
-    clip: float | None = 0.5
-    mode: str = "replace"
-    held_out: int = 128
-    seed: int = 0
-    skip_first: bool = True
-    checkpoint_every: int = 25
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 0),
-            ("vectors_per_step", 1),
-            ("rank", 0),
-            ("held_out", 0),
-            ("checkpoint_every", 1),
-        ):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=least))
-        object.__setattr__(self, "seed", whole_number("seed", self.seed, least=-(2**31), most=2**31))
-        object.__setattr__(self, "lr", finite_number("lr", self.lr, above=0))
-        object.__setattr__(self, "weight_decay", finite_number("weight_decay", self.weight_decay, least=0))
-        if self.clip is not None:
-            object.__setattr__(self, "clip", finite_number("clip", self.clip, above=0))
-        one_of("mode", self.mode, ("replace", "add"))
-        if not isinstance(self.skip_first, bool):
-            raise TypeError(f"skip_first must be True or False, got {self.skip_first!r}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: up over the first ones, then a half cosine down to zero."""
-        warm = min(WARM_UP, self.steps // 10)
-        if step < warm:
-            return self.lr * (step + 1) / (warm + 1)
-        done = torch.tensor((step - warm) / max(1, self.steps - warm))
-        return self.lr * float(1 + torch.cos(torch.pi * done)) / 2
-
-    def record(self) -> dict[str, Any]:
-        """What decides the result, as JSON values."""
-        return {name: value for name, value in vars(self).items() if name != "checkpoint_every"}
 
 
 @torch.inference_mode(False)
@@ -176,8 +117,7 @@ def fit_scope(
     to = checked_models(model, to)
     if not isinstance(target, Target):
         raise TypeError(f"target must be a Target, got {type(target).__name__}: write tll.Target(...)")
-    if not (log is None or callable(log) or isinstance(log, list)):
-        raise TypeError(f"log must be a function or a list that receives the entries, got {type(log).__name__}")
+    log = logger(log)
     settings = ScopeSettings(
         steps, vectors_per_step, rank, lr, weight_decay, clip, mode, held_out, seed, skip_first, checkpoint_every
     )
@@ -192,18 +132,17 @@ def fit_scope(
         asked, min(max(settings.steps, 1) * settings.vectors_per_step, MOST) + settings.held_out, settings.seed, show
     )
     state = {
-        **settings.record(), "rows": [list(row) for row in places.values()], "note": note_of(note), "target": scope.prompt.shown,
+        **settings.record(), "rows": [list(row) for row in places.values()], "note": note, "target": scope.prompt.shown,
         "target_positions": list(scope.prompt.place), "labels": hashlib.sha256(json.dumps(examples.labels).encode()).hexdigest(),
     }  # fmt: skip
-    file = state_file(checkpoint, 0, 1)
-    known = identities_of([model, to][: 1 + (to is not model)], file, team)
+    kept = Checkpoint.of(checkpoint, "fit_scope", state, [model, None if to is model else to], team)
+    known = kept.identities
     with alone(checkpoint, team):
-        team.same_settings(state)
-        fit = _Fit(scope, places, examples, settings, Checkpoint(file, "fit_scope", state, known, team))
+        fit = _Fit(scope, places, examples, settings, kept)
         fit.train(log, show)
     scores = fit.scores(show)
     meta = record(
-        model, "scope", fit.n_tokens, {**state, "examples": len(examples.labels)}, known[0] if known else None
+        model, "scope", fit.n_tokens, {**kept.settings, "examples": len(examples.labels)}, known[0] if known else None
     )
     meta |= {"unit": True} | ({"held_out": scores} if scores else {})
     if to is not model:
@@ -445,7 +384,7 @@ class _Fit:
                     "last token of the prompt, which is read"
                 )
 
-    def train(self, log: Log, show: bool | None) -> None:
+    def train(self, log: Callable[[dict[str, Any]], object], show: bool | None) -> None:
         """To the end. Whatever ends it early, the last whole step is saved."""
         with progress(total=self.settings.steps, desc="scope", initial=self.done, show=show) as bar:
             try:
@@ -457,15 +396,8 @@ class _Fit:
                         f"loss {losses[0].mean():.3f}, bias alone {losses[1].mean():.3f}", refresh=False
                     )
                     bar.update()
-                    if log is not None:
-                        by_pair = [dict(zip(self.places, row, strict=True)) for row in losses.tolist()]
-                        entry = {
-                            "step": self.done,
-                            "lr": self.settings.rate(self.done - 1),
-                            "loss": by_pair[0],
-                            "bias": by_pair[1],
-                        }
-                        log.append(entry) if isinstance(log, list) else log(entry)
+                    loss, bias = (dict(zip(self.places, row, strict=True)) for row in losses.tolist())
+                    log({"step": self.done, "lr": self.settings.rate(self.done - 1), "loss": loss, "bias": bias})
             finally:
                 self.save()
 

@@ -1,9 +1,12 @@
-"""The settings of a tuned lens' fit: one frozen value, shared by the fit, its plan, its checkpoint and its record."""
+"""The settings of a fit: one frozen value, shared by the fit, its plan, its checkpoint and its record."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tl_lenses.checks import finite_number, one_of, whole_number
+import torch
+
+from tl_lenses.checks import finite_number, flag, one_of, whole_number
 
 # Learning rates at the first step; they fall linearly to zero. SGD: the paper's rate 1 times (1 - momentum), since torch's momentum
 # multiplies by its inverse. Muon: over the root of the width (`default_lr`).
@@ -27,6 +30,19 @@ def default_lr(optimizer: str, d_model: int) -> float:
     256 (docs/log.md); at 8,192 it is 0.011, and the tuned-lens authors have 0.01.
     """
     return LR[optimizer] / d_model**0.5 if optimizer == "muon" else LR[optimizer]
+
+
+WARM_UP = 10  # steps of the map of a scope, at most a tenth of all
+
+
+def _keep(settings: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:
+    """Check some fields; numbers are kept as Python's."""
+    for name in names:
+        object.__setattr__(settings, name, check(name, getattr(settings, name), **limits))
+
+
+def _keep_unless_none(settings: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:
+    _keep(settings, check, *(name for name in names if getattr(settings, name) is not None), **limits)
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Settings:
         if self.vocabulary == "sampled" and self.loss != "kl":
             raise ValueError("vocabulary='sampled' is for the loss 'kl': a cross entropy has no teacher to draw from")
         one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
-        self._set("steps", _steps(self.steps, self.held_out))
+        object.__setattr__(self, "steps", _steps(self.steps, self.held_out))
         # Cross entropy does not fall to zero where a layer is right, so it says nothing about the rate.
         power = LR_POWER[self.optimizer] if self.loss == "kl" else 0.0
         for name, default in (
@@ -93,30 +109,19 @@ class Settings:
             ("token_shift", 0 if self.loss == "kl" else 1),
         ):
             if getattr(self, name) is None:
-                self._set(name, default)
-        for name in ("held_out_every", "patience", "checkpoint_every"):
-            self._set(name, whole_number(name, getattr(self, name), least=1))
-        for name in ("tokens_per_step", "init_tokens", "chunk_size", "layers_at_once"):
-            if getattr(self, name) is not None:
-                self._set(name, whole_number(name, getattr(self, name), least=1))
-        self._set("token_shift", whole_number("token_shift", self.token_shift))
-        self._set("seed", whole_number("seed", self.seed, least=-(2**42), most=2**42))
-        for name in ("lr", "clip"):
-            if getattr(self, name) is not None:
-                self._set(name, finite_number(name, getattr(self, name), above=0))
-        for name in ("weight_decay", "lr_power", "momentum"):
-            self._set(name, finite_number(name, getattr(self, name), least=0))
+                object.__setattr__(self, name, default)
+        _keep(self, whole_number, "held_out_every", "patience", "checkpoint_every", least=1)
+        _keep_unless_none(self, whole_number, "tokens_per_step", "init_tokens", "chunk_size", "layers_at_once", least=1)
+        _keep(self, whole_number, "token_shift")
+        _keep(self, whole_number, "seed", least=-(2**42), most=2**42)
+        _keep_unless_none(self, finite_number, "lr", "clip", above=0)
+        _keep(self, finite_number, "weight_decay", "lr_power", "momentum", "subsample", least=0)
         if self.momentum is not None and self.momentum >= 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum:g}")
-        if self.lr_search is not None and not isinstance(self.lr_search, bool):
-            raise TypeError(f"lr_search must be True, False or None, got {self.lr_search!r}")
-        self._set("subsample", share_of_positions(self.subsample))
-        for name in ("bias_only", "skip_first", "joint_clip", "offload", "held_out", "guard"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+        if not 0 < self.subsample <= 1:
+            raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {self.subsample:g}")
+        _keep_unless_none(self, flag, "lr_search")
+        _keep(self, flag, "bias_only", "skip_first", "joint_clip", "offload", "held_out", "guard")
 
     def at_width(self, d_model: int) -> "Settings":
         """The same, with the default learning rate of this width where none was given, and a search where that rate is Muon's on KL."""
@@ -168,12 +173,43 @@ class Settings:
         return self.optimizer == "muon" and not self.bias_only
 
 
-def share_of_positions(subsample: Any) -> float:
-    """`subsample` as a float."""
-    share = finite_number("subsample", subsample, least=0)
-    if not 0 < share <= 1:
-        raise ValueError(f"subsample is a share of the positions, above 0 and at most 1, got {share:g}")
-    return share
+@dataclass(frozen=True)
+class ScopeSettings:
+    """The settings of `fit_scope`, checked; it says what each one means."""
+
+    steps: int = 100
+    vectors_per_step: int = 24
+    rank: int = 0
+    lr: float = 0.1
+    weight_decay: float = 0.01
+    clip: float | None = 0.5
+    mode: str = "replace"
+    held_out: int = 128
+    seed: int = 0
+    skip_first: bool = True
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        _keep(self, whole_number, "steps", "rank", "held_out", least=0)
+        _keep(self, whole_number, "vectors_per_step", "checkpoint_every", least=1)
+        _keep(self, whole_number, "seed", least=-(2**31), most=2**31)
+        _keep(self, finite_number, "lr", above=0)
+        _keep(self, finite_number, "weight_decay", least=0)
+        _keep_unless_none(self, finite_number, "clip", above=0)
+        one_of("mode", self.mode, ("replace", "add"))
+        _keep(self, flag, "skip_first")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: up over the first ones, then a half cosine down to zero."""
+        warm = min(WARM_UP, self.steps // 10)
+        if step < warm:
+            return self.lr * (step + 1) / (warm + 1)
+        done = torch.tensor((step - warm) / max(1, self.steps - warm))
+        return self.lr * float(1 + torch.cos(torch.pi * done)) / 2
+
+    def record(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "checkpoint_every"}
 
 
 def _steps(steps: Any, held_out: bool) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tl_lenses.text.batches import Bookmark
 from tl_lenses.tokens import Batch
 from tl_lenses.translators import Row, Translators, base
 
-Place = TypeVar("Place")
+Stream = Iterator[tuple[Batch, Bookmark]]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Start:
 
 
 def start_of(
-    model: LensModel, stream: Iterator[tuple[Batch, Bookmark]], rows: list[Row], settings: Settings,
+    model: LensModel, stream: Stream, rows: list[Row], settings: Settings,
     init: Translators | None, hooks: list[Hook], show_progress: bool | None = False,
-) -> tuple[Start, Iterator[tuple[Batch, Bookmark]]]:  # fmt: skip
+) -> tuple[Start, Stream]:  # fmt: skip
     """The maps to start from, and the stream, still from its beginning."""
     d = d_model(model)
     if init is not None:
@@ -54,24 +54,18 @@ def start_of(
     return Start(delta, biases, moments[0].n, roots(moments) if settings.whitens else None, n_read), stream
 
 
-def first_batches(
-    stream: Iterator[tuple[Batch, Place]], limit_tokens: int
-) -> tuple[list[Batch], Iterator[tuple[Batch, Place]]]:
+def first_batches(stream: Stream, limit_tokens: int) -> tuple[list[Batch], Stream]:
     """Batches of about so many tokens, and the stream as if nothing had been taken; only their ids are kept.
 
     If the text is shorter, one pass of it is taken. Nothing is taken twice. A one-shot source raises later, when training asks for
     more.
-
-    Args:
-        stream: batches, each with its epoch, or something that has one as `.epoch`.
     """
-    kept: list[tuple[Batch, Place]] = []
-    epoch = lambda place: getattr(place, "epoch", place)
+    kept: list[tuple[Batch, Bookmark]] = []
     n_tokens, rest = 0, stream
     try:
         while n_tokens < limit_tokens:
             item = next(stream)
-            if kept and epoch(item[1]) != epoch(kept[0][1]):
+            if kept and item[1].epoch != kept[0][1].epoch:
                 rest = chain([item], stream)
                 break
             kept.append(item)

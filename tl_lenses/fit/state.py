@@ -49,6 +49,17 @@ class Checkpoint:
     identities: tuple[dict[str, Any], ...]  # `identity_of` each model
     team: Team  # the first process reads and writes
 
+    @staticmethod
+    def of(
+        file: str | Path | None, kind: str, settings: dict[str, Any], models: Sequence[LensModel | None], team: Team
+    ) -> "Checkpoint":
+        """The same in all processes: they are refused if their settings differ, and make the passes for identities all or none."""
+        settings = {**settings, "note": note_of(settings["note"])}
+        team.same_settings(settings)
+        kept = any(team.gather(file is not None))
+        identities = tuple(identity_of(model) for model in models if model is not None and kept)
+        return Checkpoint(None if file is None else as_path(file), kind, settings, identities, team)
+
     def resume(self) -> dict[str, Any] | None:
         """The state to continue from, if there is a file; read by the first process and sent to the others."""
         state = None
@@ -102,20 +113,12 @@ class Checkpoint:
                 )
 
 
-def identities_of(models: Sequence[LensModel | None], file: object, team: Team) -> tuple[dict[str, Any], ...]:
-    """The identities of the models of a fit that keeps a checkpoint; all processes make the passes for it, or none."""
-    if not any(team.gather(file is not None)):
-        return ()
-    return tuple(identity_of(model) for model in models if model is not None)
-
-
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in settings.items() if k != "note"}, **(settings.get("note") or {})}
 
 
 def _same_identity(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    half = any(identity["model_dtype"] in ("float16", "bfloat16") for identity in (a, b))
-    close = same_model(a["fingerprint"], b["fingerprint"], torch.float16 if half else torch.float32)
+    close = same_model(a["fingerprint"], b["fingerprint"], a["model_dtype"], b["model_dtype"])
     return close and all(a[key] == b[key] for key in ("d_model", "model_dtype", "basis"))
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import divergence as D
-from tl_lenses.fit.common import activations
+from tl_lenses.fit.common import states
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, device_of, hooked, prepared
 from tl_lenses.tokens import Batch
@@ -68,10 +68,10 @@ class Pairs:
         """States of some rows, fp32: of the part's positions, or of each row's own picks among them."""
         at, device = self.at[part], self.teacher.device
         taken = []
-        for i, states in enumerate(self.states[rows]):
+        for i, x in enumerate(self.states[rows]):
             positions = at if picks is None else at[picks[i]]
             # A model that is spread over devices has its states on several.
-            taken.append(states[positions.to(states.device)].float().to(device))
+            taken.append(x[positions.to(x.device)].float().to(device))
         return torch.stack(taken)
 
 
@@ -122,7 +122,8 @@ def scored_pairs(
     loss: Literal["kl", "ce"], readout: Readout,
 ) -> Pairs:  # fmt: skip
     """One forward pass, or stored states. Position t is scored against t + shift; positions that are not used, or have no partner, are left out."""
-    output, seen, used, batch = activations(model, batch, rows, hooks, skip_first, readout)
+    names = [name for row in rows for name in row]
+    output, seen, used, batch = states(model, batch, names, hooks, skip_first, readout)
     width = batch.tokens.shape[1]
     b, t = used.nonzero(as_tuple=True)
     real = torch.ones_like(used) if batch.attention_mask is None else batch.attention_mask.bool()
@@ -153,33 +154,7 @@ def loss_and_gradient(
         seed: of the random positions.
         exact: for losses with more digits where products are bf16, at the cost of a pass (`divergence.teacher_of`).
     """
-    losses = torch.zeros(len(delta), device=delta.device)
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    room = None
-    for part, groups in _tiles(pairs, delta, head, chunk_size, subsample):
-        size = part.stop - part.start
-        picks, kept = None, size
-        if subsample < 1:
-            kept = max(1, round(subsample * size))
-            order = torch.rand(len(delta), size, generator=generator).argsort(-1)
-            picks = order[:, :kept].to(pairs.teacher.device)
-        room = _room(room, max(size, kept * groups[0].stop), head)
-        teacher = _teacher(pairs, part, head, room, exact=exact)
-        for group in groups:
-            picked = None if picks is None else picks[group]
-            x = pairs.take(group, part, picked)
-            y = translated(x, delta[group], biases[group]).requires_grad_()
-            with torch.enable_grad():
-                hidden = normed(y, head)
-            each, back = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, picks=picked, room=room)
-            assert back is not None  # asked for
-            (grad,) = torch.autograd.grad(hidden, y, back.to(hidden.dtype))
-            weight = size / x.shape[1]
-            grad_w[group].baddbmm_(grad.mT, x, alpha=weight)
-            grad_b[group].add_(grad.sum(1), alpha=weight)
-            losses[group] += weight * each.to(losses)
-        del teacher  # before the next one is made
-    return losses
+    return _losses(pairs, delta, biases, head, (grad_w, grad_b), chunk_size, subsample, seed, exact)
 
 
 @torch.no_grad()
@@ -192,38 +167,47 @@ def summed_losses(
     chunk_size: int | None = None,
 ) -> Float[Tensor, " rows"]:
     """Sum over positions of each layer's loss, without the gradient: half the cost."""
-    losses, room = torch.zeros(len(delta), device=delta.device), None
-    for part, groups in _tiles(pairs, delta, head, chunk_size):
-        room = _room(room, (part.stop - part.start) * groups[0].stop, head)
-        teacher = _teacher(pairs, part, head, room, exact=True)
+    return _losses(pairs, delta, biases, head, None, chunk_size)
+
+
+def _losses(
+    pairs: Pairs, delta: Tensor, biases: Tensor, head: Head, grads: tuple[Tensor, Tensor] | None, chunk_size: int | None,
+    subsample: float = 1.0, seed: int = 0, exact: bool = True,
+) -> Float[Tensor, " rows"]:  # fmt: skip
+    """The losses, and with `grads` their gradients, added to these."""
+    losses, room, w_u = torch.zeros(len(delta), device=delta.device), None, head.w_u
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    wide = torch.float64 if w_u.dtype == torch.float64 else torch.float32
+    for part, groups in D.tiles(len(delta), len(pairs), w_u.shape[1], w_u.dtype, w_u.device, chunk_size, subsample):
+        size = part.stop - part.start
+        picks, kept = None, size
+        if subsample < 1:
+            kept = max(1, round(subsample * size))
+            order = torch.rand(len(delta), size, generator=generator).argsort(-1)
+            picks = order[:, :kept].to(pairs.teacher.device)
+        if room is None or len(room) < max(size, kept * groups[0].stop):
+            room = w_u.new_empty(max(size, kept * groups[0].stop), w_u.shape[1])
+        scored = pairs.teacher[pairs.scored[part]]
+        teacher = D.teacher_of(
+            scored, w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room
+        )
         for group in groups:
-            hidden = normed(translated(pairs.take(group, part), delta[group], biases[group]), head)
-            each, _ = D.score(hidden, teacher, head.w_u, head.b_u, head.transform, gradient=False, room=room)
-            losses[group] += each.to(losses)
-        del teacher
+            picked = None if picks is None else picks[group]
+            x = pairs.take(group, part, picked)
+            y = translated(x, delta[group], biases[group]).requires_grad_(grads is not None)
+            with torch.set_grad_enabled(grads is not None):
+                hidden = normed(y, head)
+            each, back = D.score(
+                hidden, teacher, w_u, head.b_u, head.transform, picks=picked, gradient=grads is not None, room=room
+            )
+            weight = size / kept
+            if grads is not None and back is not None:
+                (grad,) = torch.autograd.grad(hidden, y, back.to(hidden.dtype))
+                grads[0][group].baddbmm_(grad.mT, x, alpha=weight)
+                grads[1][group].add_(grad.sum(1), alpha=weight)
+            losses[group] += weight * each.to(losses)
+        del teacher  # before the next one is made
     return losses
-
-
-def _tiles(
-    pairs: Pairs, delta: Tensor, head: Head, chunk_size: int | None, share: float = 1.0
-) -> Iterator[tuple[slice, list[slice]]]:
-    w_u = head.w_u
-    return D.tiles(len(delta), len(pairs), w_u.shape[1], w_u.dtype, w_u.device, chunk_size, share)
-
-
-def _teacher(pairs: Pairs, part: slice, head: Head, room: Tensor, exact: bool) -> D.Teacher:
-    states = pairs.teacher[pairs.scored[part]]
-    wide = torch.float64 if head.w_u.dtype == torch.float64 else torch.float32
-    return D.teacher_of(
-        states, head.w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room
-    )
-
-
-def _room(room: Tensor | None, rows: int, head: Head) -> Tensor:
-    """Memory for `rows` logits: the one that is there, if it is large enough."""
-    if room is not None and len(room) >= rows:
-        return room
-    return torch.empty(rows, head.w_u.shape[1], dtype=head.w_u.dtype, device=head.w_u.device)
 
 
 def clip_gradients(grad_w: Tensor, grad_b: Tensor, clip: float, joint: bool, bias_only: bool) -> None:

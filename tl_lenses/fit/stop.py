@@ -107,14 +107,9 @@ def split_held_out(text: Text, held_out: Any) -> tuple[Text, Text | None]:
     """Text to train on, and held-out text: the last rows of the same, or other text; None for None."""
     if held_out is None:
         return text, None
-    return text.split(share_of(held_out)) if is_share(held_out) else (text, Text.of(held_out))
+    return text.split(finite_number("held_out", held_out)) if is_share(held_out) else (text, Text.of(held_out))
 
 
 def is_share(held_out: Any) -> bool:
     """Whether `held_out` is a number, of any type, and not text."""
     return isinstance(held_out, (int, float)) or getattr(held_out, "ndim", None) == 0
-
-
-def share_of(held_out: Any) -> float:
-    """`held_out` as a number."""
-    return finite_number("held_out", held_out)

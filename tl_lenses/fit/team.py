@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tl_lenses.model import LensModel, forward, prepare
 from tl_lenses.tokens import Batch
@@ -127,22 +128,17 @@ class Processes(Team):
         return values
 
     def from_first(self, tree: Any) -> Any:
-        tensors: list[Tensor] = []
-        sent = [_stripped(tree, tensors) if self.first else None]
-        self._guarded(lambda: dist.broadcast_object_list(sent))
+        own = iter([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)])
+        shapes = [tree_map_only(Tensor, lambda leaf: leaf.new_empty(leaf.shape, device="meta"), tree)]
+        self._guarded(lambda: dist.broadcast_object_list(shapes))
 
-        def grow(node: Any) -> Any:
-            kind, content, *dtype = node
-            if kind == "tensor":
-                tensor = tensors.pop(0).cpu().contiguous() if self.first else torch.empty(content, dtype=dtype[0])
-                if tensor.numel():  # as bytes, since not every backend can send every type
-                    self._collective(lambda part: dist.broadcast(part, 0), tensor.view(-1).view(torch.uint8))
-                return tensor
-            if kind == "dict":
-                return {key: grow(value) for key, value in content.items()}
-            return [grow(value) for value in content] if kind == "list" else content
+        def received(shape: Tensor) -> Tensor:
+            tensor = next(own).cpu().contiguous() if self.first else torch.empty_like(shape, device="cpu")
+            if tensor.numel():  # as bytes, since not every backend can send every type
+                self._collective(lambda part: dist.broadcast(part, 0), tensor.view(-1).view(torch.uint8))
+            return tensor
 
-        return grow(sent[0])
+        return tree_map_only(Tensor, received, shapes[0])
 
     @contextmanager
     def together(self, sums: Float[Tensor, " n"] | None = None) -> Iterator[None]:
@@ -263,18 +259,6 @@ class _Passes:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def _stripped(node: Any, tensors: list[Tensor]) -> Any:
-    """A tree without its tensors, which are appended to the list."""
-    if isinstance(node, Tensor):
-        tensors.append(node)
-        return ("tensor", node.shape, node.dtype)
-    if isinstance(node, dict):
-        return ("dict", {key: _stripped(value, tensors) for key, value in node.items()})
-    if isinstance(node, (list, tuple)):
-        return ("list", [_stripped(value, tensors) for value in node])
-    return ("value", node)
 
 
 def processes() -> Team:

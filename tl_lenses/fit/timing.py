@@ -9,6 +9,7 @@ from typing import Any
 from tl_lenses.fit.common import row_groups, rows_for
 from tl_lenses.fit.evidence import collect
 from tl_lenses.fit.jacobian import fit_jacobian
+from tl_lenses.fit.plan import AUTO_STEPS
 from tl_lenses.fit.regression import maps_of
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.state import Checkpoint
@@ -22,7 +23,6 @@ from tl_lenses.text.batches import Text
 from tl_lenses.tokens import Batch
 
 MEASURED = 2  # batches that the moments are timed on, after one more to warm up
-AUTO_STEPS = 250  # counted where `steps` is "auto"
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,7 @@ def time_regression(
 
 
 def time_jacobian(model: LensModel, tokens: Any, layers: Iterable[LayerOrSite] | None, rule: Any) -> Timing:
-    """The time of `fit_jacobian`, from the second of its batches.
-
-    Raises:
-        ValueError: the length of the text is not known.
-    """
+    """The time of `fit_jacobian`, from the second of its batches."""
     text = Text.of(tokens)
     if text.n_batches is None:
         raise ValueError("how long a text is whose length is not known cannot be said: pass limit_tokens=...")

@@ -3,41 +3,45 @@
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses.fit.common import NotFinite, shown
+from tl_lenses.fit.common import Log, NotFinite, logger, shown
 from tl_lenses.fit.guard import SHARES, Guard, guard_of, guard_of_rows, tokens_read
 from tl_lenses.fit.learner import Learner
 from tl_lenses.fit.optim import AFTER, LENGTHS, best_lengths, multiply_scales, noise_share
+from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.start import first_batches, regression_start, start_of
 from tl_lenses.fit.state import Checkpoint, guilty_text, random_state, set_random_state, unbroken
-from tl_lenses.fit.step import (
-    Pairs,
-    head_of,
-    most_passes,
-    pieces,
-    scored_pairs,
-    summed_losses,
-)
+from tl_lenses.fit.step import Pairs, head_of, most_passes, pieces, scored_pairs, summed_losses
 from tl_lenses.fit.stop import Watch
-from tl_lenses.fit.task import Task
 from tl_lenses.fit.team import Lost, Team
-from tl_lenses.hooks import check_edits
-from tl_lenses.model import d_model, hooked
+from tl_lenses.hooks import Hook, check_edits
+from tl_lenses.model import LensModel, d_model, hooked
 from tl_lenses.progress import StepBar, progress
 from tl_lenses.text.batches import ROWS, Bookmark, Text
 from tl_lenses.tokens import Batch
-from tl_lenses.translators import Row
+from tl_lenses.translators import Row, Translators
 from tl_lenses.unembed import Readout
 
 SEARCHED = 512  # tokens on which the length of the first step is chosen
 
-Log = Callable[[dict[str, Any]], None] | list[dict[str, Any]] | None
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: some rows of a model, on a text."""
+
+    model: LensModel
+    text: Text
+    rows: list[Row]  # `(source site, target site)` of each map
+    settings: Settings  # with a learning rate, see `Settings.at_width`
+    init: Translators | None = None  # translators to start from, where `settings.init` says so
+    hooks: list[Hook] = field(default_factory=list)
+    held_out: Text | None = None  # text for `look`, or None
 
 
 class Training:
@@ -55,7 +59,7 @@ class Training:
     """
 
     def __init__(self, task: Task, checkpoint: Checkpoint, team: Team, log: Log, show_progress: bool | None):
-        self.task, self.checkpoint, self.team, self.log = task, checkpoint, team, log
+        self.task, self.checkpoint, self.team, self.log = task, checkpoint, team, logger(log)
         self.model, self.rows, self.settings, self.hooks = task.model, task.rows, task.settings, task.hooks
         self.readout = Readout(self.model)
         self.done = self.n_tokens = self.n_rows = self.n_init = 0
@@ -314,14 +318,9 @@ class Training:
         s, stream = self.settings, self.text.stream(seed=self.settings.seed)
         with closing(stream):
             first, _ = first_batches(self.guard.rest(stream), s.start_tokens(d_model(self.model)))
+        both = [*first, *self.guard.batches]
         delta, biases, _ = regression_start(
-            self.model,
-            [*first, *self.guard.batches],
-            self.rows,
-            self.hooks,
-            s.skip_first,
-            offload=s.offload,
-            show_progress=self.show,
+            self.model, both, self.rows, self.hooks, s.skip_first, offload=s.offload, show_progress=self.show
         )
         return delta.float().to(self.learner.device), biases.float().to(self.learner.device)
 
@@ -332,13 +331,7 @@ class Training:
         tick: Callable[[], object] = lambda: None,
         maps: Sequence[Callable[[], tuple[Tensor, Tensor]]] = (),
     ) -> Float[Tensor, "maps rows"]:
-        """Each row's mean loss on a text, the same in all processes.
-
-        Args:
-            name: of the text, for the error.
-            tick: called at each batch.
-            maps: what makes D and b, one after the other; those of the learner by default.
-        """
+        """Each row's mean loss on a text, the same in all processes. `maps` make D and b; those of the learner by default."""
         learner, first = self.learner, 0
         maps = maps or [lambda: (learner.delta, learner.biases)]
         sums = torch.zeros(len(maps) * len(self.rows) + 2, device=learner.device)  # losses, positions, errors
@@ -376,11 +369,10 @@ class Training:
         """The log's entry of a step, and the progress bar."""
         losses = self.learner.losses.tolist()
         by_layer = lambda values: {row[0]: value for row, value in zip(self.rows, values, strict=True)}
-        if self.log is not None:
-            entry = {"step": self.done, "tokens": self.n_tokens, "lr": rate, "loss": by_layer(losses)}
-            if self.watch.looks and self.watch.looks[-1]["step"] == self.done:
-                entry["held_out" if self.task.held_out else "guard"] = by_layer(self.watch.looks[-1]["loss"])
-            self.log.append(entry) if isinstance(self.log, list) else self.log(entry)
+        entry = {"step": self.done, "tokens": self.n_tokens, "lr": rate, "loss": by_layer(losses)}
+        if self.watch.looks and self.watch.looks[-1]["step"] == self.done:
+            entry["held_out" if self.task.held_out else "guard"] = by_layer(self.watch.looks[-1]["loss"])
+        self.log(entry)
         looks = -((self.done - (self.watch.last or self.done)) // self.watch.every)
         looks *= len(SHARES) if self.settings.guards else 1
         self.bar.update(losses, self.n_tokens, seconds, self.watch.last, looks * self.look_seconds)

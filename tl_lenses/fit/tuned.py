@@ -9,12 +9,12 @@ import torch
 
 from tl_lenses.checks import one_of
 from tl_lenses.files import Notice
-from tl_lenses.fit.common import record, row_groups, rows_for
+from tl_lenses.fit.common import Log, logger, record, row_groups, rows_for
 from tl_lenses.fit.settings import Settings
-from tl_lenses.fit.state import Checkpoint, alone, identities_of, note_of, state_file
+from tl_lenses.fit.state import Checkpoint, alone, note_of, state_file
 from tl_lenses.fit.stop import split_held_out
 from tl_lenses.fit.team import processes
-from tl_lenses.fit.training import Log, Task, Training
+from tl_lenses.fit.training import Task, Training
 from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.layers import LayerOrSite
 from tl_lenses.model import LensModel, check_model, d_model, n_layers
@@ -148,17 +148,13 @@ def fit_tuned(
     text, held_out_text = split_held_out(Text.of(tokens), held_out)
     rows = rows_for(model, layers)
     groups = groups_of_fit(rows, settings, text)
-    if log is not None and not (callable(log) or isinstance(log, list)):
-        raise TypeError(f"log must be a function or a list that receives the entries, got {type(log).__name__}")
-    team, note = processes(), note_of(note)
-    identities, hooks, fits = identities_of([model], checkpoint, team), checked_hooks(model, hooks), []
+    log = logger(log)
+    team, hooks, fits, note = processes(), checked_hooks(model, hooks), [], note_of(note)
     with alone(checkpoint, team):
         for i, group in enumerate(groups):
             state = {**settings.record(), "rows": [list(row) for row in group], "note": note}
-            team.same_settings(state)
-            file = state_file(checkpoint, i, len(groups))
+            kept = Checkpoint.of(state_file(checkpoint, i, len(groups)), "fit_tuned", state, [model], team)
             task = Task(model, text, group, settings, None if isinstance(init, str) else init, hooks, held_out_text)
-            kept = Checkpoint(file, "fit_tuned", state, identities, team)
             fits.append(_run(Training(task, kept, team, log, show_progress)))
     return _result(model, rows, settings, fits)
 

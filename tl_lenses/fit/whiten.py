@@ -23,11 +23,9 @@ RIDGE = 1e-3
 
 
 def roots(sources: Sequence[Moments], power: float = 0.5) -> Float[Tensor, "rows d_in d_in"]:
-    """`P = S^(-power / 2)` of the states that a start was fitted on, with determinant 1, so that a map keeps its size (`optim.map_sizes`).
+    """`P = S^(-power / 2)` of each row's source, with determinant 1, so that a map keeps its size (`optim.map_sizes`).
 
-    Args:
-        sources: the moments of each row's source.
-        power: 1 makes the states white, 0 leaves them.
+    A power of 1 makes the states white, 0 leaves them.
     """
     result = []
     for source in sources:

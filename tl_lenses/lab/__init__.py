@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tl_lenses.checks import whole_number
+from tl_lenses.checks import device_named, whole_number
 
 __all__ = ["Bundled", "available", "exercise", "load", "path", "steps", "text"]
 
@@ -147,10 +147,7 @@ def load(
         8
     """
     folder = path(name, step=step)
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"expected a device such as 'cpu' or 'cuda:0', got {device!r}") from None
+    device = device_named(device)
     tensors = _tensors(folder)
 
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

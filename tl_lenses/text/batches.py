@@ -158,11 +158,7 @@ class Text:
 
     @staticmethod
     def of(tokens: Any, batch_size: int | None = None) -> "Text":
-        """Anything that `as_batches` takes; a `Text` is returned as it is.
-
-        Raises:
-            TypeError, ValueError: as `as_batches`.
-        """
+        """Anything that `as_batches` takes; a `Text` is returned as it is."""
         if isinstance(tokens, Text):
             return tokens
         batches = as_batches(tokens, batch_size)
@@ -176,11 +172,7 @@ class Text:
         return iter(self.batches)
 
     def to_run(self, what: str) -> "Text":
-        """This text, for `what` runs a model on it and reads no stored states.
-
-        Raises:
-            ValueError: it is stored states.
-        """
+        """This text, which `what` runs a model on; refuses stored states."""
         if isinstance(self.batches, StoredText):
             raise ValueError(
                 f"{what} runs the model, and {self.batches.name} holds states of a run that is over: pass the text itself. Stored states "
@@ -201,8 +193,7 @@ class Text:
     @property
     def n_batches(self) -> int | None:
         """The number of batches of a pass, for a corpus an estimate; None where it is unknown."""
-        known = getattr(self.batches, "n_batches", None)
-        return len(self.batches) if known is None and isinstance(self.batches, Sized) else known
+        return getattr(self.batches, "n_batches", None)
 
     def take(self, rows: slice | Int[Tensor, " rows"]) -> "Text":
         """Some of the rows of a text whose rows are known, with their stored states."""

@@ -74,11 +74,7 @@ class StoredText:
         return int(self.rows[:, 2].sum())
 
     def first(self, n_tokens: int) -> "StoredText":
-        """The first rows, of at most so many tokens together.
-
-        Raises:
-            ValueError: the first row has more.
-        """
+        """The first rows, of at most so many tokens together; at least one."""
         kept = int((self.rows[:, 2].cumsum(0) <= n_tokens).sum())
         if not kept:
             raise ValueError(
@@ -138,11 +134,7 @@ class StoredRows:
         return self.text.batch(self.text.rows[:1])
 
     def read(self, site: str) -> Float[Tensor, "rows width d"]:
-        """The states at a site, zeros at pads.
-
-        Raises:
-            ValueError: they were not stored.
-        """
+        """The states at a site, zeros at pads."""
         if site not in self.about["sites"]:
             stored = self.about["sites"]
             raise ValueError(

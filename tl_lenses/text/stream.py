@@ -56,12 +56,9 @@ class Bookmark:
         state: dict[str, Any] = {"epoch": self.epoch, "index": self.index, "rows": self.rows, "before": None}
         if (b := self.before) is not None:
             texts = [text.encode("utf-8", "surrogatepass") for text in b.buffer]
-            state["before"] = {
-                "place": b.place, "ended": b.ended, "pending": list(b.pending), "any_text": b.any_text,
-                "counted": list(b.counted), "rows": b.rows, "generator": b.generator,
-                "sizes": torch.tensor([len(text) for text in texts], dtype=torch.long),
-                "buffer": torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8),
-            }  # fmt: skip
+            sizes = torch.tensor([len(text) for text in texts], dtype=torch.long)
+            buffer = torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8)
+            state["before"] = {**vars(b), "sizes": sizes, "buffer": buffer}
         return state
 
     @staticmethod
@@ -72,10 +69,10 @@ class Bookmark:
             whole, ends = b["buffer"].numpy().tobytes(), b["sizes"].cumsum(0).tolist()
             cut = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
             texts = tuple(text.decode("utf-8", "surrogatepass") for text in cut)
+            fields = {name: value for name, value in b.items() if name != "sizes"}
             before = PackerState(
-                b["place"], texts, b["generator"], b["ended"], tuple(b["pending"]), b["any_text"],
-                (b["counted"][0], b["counted"][1]), b["rows"],
-            )  # fmt: skip
+                **fields | {"buffer": texts, "pending": tuple(b["pending"]), "counted": tuple(b["counted"])}
+            )
         return Bookmark(state["epoch"], state["index"], before, state["rows"])
 
 
