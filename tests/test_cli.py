@@ -181,6 +181,8 @@ def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path
         "reg,logit",
         "--save",
         tmp_path / "d.svg",
+        "--width",
+        "150",
         "--file",
         tmp_path / "p.txt",
     )
@@ -188,7 +190,9 @@ def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path
     done = CliRunner().invoke(app, given, input="the mat\n")
     assert done.exit_code == 0, done.stderr
     assert [f"reg − logit, row {i} of 3" in done.stdout for i in range(3)] == [True] * 3 and "·ran" in done.stdout
-    assert "reg better" in (tmp_path / "d.svg").read_text("utf-8")
+    drawn = (tmp_path / "d.svg").read_text("utf-8")
+    assert "reg better" in drawn and drawn.count(">layer<") == 3  # BOS and two words, one below the other
+    assert "--width is of a picture" in refused("show", "x", "--width", "300")
     assert "must be two of the lenses logit" in refused("show", "x", "--diff", "a,b")
     assert "no text to read" in refused("show", "--model", model)
     assert "is no file" in refused("show", "--file", tmp_path / "none", "--model", model)

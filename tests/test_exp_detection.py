@@ -228,7 +228,7 @@ def test_the_result_prints_draws_and_saves(model, tmp_path):
     text = report.markdown()
     assert "final state, SRM" in text and "share right" in text and "obeyed" in text
     folder = report.save(tmp_path / "a")
-    assert (folder / "heat.svg").exists() and (folder / "heat-ignore.svg").exists()
+    assert (folder / "heat.svg").exists() and (folder / "tasks-ignore.svg").exists()
     assert len(report.to_frame()) == 3 and set(report.to_frame()["method"]) == set(report.methods)
 
 

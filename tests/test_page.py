@@ -1,13 +1,9 @@
-"""What the page does: side by side, differences, tokens that are followed, faded positions, matrices; in a browser where there is one."""
+"""What the page does: side by side, differences, tokens that are followed, faded positions, matrices. `test_page_browser` drives it."""
 
-import html
 import json
 import math
-import os
 import re
-import shutil
 import struct
-import subprocess
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
@@ -22,12 +18,6 @@ from tl_lenses import views
 from tl_lenses.views.document import CODES, rank_steps
 from tl_lenses.views.grid import base_name, heading
 from tl_lenses.views.style import DIVERGING
-
-BROWSER = os.environ.get("TL_LENSES_BROWSER") or next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chrome-headless-shell", "chromium", "google-chrome"))),
-    None,
-)
-driven = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium-headless-shell")
 
 
 def tracked(t, ids, seed=3):
@@ -304,173 +294,3 @@ def test_few_colours_are_numbers(system, numbers, colored, written):
     )
     assert ("\x1b[38;5" in out.getvalue()) == colored
     assert (f"{t.stats['kl'][0, 0, 0]:.2f}" in out.getvalue()) == written
-
-
-# --- in a browser
-
-
-def drive(page, tmp_path, script, width=1000):
-    """Runs a script at the end of the page, and gives what it puts into `out`."""
-    path = tmp_path / "page.html"
-    tail = f"const out={{}};window.onerror=(m)=>{{out.error=m}};try{{{script}}}catch(e){{out.error=String(e)}}"
-    path.write_text(
-        page
-        + f"<pre id=out></pre><script>{tail};document.getElementById('out').textContent=JSON.stringify(out)</script>",
-        "utf-8",
-    )
-    command = [
-        BROWSER,
-        "--no-sandbox",
-        "--headless",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--virtual-time-budget=2000",
-        "--dump-dom",
-    ]
-    dom = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search('<pre id="out">(.*?)</pre>', dom, re.S)
-    assert found is not None, dom[-500:]
-    out = json.loads(html.unescape(found[1]))
-    assert "error" not in out, out
-    return out
-
-
-TOOLS = """
-const $$ = (q) => [...document.querySelectorAll(q)], key = (k) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}));
-const cell = (r, c, t = 0) => $$("#tables table")[t].tBodies[0].rows[r].cells[c + 1];
-const choose = (id, text) => { const e = document.getElementById(id); e.selectedIndex = [...e.options].findIndex((o) => o.text === text); e.dispatchEvent(new Event("change")); };
-"""
-
-
-@driven
-def test_side_by_side_and_difference(tmp_path):
-    trajs = two()
-    out = drive(views.html(trajs, "kl"), tmp_path, TOOLS + """
-        out.first = $$("#tables table").length;
-        choose("lens", "side by side");
-        out.tables = $$("#tables table").length; out.names = $$("#tables section > p").map((e) => e.textContent);
-        cell(1, 2, 1).click();
-        out.pins = $$("td.pin").length; out.facts = $$("#panel .facts").length;
-        choose("lens", "tuned − logit");
-        out.value = $$("#panel dd.now")[0].textContent; out.legend = document.querySelector("#legend b").textContent;
-    """)  # fmt: skip
-    assert (out["first"], out["tables"], out["names"]) == (1, 2, ["logit", "tuned"])
-    assert (out["pins"], out["facts"]) == (2, 2)
-    d = views.difference(trajs, ("tuned", "logit")).stats["kl"][1, 0, 2].item()
-    assert float(out["value"].removesuffix(" nats").replace("−", "-")) == pytest.approx(d, abs=2e-3)
-    assert out["legend"] == "KL(model ‖ lens): tuned − logit, nats"
-
-
-@driven
-def test_a_token_is_followed_by_a_click_or_by_its_text(tmp_path):
-    trajs = two()
-    out = drive(views.html(trajs, "kl"), tmp_path, TOOLS + """
-        cell(0, 3).click();
-        const typed = document.getElementById("word"); typed.value = "Paris"; typed.dispatchEvent(new Event("change"));
-        out.chips = $$(".chip").map((e) => e.textContent); out.figures = $$("#panel figure").length;
-        out.line = $$("#panel dt").filter((e) => e.textContent === "rank of ·Paris")[0].nextSibling.textContent;
-        $$(".chip button")[0].click();
-        out.legend = document.querySelector("#legend b").textContent;
-        const other = $$("#panel .word").filter((e) => e.textContent !== "·Paris")[0]; out.other = other.textContent; other.click();
-        out.two = $$(".chip").length;
-        $$(".chip button")[1].click(); out.one = $$(".chip").map((e) => e.textContent);
-        out.back = document.querySelector("#legend b").textContent;
-    """)  # fmt: skip
-    assert out["chips"] == ["·Paris×"] and out["figures"] == 3 and out["legend"] == "rank of ·Paris, 1 = top"
-    t = trajs["tuned"]
-    if 1 not in t.top_ids[2, 0, 3].tolist():
-        said = int(out["line"].removeprefix("≈ ").split(", ")[0].replace(",", "").split(" ")[0])
-        assert said == pytest.approx(int(t.tracked.ranks[2, 0, 3, 0]), rel=0.2)
-    assert out["two"] == 2 and out["one"] == [out["other"] + "×"] and out["back"].startswith("KL")
-
-
-@driven
-def test_keys_find_and_the_strip_on_a_long_prompt(tmp_path):
-    out = drive(views.html(fake(pos=200)), tmp_path, TOOLS + """
-        const here = () => document.activeElement.cellIndex - 1;
-        cell(0, 0).focus(); key("End"); out.end = here(); key("Home"); out.home = here();
-        key("PageDown"); out.page = here(); key("PageUp"); out.back = here();
-        out.strip = !document.getElementById("strip").hidden;
-        const find = document.getElementById("find"); find.value = "日"; find.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}));
-        out.found = $$("td.pin").map((e) => e.cellIndex - 1);
-    """)  # fmt: skip
-    assert (out["end"], out["home"], out["back"], out["strip"]) == (199, 0, 0, True)
-    assert 3 < out["page"] < 40 and out["found"] == [4]
-
-
-@driven
-def test_the_page_of_a_matrix_works(tmp_path):
-    m = views.heat(torch.arange(12.0).view(3, 4), down="layer", across="head", title="drop")
-    out = drive(m.html(), tmp_path, TOOLS + """
-        cell(0, 1).click(); out.where = document.querySelector("#panel .where").textContent;
-        out.value = $$("#panel dd")[0].textContent; out.ticks = $$("#panel figure svg text").map((e) => e.textContent);
-    """)  # fmt: skip
-    assert out["where"] == "layer 0, head 1" and out["value"] == "1.000" and out["ticks"][-1] == "layer"
-
-
-@driven
-def test_the_page_of_a_patchscope_works(tmp_path):
-    result = said(fake(), text="made")
-    out = drive(views.patchscope_html(result), tmp_path, TOOLS + """
-        out.asked = $$(".sub mark").map((e) => e.textContent); out.rows = $$("tbody th").map((e) => e.textContent);
-        cell(0, 1).focus(); key("ArrowDown"); key("Enter");
-        out.where = $$("#panel .where").map((e) => e.textContent); out.text = $$("#panel .said")[0].textContent;
-        out.mark = $$("#panel mark").map((e) => e.textContent); out.numbers = cell(0, 0).dataset.v;
-        document.getElementById("numbers").click(); out.plain = cell(0, 0).dataset.v ?? "none"; out.charts = $$("#panel figure").length;
-    """)  # fmt: skip
-    assert out["asked"] == ["<3>", "<4>", " x"] and out["rows"] == ["2 → 1", "0 → 1"]
-    assert out["where"] == ["l → l*: 0 → 1, source all", "vector of <1><2><3><4>"] and out["mark"] == ["<4>"]
-    assert out["text"] == '" Tokyo 10↵and"' and (out["numbers"], out["plain"], out["charts"]) == ("0.80", "none", 1)
-
-
-@driven
-def test_a_sweep_has_a_matrix_for_each_source(tmp_path):
-    result = scope(["a", "b"], pairs=[(a, b) for a in range(3) for b in range(4) if b <= a + 1], text="made")
-    out = drive(views.patchscope_html(result), tmp_path, TOOLS + """
-        out.first = cell(2, 1).textContent; choose("row", "1: b"); out.second = cell(2, 1).textContent;
-        cell(2, 3).click(); out.hole = $$("#panel .tok.word").length; cell(2, 1).click();
-        out.where = document.querySelector("#panel .where").textContent;
-    """)  # fmt: skip
-    assert out["first"] == '" Tokyo 01↵and"' and out["second"] == '" Tokyo 11↵and"' and out["hole"] == 0
-    assert out["where"] == "source layer l 0, target layer l* 1"
-
-
-@driven
-def test_a_click_shows_what_patchscopes_say_of_the_vector(tmp_path):
-    t = fake()
-    out = drive(tll.page(t, scopes=[said(t, text="made"), said(t)]).text, tmp_path, TOOLS + """
-        out.marked = $$("td.s").length; cell(0, 3).click(); out.facts = $$("#panel .facts").length;
-        out.lines = $$("#panel .said").map((e) => e.textContent); out.into = $$("#panel code").map((e) => e.textContent);
-        cell(1, 3).click(); out.none = $$("#panel .said").length;
-    """)  # fmt: skip
-    assert out["marked"] == 4 and out["facts"] == 3 and out["none"] == 0
-    assert out["lines"] == ['l* 1 " Tokyo 11↵and" 60.0%', "l* 1 日本 60.0%"] and out["into"] == ["What is x?"] * 2
-
-
-@driven
-def test_zoom_by_keys_and_buttons_and_numbers_beside_colours(tmp_path):
-    t = fake(pos=60)
-    out = drive(views.html(t, "kl"), tmp_path, TOOLS + """
-        const width = () => document.querySelector("#tables table").offsetWidth;
-        out.widths = [width()]; cell(0, 3).focus();
-        key("+"); out.widths.push(width()); for (let i = 0; i < 9; i++) key("-"); out.widths.push(width());
-        out.here = document.activeElement.cellIndex; $$("#zoom button")[1].click(); out.widths.push(width());
-        document.getElementById("numbers").click(); out.v = cell(2, 1).dataset.v; out.shade = getComputedStyle(cell(2, 1)).backgroundColor;
-    """)  # fmt: skip
-    one, more, least, next_ = out["widths"]
-    assert more > 1.2 * one and least < 60 * 12 and least < next_ < one and out["here"] == 4
-    assert out["v"] == f"{t.stats['kl'][0, 0, 1]:.2f}" and out["shade"] != "rgba(0, 0, 0, 0)"
-
-
-@driven
-@pytest.mark.parametrize("theme", ["dark", "light"])
-def test_a_notebook_gives_its_theme_to_the_frame(tmp_path, theme):
-    fragment = views.html_fragment(fake()).replace(
-        "&lt;/body&gt;",
-        "&lt;script&gt;parent.postMessage(matchMedia(&#x27;(prefers-color-scheme: dark)&#x27;).matches, &#x27;*&#x27;)&lt;/script&gt;&lt;/body&gt;",
-    )
-    page = f"<body data-jp-theme-light={str(theme == 'light').lower()}>{fragment}"
-    out = drive(page, tmp_path, """
-        addEventListener("message", (e) => { out.dark = e.data; document.getElementById("out").textContent = JSON.stringify(out); });
-    """)  # fmt: skip
-    assert out["dark"] == (theme == "dark")

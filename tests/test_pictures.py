@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tl_lenses.experiments.common import Cells
 from tl_lenses.experiments.grid import Grid
 from tl_lenses.views import Heat, Lines, Panels
 from tl_lenses.views.lines import GAP
@@ -107,6 +108,51 @@ def test_the_interval_of_a_value_is_drawn_as_its_band():
     assert grid.lines("t", "top1", by="lens").bands == {}
     named = grid.at(lens="a").lines("t", {"top1": "mean"}, ends={"top1": ("kl_low", "kl_high")})
     assert named.bands == {"mean": [(0, 0.5, 2.0), (5, 1.5, 3.0)]}
+
+
+def test_means_come_with_the_interval_of_the_draws():
+    draws = torch.arange(40.0).view(20, 2)
+    grid = Grid.over({"item": range(20), "layer": [0, 1]}, {"x": draws}).spread("item")
+    assert grid["x"].tolist() == draws.mean(0).tolist() and list(grid.axes) == ["layer"]
+    wide = 1.96 * draws.std(0, unbiased=False) / 20**0.5
+    for end, sign in (("low", -1), ("high", 1)):
+        assert torch.allclose(grid[f"x_{end}"].float(), draws.mean(0) + sign * wide, rtol=0.1)
+    alone = Grid.over({"item": [0], "layer": [0, 1]}, {"x": draws[:1]}).spread("item")
+    assert alone["x"].tolist() == draws[0].tolist() and alone["x_low"].isnan().all() and alone["x_high"].isnan().all()
+
+
+def test_pictures_of_layers_have_the_last_one_on_top():
+    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    heat = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat(
+        "t", "x", down="layer", across="task"
+    )
+    assert (heat.rows, heat.values) == (["4", "0"], [[2.0, 3.0], [0.0, 1.0]])
+    tasks = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat(
+        "t", "x", down="task", across="layer"
+    )
+    assert (tasks.rows, tasks.values) == (["a", "b"], [[0.0, 2.0], [1.0, 3.0]])
+    cells = Cells([(0, 1), (0, 2), (4, 1)], {"patched": torch.tensor([[0.0, 1.0, 0.5]])}, ["item"]).heat("t")
+    assert cells.rows == ["4", "0"] and cells.values[1] == [0.0, 1.0] and cells.values[0][0] == 0.5
+
+
+@MATPLOTLIB
+def test_scores_of_cells_have_lines_with_their_intervals():
+    scores = {"patched": torch.rand(30, 4).round(), "unpatched": torch.zeros(30, 1)}
+    lines = Cells([(0, 1), (0, 2), (4, 1), (4, 2)], scores, list(range(30))).lines("t", "hits")
+    best = scores["patched"].view(30, 2, 2).amax(2).mean(0)
+    assert [y for _, y in lines.series["patched"]] == pytest.approx(best.tolist()) and "unpatched" not in lines.series
+    assert all(low < y < high for (_, low, high), y in zip(lines.bands["patched"], best.tolist(), strict=True))
+
+
+@MATPLOTLIB
+def test_many_layers_have_a_bar_of_their_colours_and_no_list():
+    series = {f"layer {i}": [(1.0, i + 1.0), (2.0, i + 2.0)] for i in range(31)}
+    for points in (True, False):
+        figure = Lines("t", series, points=points).figure()
+        axes, bar = figure.axes
+        assert axes.get_legend() is None and not figure.legends and bar.get_ylabel() == "layer"
+        assert [label.get_text() for label in bar.get_yticklabels()] == [str(i) for i in range(0, 31, 3)]
+    assert len(Lines("t", {f"lens {i}": [(0, 1.0)] for i in range(13)}).figure().axes) == 1
 
 
 @MATPLOTLIB

@@ -19,9 +19,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tl_lenses import views
+from tl_lenses.views.cells import color_legend
 from tl_lenses.views.glyphs import cell_width, clip, pad, parts, readable
 from tl_lenses.views.grid import row_labels
-from tl_lenses.views.style import DIVERGING, SEQUENTIAL, STATS, change, ink, number, scale_of, stat_info
+from tl_lenses.views.style import DIVERGING, SEQUENTIAL, STATS, change, ink, number, scale_of, stat_info, versus
 
 VOCAB = {0: "<|end|>", 1: " Paris", 2: "\n", 3: "<0xE2>", 4: " is", 5: "日本", 6: "[red]", 7: "</script>", 8: "."}
 NAN = float("nan")
@@ -537,6 +538,50 @@ def test_scales_bright_is_good():
     assert (s.low, s.high) == (-3.0, 3.0) and s.color(0.0) == DIVERGING[4] and s.color(NAN) is None
     s = scale_of(change(STATS["kl"]), [-2.0, 1.0])
     assert s.color(-2.0) == DIVERGING[-1]  # KL going down is good
+
+
+def test_a_difference_has_zero_in_the_middle_and_says_what_is_cut():
+    """In the page, in pictures, in the terminal and in plotly, whichever side the outliers are on."""
+    for stat in (change(STATS["kl"]), versus(STATS["kl"], "a", "b"), versus(STATS["max_prob"], "a", "b")):
+        for values in (
+            [0.0],
+            [0.0, 0.0],
+            [-1.0, 3.0],
+            [*map(float, range(10)), -500.0],
+            [*map(float, range(-9, 1)), 500.0],
+        ):
+            s = scale_of(stat, values)
+            assert s.low == -s.high < 0 and s.position(0.0) == 0.5 and s.color(0.0) == DIVERGING[4], (stat.name, values)
+            dark, middle, bright = s.labels()
+            beyond = [max(values) > s.high, min(values) < s.low]
+            assert middle == "0.00" and [f"{dark}{bright}".count(mark) for mark in "≥≤"] == beyond
+            assert beyond == [500.0 in values, -500.0 in values]
+            assert dark in color_legend(s).plain and bright in color_legend(s).plain
+    colors = scale_of(versus(STATS["kl"], "a", "b"), [*map(float, range(10)), -500.0])
+    drawn = views.Heat("t", ["0"], ["0"], [[-500.0]], colors=colors)
+    assert "≤ −" in drawn.svg()
+    flat = views.Heat("t", ["0"], ["0"], [[0.0]], diverging=True, high=0.0).scale
+    assert flat.position(0.0) == 0.5
+
+
+@FIGURE
+def test_the_bar_of_a_figure_is_the_legend():
+    t = fake(stats=("kl", "rank"), pos=12)
+    t.stats["kl"][0, 0, 0] = 1e4
+    for stat in ("kl", "rank"):
+        heat = views.heat_map(t, stat)
+        bar = heat.figure().data[0].colorbar
+        assert list(bar.ticktext) == heat.scale.labels()
+    assert any("≥" in text for text in views.heat_map(t, "kl").figure().data[0].colorbar.ticktext)
+
+
+@MATPLOTLIB
+def test_means_have_the_middle_half_of_the_tokens_as_a_band():
+    t = fake(pos=9)
+    drawn = views.means_lines({"a": t, "b": t}, "kl")
+    x = t.stats["kl"][1, 0].sort().values.double()
+    assert drawn.bands["b"][1] == (1, pytest.approx(float(x[2])), pytest.approx(float(x[6])))
+    assert drawn.svg().count("<svg") == 1
 
 
 def test_outliers_do_not_take_all_colours_and_the_legend_says_so():

@@ -111,8 +111,8 @@ def test_golden_text_of_a_diagonal_sweep():
         "in each cell: the top token and its probability",
         "",
         "layer  The city of  日本 and↵more",
-        "    0  ·Tokyo 0.90  ⟨0xE2⟩   0.70",
         "    1  ↵      0.80  日本     0.60",
+        "    0  ·Tokyo 0.90  ⟨0xE2⟩   0.70",
     ]
 
 
@@ -124,8 +124,8 @@ def test_golden_text_of_generated_text():
         "in each cell: the continuation of the prompt",
         "",
         "layer  one                    two",
-        '    0  " Tokyo -> Tokyo↵sur"  "' + "x" * 47 + '…"',
         '    1  ""                     "a⇥b⟨U+200B⟩"',
+        '    0  " Tokyo -> Tokyo↵sur"  "' + "x" * 47 + '…"',
     ]
 
 
@@ -136,22 +136,22 @@ def test_golden_text_of_a_sweep():
         "",
         'source "The city of"',
         "l\\l*  0           1",
-        "   0  ·Tokyo 0.90 ↵    0.80",
-        "   1  ⟨0xE2⟩ 0.70 日本 0.60",
         "   2  [red]  0.50",
+        "   1  ⟨0xE2⟩ 0.70 日本 0.60",
+        "   0  ·Tokyo 0.90 ↵    0.80",
     ]
 
 
 def test_golden_text_of_vectors_and_sites():
     assert plain(CASES["vectors"])[3:] == [
         "l*  vector 0     vector 1",
-        " 0  ·Tokyo 0.90  ⟨0xE2⟩ 0.70",
         " 3  ↵      0.80  日本   0.60",
+        " 0  ·Tokyo 0.90  ⟨0xE2⟩ 0.70",
     ]
     assert plain(CASES["sites"])[4:] == [
         "                   l → l*  top token",
-        "0 resid_mid → 0 resid_mid  ·Tokyo 0.90",
         "             1 attn.z → 2  ↵      0.80",
+        "0 resid_mid → 0 resid_mid  ·Tokyo 0.90",
     ]
 
 

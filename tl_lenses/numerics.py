@@ -290,6 +290,18 @@ def resampled(n: int, draws: int, seed: int) -> Tensor:
     return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
 
 
+def mean_interval(x: Float[Tensor, "n ..."], *, draws: int = DRAWS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The 95% bootstrap interval of the mean over the first axis; NaN of fewer than two.
+
+    >>> [round(float(end), 2) for end in mean_interval(torch.tensor([0.0, 1.0, 1.0, 1.0] * 25))]
+    [0.66, 0.83]
+    """
+    if len(x) < 2:
+        return (torch.full(x.shape[1:], torch.nan, dtype=torch.float64),) * 2
+    index, x = resampled(len(x), draws, seed), x.double()
+    return percentiles(torch.cat([x[some].mean(1) for some in index.split(50)]))
+
+
 # Student's t: 97.5% quantiles of 1 to 19 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093)  # fmt: skip
 

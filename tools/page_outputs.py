@@ -1,6 +1,6 @@
 """Write what the Python of a page prints after it: python tools/page_outputs.py docs/quickstart.md
 
-A block of ```text that follows a block of ```python is its output. Links to figures/NAME.svg and gallery/NAME.html are made anew
+A block of ```text that follows a block of ```python is its output; where there is none it is put in. Links to figures/NAME.svg and gallery/NAME.html are made anew
 where the page saves a file of that name. tests/test_docs.py compares both.
 """
 
@@ -25,9 +25,9 @@ def written(page: str) -> str:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(compile(match["code"], "page", "exec"), namespace)
-        if match["output"] is None:
-            return match[0]
         lines = "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+        if not lines and match["output"] is None:
+            return match[0]
         return f"```python\n{match['code']}```\n\n```text\n{lines}\n```\n"
 
     return PAIR.sub(run, page)

@@ -38,6 +38,9 @@ def show(
         str | None,
         typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer."),
     ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of an .svg or .png, pixels: tokens beyond it go on below.")
+    ] = None,
     numbers: options.Numbers = False,
     opened: options.Open = False,
     device: options.Device = None,
@@ -58,7 +61,9 @@ def show(
             f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit"
         )
     save = inputs.page_to_open(save, opened)
-    inputs.check_file(save, PICTURES if answer is None else (".svg", ".png"))
+    inputs.check_file(save, PICTURES if answer is None and width is None else (".svg", ".png"))
+    if width is not None and (save is None or answer is not None):
+        raise ValueError("--width is of a picture of all tokens: give --save heat.svg, and no --answer")
     prompts = inputs.read_prompts(prompt, file)
     fitted = inputs.saved_lenses(folders)
     loaded = inputs.load_model(model, device, dtype.value)
@@ -79,7 +84,7 @@ def show(
             say(to_text(trajectory, stat, batch=row, numbers=numbers))
     if save is not None:
         shown = next(iter(trajectories.values())) if len(trajectories) == 1 else trajectories
-        shown.save(save, stat=stat, diff=pair, answer=answer)
+        shown.save(save, stat=stat, diff=pair, width=width, answer=answer)
         say(f"saved in {save}")
         if opened:
             inputs.open_page(save)

@@ -36,11 +36,25 @@ class Calibration(Report):
         return [Table(title, ["confidence", "n", "mean", "hits"], rows, percent=False)]
 
     def pictures(self) -> dict[str, Picture]:
-        """The reliability diagram: hits over confidence, beside what a calibrated reading has."""
-        points = sorted(zip(self.grid["confidence"].tolist(), self.grid["hits"].tolist(), strict=True))
-        series = {"hits": points, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}
+        """The reliability diagram: hits over confidence with Wilson's 95% interval, beside what a calibrated reading has."""
+        places = sorted(zip(*(self.grid[name].tolist() for name in ("confidence", "hits", "n")), strict=True))
+        series = {"hits": [(x, hits) for x, hits, _ in places], "calibrated": [(0.0, 0.0), (1.0, 1.0)]}
+        band = [(x, *wilson(hits, n)) for x, hits, n in places]
         title = f"ECE {self.ece:.3f}, Brier {self.brier:.3f}"
-        return {"reliability": Lines(title, series, "confidence", "share of hits")}
+        return {"reliability": Lines(title, series, "confidence", "share of hits", bands={"hits": band})}
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95% score interval of a share of n, `(p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`.
+
+    Source: Wilson 1927.
+
+    >>> [round(end, 3) for end in wilson(0.9, 10)]
+    [0.596, 0.982]
+    """
+    z2 = 1.959964**2 / n
+    middle, wide = share + z2 / 2, (z2 * (share * (1 - share) + z2 / 4)) ** 0.5
+    return max(0.0, (middle - wide) / (1 + z2)), min(1.0, (middle + wide) / (1 + z2))
 
 
 def calibration(hits: Any, confidence: Any, *, bins: int = 10) -> Calibration:

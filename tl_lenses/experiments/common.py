@@ -20,7 +20,7 @@ from tl_lenses.experiments.report import Report
 from tl_lenses.model import LensModel, n_layers
 from tl_lenses.patchscopes import Source
 from tl_lenses.patchscopes.sources import read_vectors, ready_sources
-from tl_lenses.views import Heat, Picture
+from tl_lenses.views import Heat, Lines, Picture
 
 Pair = tuple[Any, Any]
 PATCHED, SHUFFLED, RANDOM, MEAN, UNPATCHED = (
@@ -100,10 +100,14 @@ class Cells:
         Args:
             more: further rows; None adds nothing.
         """
-        best = lambda x: torch.stack([x[:, at].amax(1) for at in self._of_layers], 1).mean(0)
-        rows = {name: best(self.scores[name].double().expand(-1, len(self.pairs))) for name in conditions}
+        rows = {name: self._best_targets(name).mean(0) for name in conditions}
         rows |= {name: row for name, row in more.items() if row is not None}
         return Grid.over({"condition": list(rows), "layer": self.layers}, {"score": torch.stack([*rows.values()])})
+
+    def _best_targets(self, condition: str) -> Float[Tensor, "item layer"]:
+        """The best score over target layers."""
+        x = self.scores[condition].double().expand(-1, len(self.pairs))
+        return torch.stack([x[:, at].amax(1) for at in self._of_layers], 1)
 
     def over_targets(self, x: Float[Tensor, "item cell"] | None) -> Float[Tensor, " layer"] | None:
         """Means over items and target layers."""
@@ -129,13 +133,20 @@ class Cells:
         return Table(title, ["", "oracle", "best fixed", "(l, l*)", "held-out"], rows, percent=percent)
 
     def heat(self, title: str, condition: str = PATCHED, *, high: float = 1.0) -> Heat:
-        """Mean scores as a matrix: source layers down, target layers across; a single row where l* = l everywhere."""
+        """Mean scores as a matrix: source layers down, the last one on top, and target layers across; a row per condition where l* = l."""
         if all(a == b for a, b in self.pairs):
             full = [name for name, x in self.scores.items() if x.shape[1] == len(self.pairs)]
             means = torch.stack([self.mean(name) for name in full])
             grid = Grid.over({"": full, "layer": [a for a, _ in self.pairs]}, {"score": means})
             return grid.heat(title, "score", down="", across="layer", high=high)
         return heat_of_pairs(title, self.pairs, self.mean(condition), high=high)
+
+    def lines(self, title: str, up: str = "score") -> Lines:
+        """Mean scores over source layers (of the best target layer, item by item) by condition, with 95% intervals over items."""
+        full = [name for name, x in self.scores.items() if x.shape[1] == len(self.pairs)]
+        axes = {"item": list(range(len(self.groups))), "condition": full, "layer": self.layers}
+        grid = Grid.over(axes, {"score": torch.stack([self._best_targets(name) for name in full], 1)})
+        return grid.spread("item", seed=self.seed).lines(title, "score", by="condition", up=up)
 
     def rows(self, **more: Any) -> list[dict[str, Any]]:
         """A row per condition and cell: mean score and number of items."""
@@ -149,9 +160,10 @@ class Cells:
 
 
 def heat_of_pairs(title: str, pairs: Sequence[Pair], values: Float[Tensor, " pair"], **how: Any) -> Heat:
-    """Numbers of pairs (l, l*) as a matrix; `how` as `Heat` takes it."""
+    """Numbers of pairs (l, l*) as a matrix, the last l on top; `how` as `Heat` takes it."""
     value = dict(zip(pairs, values.tolist(), strict=True))
     down, across = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
+    down = down[::-1]
     matrix = [[value.get((a, b), math.nan) for b in across] for a in down]
     return Heat(title, list(map(str, down)), list(map(str, across)), matrix, **how)
 
@@ -272,8 +284,9 @@ class Result(Report):
         return [self.cells.table(f"{self.name}, {self.model}: {len(self.cells.groups)} items")]
 
     def pictures(self) -> dict[str, Picture]:
-        """Mean scores by cell (by condition and layer where l* = l)."""
-        return {"heat": self.cells.heat(f"{self.name}, {self.model}")}
+        """Mean scores by cell (by condition and layer where l* = l), and by source layer with their intervals."""
+        title = f"{self.name}, {self.model}"
+        return {"heat": self.cells.heat(title), "layers": self.cells.lines(title)}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per condition and cell (l, l*), with the mean score and the number of items."""

@@ -24,7 +24,7 @@ from tl_lenses.patchscopes.sources import ReadySource, VectorsByLayer
 from tl_lenses.patchscopes.targets import Prompt, ready_target
 from tl_lenses.progress import progress
 from tl_lenses.token_text import token_text
-from tl_lenses.views import Lines, Picture
+from tl_lenses.views import Picture
 
 VECTOR, OTHER = "vector", "other vector"
 AS_TEXT, LAST, INVERTED = "source as text", "token as text", "inverted as text"
@@ -111,7 +111,7 @@ class Faithfulness(Report):
         ]
 
     def pictures(self) -> dict[str, Picture]:
-        """Identification and specificity over layers: a line per condition, a band for the vector's interval; a heat map of a sweep."""
+        """Identification and specificity over layers: a line per condition with its interval; a heat map of a sweep."""
         cells, of, pictures = list(self.grid.axes["cell"]), self.grid.at(condition=VECTOR), dict[str, Picture]()
         layers = {"down": "source layer l", "across": "target layer l*"}
         is_sweep = len(self.pairs) > max(len({*side}) for side in zip(*self.pairs, strict=True))
@@ -120,9 +120,11 @@ class Faithfulness(Report):
             if is_sweep:
                 pictures[name] = heat_of_pairs(title, self.pairs, of[name], **layers)
                 continue
-            series = {c: list(enumerate(self.grid.at(condition=c)[name].tolist())) for c in self.scores}
-            band = list(zip(range(len(cells)), *(of[f"{name}_{end}"].tolist() for end in ("low", "high")), strict=True))
-            pictures[name] = Lines(title, series, "l, l*", up, bands={VECTOR: band}, ticks=dict(enumerate(cells)))
+            places, ticks = (
+                Grid({**self.grid.axes, "cell": range(len(cells))}, self.grid.values),
+                dict(enumerate(cells)),
+            )
+            pictures[name] = places.lines(title, name, x="cell", by="condition", across="l, l*", up=up, ticks=ticks)
         return pictures
 
     def rows(self) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_lenses.numerics import mean_interval
 from tl_lenses.views import Heat, Lines
 
+UPWARD = ("layer", "block", "translator")  # axes whose first label is at the bottom of a picture
 Named = str | Mapping[str, str] | Sequence[str]  # values: one, several, or several with their headings
 
 
@@ -138,6 +140,22 @@ class Grid:
 
         return Grid({a: x for a, x in self.axes.items() if a != axis}, {n: over(*v) for n, v in self.values.items()})
 
+    def spread(self, axis: str, *, seed: int = 0) -> "Grid":
+        """`mean`, and the ends of its 95% interval over resampled labels of the axis, `NAME_low` and `NAME_high`.
+
+        >>> sorted(Grid.over({"item": [0, 1], "layer": [0]}, {"kl": torch.zeros(2, 1)}).spread("item"))
+        ['kl', 'kl_high', 'kl_low']
+        """
+        means, ends = self.mean(axis), {}
+        for name, (axes, x) in self.values.items():
+            if axis in axes:
+                interval = mean_interval(x.movedim(list(axes).index(axis), 0), seed=seed)
+                ends |= {
+                    f"{name}_{end}": (means.values[name][0], e)
+                    for end, e in zip(("low", "high"), interval, strict=True)
+                }
+        return Grid(means.axes, {**means.values, **ends})
+
     # --- as rows
 
     def _cells(self, names: Iterable[str]) -> tuple[list[str], dict[str, list[Any]], list[bool]]:
@@ -239,13 +257,18 @@ class Grid:
         return Lines(title, self.series(values, x=x, by=by), **{"across": x, "bands": bands, **how})
 
     def heat(self, title: str, value: str, *, down: str, across: str, **how: Any) -> Heat:
-        """A value as a matrix. `how`: `high`, `low`, `diverging`, `good`, `texts`, and other names for `down` and `across` in `labels`."""
+        """A value as a matrix, the last layer or block on top.
+
+        `how`: `high`, `low`, `diverging`, `good`, `hover`, and other names for `down` and `across` in `labels`.
+        """
         axes, x = self.values[value]
         if set(axes) != {down, across}:
             raise ValueError(f"{value!r} has the axes {', '.join(axes)}, a heat map needs {down} and {across} alone")
-        matrix = (x if tuple(axes) == (down, across) else x.T).double().tolist()
-        named = how.pop("labels", (down, across))
-        return Heat(title, list(map(str, self.axes[down])), list(map(str, self.axes[across])), matrix, *named, **how)
+        matrix = (x if tuple(axes) == (down, across) else x.T).double()
+        rows, named = list(map(str, self.axes[down])), how.pop("labels", (down, across))
+        if down in UPWARD:
+            rows, matrix = rows[::-1], matrix.flip(0)
+        return Heat(title, rows, list(map(str, self.axes[across])), matrix.tolist(), *named, **how)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Grid":
         """Every value changed by a function that keeps its shape, such as a change of units."""

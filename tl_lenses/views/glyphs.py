@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
@@ -81,10 +82,20 @@ def clip_parts(pieces: Parts, room: int) -> Parts:
     return [*out, ("…", False)]
 
 
-def pad(text: str, room: int) -> str:
-    """Clip, then fill with spaces: exactly `room` cells wide."""
+def pad(text: str, room: int, *, right: bool = False) -> str:
+    """Clip, then fill with spaces, at the end or before a text that stands to the `right`: exactly `room` cells wide."""
     text = clip(text, room)
-    return text + " " * (room - cell_len(text))
+    spaces = " " * (room - cell_len(text))
+    return spaces + text if right else text + spaces
+
+
+def likeliest(top: Sequence[tuple[str, float]]) -> list[str]:
+    """Tokens with their probabilities, a line each, for hover texts.
+
+    >>> likeliest([(" Paris", 0.925)])
+    [' 92.50%  ·Paris']
+    """
+    return [f"{100 * p:6.2f}%  {readable(token)}" for token, p in top]
 
 
 def shorten(text: str, room: int) -> str:

@@ -83,8 +83,8 @@ class Heat:
         """The colour range of the values."""
         if self.colors is not None:
             return self.colors
-        low = -self.high if self.diverging else self.low
-        high = self.high if self.high > low else low + 1.0
+        high = (abs(self.high) or 1.0) if self.diverging else self.high if self.high > self.low else self.low + 1.0
+        low = -high if self.diverging else self.low
         finite = [v for row in self.values for v in row if math.isfinite(v)]
         beyond = (any(v < low for v in finite), any(v > high for v in finite))
         return Scale(Stat("value", "", "", self.good, diverging=self.diverging), low, high, beyond)
@@ -360,11 +360,11 @@ def _colorscale(s: Scale) -> list[tuple[float, str]]:
 
 
 def _colorbar(s: Scale) -> dict[str, Any]:
-    bar: dict[str, Any] = {"title": {"text": _plotly(s.stat.title), "side": "right"}, "thickness": 14}
-    if s.stat.curve == "log":
-        powers = range(math.ceil(math.log10(s.low)), math.floor(math.log10(s.high)) + 1)
-        bar |= {"tickmode": "array", "tickvals": list(powers), "ticktext": [number(s.stat, 10**p) for p in powers]}
-    return bar
+    """With the legend's three values, which say where cells lie beyond an end."""
+    return {
+        "title": {"text": _plotly(s.stat.title), "side": "right"}, "thickness": 14, "tickmode": "array",
+        "tickvals": [_axis(s, v) for v in s.ticks()], "ticktext": s.labels(),
+    }  # fmt: skip
 
 
 def _arranged(heat: Heat, fig: Any) -> Any:

@@ -13,7 +13,7 @@ from tl_lenses.files import readable
 from tl_lenses.views.canvas import plotting
 from tl_lenses.views.style import LINES
 
-LABELS = 12  # of more lines the names stand in a legend
+LABELS = 12  # of more lines the names stand in a legend, or at a bar of their colours
 GAP = 0.055  # between two names, of the frame's height
 _LAYER = re.compile(r"(layer )?\d+")
 Point = tuple[float | int | str, float | int]
@@ -26,7 +26,8 @@ class Lines:
     Attributes:
         title: the heading.
         series: points `(x, y)` by name; a y that is not finite leaves a gap.
-            Names of up to 12 lines stand at their ends; names that are numbers or "layer 3" have colours from dark to bright.
+            Names of up to 12 lines stand at their ends; names that are numbers or "layer 3" have colours from dark to bright, and more
+            than 12 of them a bar of these colours.
         across, up: names of the axes, with units.
         points: dots alone (a scatter plot); otherwise they are joined.
         log_x, log_y: logarithmic axes; values must be positive.
@@ -127,6 +128,8 @@ def _drawn(lines: Lines) -> Any:
         _ticks(lines, axes, places)
         if at_lines:
             _labels(axes)
+        elif len(lines.series) > LABELS and _in_order(list(lines.series)):
+            _color_bar(axes, list(lines.series), colors)
         elif len(lines.series) > 1:
             beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
             under = {"loc": "outside lower left", "ncols": per_row}
@@ -181,11 +184,30 @@ def _top(group: Sequence[float], gap: float) -> float:
 
 def _colors(names: Sequence[str]) -> list[Any]:
     """A colour for each series: from dark to bright where the names are numbers or "layer 3", else one unlike the others."""
-    if len(names) > 2 and all(_LAYER.fullmatch(name) for name in names):
+    if _in_order(names):
         from matplotlib import colormaps
 
         return [colormaps["viridis"](0.8 * i / (len(names) - 1)) for i in range(len(names))]
     return [LINES[i % len(LINES)] for i in range(len(names))]
+
+
+def _in_order(names: Sequence[str]) -> bool:
+    """Whether the names are of layers, from one to the next."""
+    return len(names) > 2 and all(_LAYER.fullmatch(name) for name in names)
+
+
+def _color_bar(axes: Any, names: Sequence[str], colors: Sequence[Any]) -> None:
+    """The colours of many layers in one bar, with the numbers of some."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    shown = range(0, len(names), math.ceil(len(names) / LABELS))
+    scale = ScalarMappable(Normalize(-0.5, len(names) - 0.5), ListedColormap(list(colors)))
+    bar = axes.figure.colorbar(scale, ax=axes, ticks=list(shown), label="layer", aspect=30)
+    bar.ax.set_yticklabels([names[i].removeprefix("layer ") for i in shown])
+    bar.ax.tick_params(length=0)
+    bar.ax.grid(False)
+    bar.outline.set_visible(False)
 
 
 def _plain_numbers(axis: Any, low: Any, high: Any) -> None:

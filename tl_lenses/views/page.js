@@ -305,6 +305,7 @@
     state.pin = cell;
     document.querySelectorAll("td.pin").forEach((e) => e.classList.remove("pin"));
     panel.replaceChildren();
+    panel.classList.remove("sheet");
     if (!cell) return void panel.append(make("p", "note", D.help));
     card.hidden = true; // its content stands in the panel now
     tables().forEach((table) => at(cell.l, cell.p, table).classList.add("pin"));
@@ -316,9 +317,11 @@
       e.tabIndex = 0;
       e.role = "button";
     });
-    // bring the panel into view, but never the cell out of it (and, in a notebook's frame, not the notebook)
-    const over = panel.getBoundingClientRect().bottom + 12 - innerHeight, room = at(cell.l, cell.p).getBoundingClientRect().top - 48;
-    if (Math.min(over, room) > 0) scrollBy({ top: Math.min(over, room), behavior: "smooth" });
+    // where there is no room beside the map, the panel is a sheet at the bottom of the window, and the cell stays above it
+    if (panel.offsetTop < boxes.offsetTop + boxes.offsetHeight) return;
+    panel.classList.add("sheet");
+    const covered = at(cell.l, cell.p).getBoundingClientRect().bottom + 8 - panel.getBoundingClientRect().top;
+    if (covered > 0) scrollBy({ top: covered, behavior: "smooth" });
   };
 
   // --- tokens that are followed: a chip each; the rank of one can colour the map
@@ -448,7 +451,7 @@
     const box = tables()[0].parentNode;
     box.scrollLeft = (box.scrollWidth * e.offsetX) / e.target.clientWidth - box.clientWidth / 2;
   });
-  addEventListener("resize", strip);
+  addEventListener("resize", () => (strip(), pin(state.pin)));
   const choose = (id, key, names) => {
     const select = $(id);
     names.forEach((name, v) => select.add(new Option(name, v, v === state[key], v === state[key])));

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_lenses.checks import plain_text, whole_number
-from tl_lenses.views.glyphs import readable, shorten
+from tl_lenses.views.glyphs import likeliest, readable, shorten
 from tl_lenses.views.grid import (
     FADED,
     Grid,
@@ -177,6 +177,8 @@ def figure(traj: Trajectory, stat: str | None = None, *, batch: int = 0, delta: 
 def means_lines(trajs: Trajectory | Mapping[str, Trajectory], stat: str | None = None) -> Lines:
     """One line per lens: the mean of a statistic over tokens (of the rank, the geometric one), layer by layer.
 
+    A band reaches from the 25th to the 75th percentile of the tokens.
+
     ValueError for an unknown statistic, lenses on different layers or tokens, or no finite value.
 
     >>> means_lines({"logit": a, "tuned": b}, "kl").svg()
@@ -186,15 +188,17 @@ def means_lines(trajs: Trajectory | Mapping[str, Trajectory], stat: str | None =
     info, labels = pick(first, stat), row_labels(first.layers)
     plain = all(isinstance(layer, int) for layer in first.layers)
     xs = list(first.layers) if plain else list(range(len(labels)))
-    series = {}
+    series, bands = {}, {}
     for name, traj in by_name.items():
         x = values(traj, pick(traj, info.name)).flatten(1)
         mean = x.log().nanmean(1).exp() if info.curve == "log" else x.nanmean(1)
+        low, high = x.nanquantile(torch.tensor((0.25, 0.75), dtype=x.dtype), 1).tolist()
         series[name] = list(zip(xs, mean.tolist(), strict=True))
-    up = f"{info.title}, geometric mean" if info.curve == "log" else info.title
+        bands[name] = list(zip(xs, low, high, strict=True))
+    up = f"{info.title}: {'geometric ' * (info.curve == 'log')}mean, and middle half of the tokens"
     ticks = None if plain else dict(zip(xs, labels, strict=True))
     title = f"{base_name(first.model_name)}: {info.label} by layer" if first.model_name else f"{info.label} by layer"
-    return Lines(title, series, up=up, log_y=info.curve == "log", ticks=ticks)
+    return Lines(title, series, up=up, log_y=info.curve == "log", bands=bands, ticks=ticks)
 
 
 def _hover(g: Grid, layer: int, column: int, info: Stat, value: float) -> str:
@@ -204,6 +208,6 @@ def _hover(g: Grid, layer: int, column: int, info: Stat, value: float) -> str:
     lines = [
         where + (f" → {readable(target)}" if target is not None else ""),
         f"{info.label}: {shown}",
-        *(f"{100 * p:6.2f}%  {readable(t)}" for t, p in g.top[layer][column]),
+        *likeliest(g.top[layer][column]),
     ]
     return "\n".join(lines)

@@ -80,21 +80,20 @@ def _page(result: Any, scores: Mapping[str, torch.Tensor], most: int) -> str:
     panels = panels_of(result, most, most, wide=True)
     first, words, said = panels[0], document.Vocabulary(), result.text is not None
     turned = first.corner.startswith("source")  # rows are sources, the first on top
-    order = slice(None, None, -1 if turned else 1)
     drawn = {
         "max_prob": SCALE,
         **{n: scale_of(_SCORES[n], x.flatten().nan_to_num(math.nan).tolist()) for n, x in scores.items()},
     }
     opens = "specificity" if scores else "max_prob"
     size = max((len(c.top) for row in first.cells for c in row if c), default=0)
-    labels = first.rows[order]
+    labels = first.rows[::-1]
     pair = next((names for corner, names in _LEVELS.items() if first.corner == corner), None)
     data = document.shared(opens, "top tokens and text" if said else "top tokens") | document.ranks(2) | {
         "layers": labels, "names": labels, "k": size, "words": pair or (["source", "layer"] if turned else ["source layer l", "target layer l*"]),
         "stats": {name: document.scale_data(s) for name, s in drawn.items()}, "labelled": True, "of": "source", "turned": turned, "numbers": True,
         "said": said, "from": _sources(result),
         "rows": [_row(panel, words, i) for i, panel in enumerate(panels)],
-        "lenses": [{"name": "", "rows": [_cells(panel.cells[order], scores, size, words, said) for panel in panels]}],
+        "lenses": [{"name": "", "rows": [_cells(panel.cells[::-1], scores, size, words, said) for panel in panels]}],
     }  # fmt: skip
     data["vocab"] = words.entries
     value = lambda c: math.nan if c is None else _stats(c, scores)[opens]
@@ -107,7 +106,7 @@ def _page(result: Any, scores: Mapping[str, torch.Tensor], most: int) -> str:
         drawn[opens],
         corner,
         [(document.token_html(c), "") for c in first.columns],
-        rows[:: 1 if turned else -1],
+        rows,
         numbers=True,
     )
     return document.written(_title(result), _about(result, first), drawn[opens], table, data, _QUESTION)

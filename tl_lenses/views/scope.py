@@ -1,7 +1,7 @@
 """A patchscope's result in the terminal and as a heat map: the next token or the text of the target prompt, by (l, l*) and source.
 
 One of three tables: a matrix l x l* per source for a sweep of many l with many l*, a row per source where there are many
-sources, otherwise a row per pair and a column per source. Its page is `reading`.
+sources, otherwise a row per pair and a column per source. Rows that are layers have the last one on top. Its page is `reading`.
 
 A result is known here only by its attributes (`sources, pairs, top_ids, top_probs, vocab, text, settings`).
 """
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tl_lenses.checks import index
 from tl_lenses.views.cells import cell_style, color_legend, in_blocks
-from tl_lenses.views.glyphs import cell_width, clip, distinct, pad, parts, readable, shorten
+from tl_lenses.views.glyphs import cell_width, clip, distinct, likeliest, pad, parts, readable, shorten
 from tl_lenses.views.grid import base_name, row_labels, token
 from tl_lenses.views.heatmap import Heat
 from tl_lenses.views.style import STATS, number, scale_of
@@ -49,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Panel:
-    """One table. A cell is None where a sweep has no such pair.
+    """One table, from the top. A cell is None where a sweep has no such pair.
 
     `narrow`: the columns are layers, of which there are many, and not sources.
     """
@@ -79,7 +79,7 @@ class ScopeView:
 
 
 def patchscope_table(result: Result, *, numbers: bool = False) -> ScopeView:
-    """A table for the terminal: print it with `rich.print`.
+    """A table for the terminal, the last layer on top: print it with `rich.print`.
 
     A cell is the generated text where there is one (in quotes, newlines as "↵", cut to the width), else the top token
     and its probability. Without text, a sweep of many l with many l* is a matrix: l down, l* across. In it the colour is the
@@ -104,7 +104,7 @@ def patchscope_heat(result: Result, source: int = 0) -> Heat:
     source = index("source", source, n, f"this result has {n} source{'s' * (n > 1)}")
     square, said = is_sweep(result), result.text is not None
     panel = _matrix(result, source) if square else _by_pair(result, [source], len(result.pairs))
-    cells, prompt, model = panel.cells[::-1], prompt_of(result), base_name(result.settings.get("model") or "")
+    cells, prompt, model = panel.cells, prompt_of(result), base_name(result.settings.get("model") or "")
     about = (
         f"vector of {quoted(result.sources[source])}",
         f"into {prompt}" * bool(prompt),
@@ -113,7 +113,7 @@ def patchscope_heat(result: Result, source: int = 0) -> Heat:
     width = lambda column: max((cell_width(readable(c.top[0][0])) for c in column if c), default=0)
     widest = list(map(width, zip(*cells, strict=True)))
     return Heat(
-        f"{model}: patchscope" if model else "patchscope", panel.rows[::-1], panel.columns if square else [""],
+        f"{model}: patchscope" if model else "patchscope", panel.rows, panel.columns if square else [""],
         [[math.nan if c is None else c.prob for c in row] for row in cells],
         "source layer l" if square else panel.corner, "target layer l*" if square else "",
         texts=[[_in_cell(c, said and square, w) for c, w in zip(row, widest, strict=True)] for row in cells],
@@ -177,8 +177,9 @@ def _left_out(*counts: tuple[int, int, str]) -> str:
 
 
 def _matrix(result: Result, s: int) -> Panel:
-    """l down, l* across, for one source."""
+    """l down, the last one on top, and l* across, for one source."""
     down, across = _axes(result)
+    down = down[::-1]
     index_of = {pair: p for p, pair in enumerate(result.pairs)}
     cells = [[cell_of(result, s, index_of[a, b]) if (a, b) in index_of else None for b in across] for a in down]
     return Panel("l\\l*", row_labels(down), row_labels(across), cells, narrow=True)
@@ -194,16 +195,17 @@ def _by_source(result: Result, n_rows: int) -> Panel:
 
 
 def _by_pair(result: Result, sources: list[int], n_rows: int) -> Panel:
-    """A row per pair, a column per source; a single source is the title."""
+    """A row per pair, the last one on top, and a column per source; a single source is the title."""
     corner, labels = _pair_labels(result)
     single_source = len(result.sources) == 1
     columns = [readable(result.sources[s]) for s in sources]
     if single_source:
         columns = ["top token" if result.text is None else "text"]
-    cells: list[list[Cell | None]] = [[cell_of(result, s, p) for s in sources] for p in range(n_rows)]
+    rows = range(n_rows)[::-1]
+    cells: list[list[Cell | None]] = [[cell_of(result, s, p) for s in sources] for p in rows]
     left_out = _left_out((len(labels), n_rows, "pairs"), (len(result.sources), len(sources), "sources"))
     title = result.sources[0] if single_source else ""
-    return Panel(corner, labels[:n_rows], columns, cells, title=title, left_out=left_out)
+    return Panel(corner, [labels[p] for p in rows], columns, cells, title=title, left_out=left_out)
 
 
 def _axes(result: Result) -> list[tuple[Any, ...]]:
@@ -314,13 +316,15 @@ def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]
     for block in in_blocks(needs, room, gap):
         if lines:
             lines.append(Text(""))
-        side = pad if of_sources else _right
-        lines.append(Text(side(panel.corner, stub) + " " * (2 - gap), style="bold"))
+        stubs = [
+            pad(shorten(label, stub), stub, right=not of_sources) + " " * (2 - gap) for label in [panel.corner, *labels]
+        ]
+        lines.append(Text(stubs[0], style="bold"))
         for c, w in block:
             lines[-1].append(" " * gap + pad(shorten(columns[c], w), w))
         lines[-1].rstrip()
-        for label, row in zip(labels, panel.cells, strict=True):
-            line = Text(side(label, stub) + " " * (2 - gap))
+        for label, row in zip(stubs[1:], panel.cells, strict=True):
+            line = Text(label)
             for c, w in block:
                 line.append(" " * (gap - 1)).append_text(_drawn(view, row[c], w, plain, panel.narrow))
             if plain or view.with_text:
@@ -369,11 +373,6 @@ def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: 
     return Text(f" {name}{shown}", style=cell_style(None if plain else SCALE.color(cell.prob)))
 
 
-def _right(label: str, width: int) -> str:
-    label = shorten(label, width)
-    return " " * (width - cell_width(label)) + label
-
-
 def _legend(view: ScopeView, width: int, plain: bool) -> Text:
     if view.with_text:
         return Text(clip(f"in each cell: {cell_says(True)}", width))
@@ -388,10 +387,6 @@ def _legend(view: ScopeView, width: int, plain: bool) -> Text:
 # --- heat map
 
 
-def _likeliest(cell: Cell) -> list[str]:
-    return [f"{100 * w:6.2f}%  {readable(t)}" for t, w in cell.top]
-
-
 def _hover(cell: Cell) -> str:
     """The hover text of a cell of the heat map."""
-    return "\n".join([cell.where, *_likeliest(cell), *([] if cell.text is None else [quoted(cell.text)])])
+    return "\n".join([cell.where, *likeliest(cell.top), *([] if cell.text is None else [quoted(cell.text)])])

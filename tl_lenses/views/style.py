@@ -130,7 +130,7 @@ def scale_of(stat: Stat, values: Iterable[float]) -> Scale:
         high = max(abs(low), abs(high))
         low, clipped_low, clipped_high = -high, finite[0] < -high, finite[-1] > high
     if not high > low:  # one value only: any range of positive width will do
-        low, high = (low, low + 1) if stat.high is None else (high - 1, high)
+        low, high = (-1.0, 1.0) if stat.diverging else (low, low + 1) if stat.high is None else (high - 1, high)
     return Scale(stat, low, high, (clipped_low, clipped_high))
 
 

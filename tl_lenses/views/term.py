@@ -133,19 +133,14 @@ def _block(view: TerminalView, columns: list[tuple[int, int]], stub: int, ways: 
     """One stacked table. Cells are filled to their width here, so that rich wraps and cuts nothing."""
     g = view.grid
     table = Table(box=None, padding=0, pad_edge=False, header_style="bold")
-    table.add_column(_stub("layer" if stub >= 5 else "", stub), width=stub + 1, no_wrap=True)
+    table.add_column(Text(pad("layer" if stub >= 5 else "", stub, right=True) + " "), width=stub + 1, no_wrap=True)
     for c, width in columns:
         table.add_column(Text(" " + pad(readable(g.tokens[c]), width)), width=width + 1, no_wrap=True)
     for layer in reversed(range(len(g.labels))):
         is_model = view.last_is_model and layer == len(g.labels) - 1
-        label = _stub(g.labels[layer], stub, "bold" if is_model else "")
+        label = Text(pad(g.labels[layer], stub, right=True) + " ", style="bold" if is_model else "")
         table.add_row(label, *(_cell(view, layer, c, width, ways) for c, width in columns))
     return table
-
-
-def _stub(label: str, width: int, style: str = "") -> Text:
-    label = clip(label, width)
-    return Text(" " * (width - cell_width(label)) + label + " ", style=style)
 
 
 def _cell(view: TerminalView, layer: int, column: int, width: int, ways: tuple[bool, bool]) -> Text:

@@ -54,11 +54,13 @@ class CrossModel(Result):
         ]
 
     def pictures(self) -> dict[str, Picture]:
-        """P@1 by (l, l*), for both targets."""
+        """P@1 by (l, l*), for both targets; then by source layer with its interval."""
+        title = f"P@1, {self.model} into {self.to}"
+        same, scope = f"{title}, same prompt", f"{title}, token identity"
         return {
-            "heat": self.cells.heat(f"P@1, {self.model} into {self.to}, same prompt"),
-            "heat-scope": self.scope.heat(f"P@1, {self.model} into {self.to}, token identity"),
-        }
+            "heat": self.cells.heat(same), "heat-scope": self.scope.heat(scope),
+            "layers": self.cells.lines(same, "P@1"), "layers-scope": self.scope.lines(scope, "P@1"),
+        }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per target, condition and cell."""

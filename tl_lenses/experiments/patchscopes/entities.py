@@ -64,9 +64,12 @@ class Entities(Result):
         return self.cells.beside(identified=self.identified).rows()
 
     def pictures(self) -> dict[str, Picture]:
-        """ROUGE-L by condition and layer."""
-        high = max(0.1, *(float(self.cells.mean(name).max()) for name in self.cells.scores))
-        return {"heat": self.cells.heat(f"ROUGE-L, {self.model}", high=high)}
+        """ROUGE-L by condition and layer; then with their intervals."""
+        high, title = (
+            max(0.1, *(float(self.cells.mean(name).max()) for name in self.cells.scores)),
+            f"ROUGE-L, {self.model}",
+        )
+        return {"heat": self.cells.heat(title, high=high), "layers": self.cells.lines(title, "ROUGE-L")}
 
 
 def read_descriptions(path: str | Path | None = None) -> dict[str, str]:

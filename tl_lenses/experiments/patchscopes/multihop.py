@@ -67,11 +67,12 @@ class Multihop(Result):
         ]
 
     def pictures(self) -> dict[str, Picture]:
-        """Accuracy by (l, l*), for every form."""
-        pictures: dict[str, Picture] = {"heat": self.cells.heat(f"two hops by a patch, {self.model}")}
+        """Accuracy by (l, l*), for every form; of the first one by source layer with its interval."""
+        title = f"two hops by a patch, {self.model}"
+        pictures: dict[str, Picture] = {"heat": self.cells.heat(title)}
         for form, cells in list(self.forms.items())[1:]:
             pictures[f"heat-{form.replace(' ', '-')}"] = cells.heat(f"{form}, {self.model}")
-        return pictures
+        return pictures | {"layers": self.cells.lines(title, "share right")}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per form, condition and cell; without a patch there is one a condition."""

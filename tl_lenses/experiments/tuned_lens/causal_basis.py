@@ -18,7 +18,7 @@ from tl_lenses.experiments.subject import Layers, Subject, Texts, logits_of, tex
 from tl_lenses.hooks import patch
 from tl_lenses.lens import Lens, one_lens
 from tl_lenses.model import LensModel, d_model
-from tl_lenses.numerics import spearman
+from tl_lenses.numerics import percentiles, spearman, spearman_draws
 from tl_lenses.progress import progress
 from tl_lenses.sites import site
 from tl_lenses.views import Lines, Picture
@@ -74,7 +74,12 @@ class CausalBasis(Report):
         pictures: dict[str, Picture] = {"effects": Lines(title, dots, *axes, points=True, log_x=True, log_y=True)}
         if len(self.layers) > 1 and len(self.directions) > 2:
             ranks = {"Spearman": [(layer, self.spearman(layer)) for layer in self.layers]}
-            pictures["spearman"] = Lines(f"lens against model, {self.model}", ranks, up="rank correlation")
+            band = [
+                (layer, *map(float, percentiles(spearman_draws(at["energy"], at["effect"]))))
+                for layer, at in ((layer, bits.at(layer=layer)) for layer in self.layers)
+            ]
+            up, bands = "rank correlation, 95% over directions", {"Spearman": band}
+            pictures["spearman"] = Lines(f"lens against model, {self.model}", ranks, up=up, bands=bands)
         return pictures
 
 

@@ -70,16 +70,18 @@ class Detection(Report):
         return [*tables, Table("answers of the model", columns, rows, note)]
 
     def pictures(self) -> dict[str, Picture]:
-        """Mean AUROC over the tasks by method and attack; then one picture an attack, by task."""
-
-        def heat(grid: Grid, title: str, across: str) -> Picture:
-            return grid.heat(title, "auroc", down="method", across=across, low=0.5, high=1.0, labels=("", across))
-
-        means = heat(self.grid.mean("task"), f"AUROC, mean over tasks, {self.model}", "attack")
-        each = {attack: self.grid.at(attack=attack) for attack in self.attacks}
-        return {"heat": means} | {
-            f"heat-{attack}": heat(grid, f"AUROC, {attack}, {self.model}", "task") for attack, grid in each.items()
-        }
+        """Mean AUROC over the tasks by method and attack; then the tasks one by one, with intervals over splits: a picture an attack."""
+        means = self.grid.mean("task").heat(
+            f"AUROC, mean over tasks, {self.model}", "auroc", down="method", across="attack", low=0.5, high=1.0, labels=("", "attack")
+        )  # fmt: skip
+        pictures: dict[str, Picture] = {"heat": means}
+        for attack in self.attacks:
+            grid = self.grid.at(attack=attack)
+            pictures[f"tasks-{attack}"] = grid.lines(
+                f"AUROC, {attack}, {self.model}", "auroc", x="task", by="method", ends={"auroc": ("low", "high")}, up="AUROC, 95% over splits",
+                bars=True,
+            )  # fmt: skip
+        return pictures
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per task, method and attack."""

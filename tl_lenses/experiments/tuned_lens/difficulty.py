@@ -1,6 +1,5 @@
 """Which predictions are hard? Do predictions that settle late in the layers settle late in training as well?"""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,10 +16,10 @@ from tl_lenses.experiments.report import Report
 from tl_lenses.experiments.subject import Layers, Lenses, Subject, text_settings
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, n_layers
-from tl_lenses.numerics import percentiles, spearman, spearman_draws
+from tl_lenses.numerics import mean_interval, percentiles, spearman, spearman_draws
 from tl_lenses.progress import progress
 from tl_lenses.tokens import Batch
-from tl_lenses.views import Lines, Picture
+from tl_lenses.views import Picture
 
 TOKENS, ENTROPY = "tokens", "entropy of the model"
 
@@ -44,7 +43,8 @@ class Difficulty(Report):
     The grid has the axes set, step (of the checkpoints, the finished model last) and lens, and the values
 
     - `n` `[set, step]`: how many items were learned at a step;
-    - `mean_depth`: their mean depth, in layers; NaN where there are none.
+    - `mean_depth`: their mean depth, in layers, with its 95% interval over items (`mean_depth_low`, `mean_depth_high`); NaN where
+      there are none.
 
     Attributes:
         sets: `"tokens"`, and a set per task of the questions.
@@ -60,11 +60,13 @@ class Difficulty(Report):
         lenses = list(next(iter(sets.values())).depth)
         masks = [[items.learned == step for step in steps] for items in sets.values()]
         n = torch.tensor([[int(mask.sum()) for mask in row] for row in masks])
-        depth = torch.tensor([
-            [[float(items.depth[lens][mask].double().mean()) for lens in lenses] for mask in row]
-            for items, row in zip(sets.values(), masks, strict=True)
-        ], dtype=torch.float64)  # fmt: skip
-        grid = Grid.over({"set": list(sets), "step": steps, "lens": lenses}, {"n": n, "mean_depth": depth})
+        of = [items.depth[lens][mask].double() for items, row in zip(sets.values(), masks, strict=True) for mask in row for lens in lenses]  # fmt: skip
+        ends = zip(*(mean_interval(x, seed=settings.get("seed", 0)) for x in of), strict=True)
+        depth = {
+            f"mean_depth{end}": torch.stack(list(x)).view(*n.shape, len(lenses))
+            for end, x in zip(("", "_low", "_high"), ([x.mean() for x in of], *ends), strict=True)
+        }
+        grid = Grid.over({"set": list(sets), "step": steps, "lens": lenses}, {"n": n, **depth})
         return Difficulty(model, sets, grid=grid, settings=settings)
 
     def correlation(self, which: str, with_: str) -> tuple[float, float, float]:
@@ -108,13 +110,12 @@ class Difficulty(Report):
 
     def pictures(self) -> dict[str, Picture]:
         """Mean depth against the step learned."""
-        lines = self.grid.at(set=self._first()).series("mean_depth", x="step", by="lens")
-        series = {
-            name: [(float(max(step, 1)), depth) for step, depth in points if not math.isnan(depth)]
-            for name, points in lines.items()
-        }
-        title = f"Prediction depth, {self._first()}, {self.model}"
-        return {"depth": Lines(title, series, "training step after which the top token stays", "layer", log_x=True)}
+        grid, title = self.grid.at(set=self._first()), f"Prediction depth, {self._first()}, {self.model}"
+        seen = [step for step, n in zip(self.steps, grid["n"].tolist(), strict=True) if n]
+        grid = grid.at(step=seen)
+        grid = Grid({**grid.axes, "step": [float(max(step, 1)) for step in seen]}, grid.values)
+        across = "training step after which the top token stays"
+        return {"depth": grid.lines(title, "mean_depth", x="step", by="lens", across=across, up="layer", log_x=True)}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per item."""

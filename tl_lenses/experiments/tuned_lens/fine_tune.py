@@ -87,13 +87,15 @@ class FineTune(Report):
         return tables
 
     def pictures(self) -> dict[str, Picture]:
-        """Cost per layer; bits per byte of the three lenses."""
+        """Cost per layer; bits per byte of the three lenses; both with their intervals over rows of text."""
         costs = {"bits_per_byte": "in cross entropy", "kl": "in KL to the fine-tune"}
         title, up = f"what the lens of {self.base} costs on {self.model}", "over its own lens, bits per byte"
-        lenses, entropy = self.summary().at(column=LENSES), "cross entropy, bits per byte"
+        axes = {"row": list(self.grid.axes["row"]), "layer": self.layers}
+        cost = Grid.over(axes, {value: self.cost(value) for value in VALUES}).spread("row")
+        lenses, entropy = self.grid.spread("row"), "cross entropy, bits per byte"
         return {
-            "cost": self.summary().at(column=COST).lines(title, costs, up=up),
-            "bits_per_byte": lenses.lines(f"lenses on {self.model}", "bits_per_byte", by="column", up=entropy),
+            "cost": cost.lines(title, costs, up=up),
+            "bits_per_byte": lenses.lines(f"lenses on {self.model}", "bits_per_byte", by="lens", up=entropy),
         }
 
     def rows(self) -> list[dict[str, Any]]:

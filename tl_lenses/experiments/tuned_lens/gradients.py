@@ -57,6 +57,7 @@ class Gradients(Report):
         values = {
             "mean": self.cosine.mean(0), "low": low, "high": high, "negative": self.negative(),
             "negative_positions": self.negative_positions.nanmean(0), "random_low": random_low, "random_high": random_high,
+            "random_mean": self.random.double().mean((0, 2)),
             "below_random": self.below_random(), "shuffled": self.shuffled.nanmean(0),
         }  # fmt: skip
         return Grid.over({"layer": self.layers}, values)
@@ -77,14 +78,11 @@ class Gradients(Report):
         ]  # fmt: skip
 
     def pictures(self) -> dict[str, Picture]:
-        """Mean and percentiles per layer, with those of random directions."""
-        named = {"mean": "mean, 5th to 95th percentile", "random_low": "random, 5th", "random_high": "random, 95th"}
-        title = f"block output and gradient, {self.model}"
-        return {
-            "cosine": self.summary().lines(
-                title, named, ends={"mean": ("low", "high")}, across="layer l of the input", up="cosine"
-            )
-        }
+        """Mean and percentiles per layer, beside those of random directions."""
+        named = {"mean": "sequences", "random_mean": "random directions"}
+        title, up = f"block output and gradient, {self.model}", "cosine: mean, and 5th to 95th percentile"
+        ends = {"mean": ("low", "high"), "random_mean": ("random_low", "random_high")}
+        return {"cosine": self.summary().lines(title, named, ends=ends, across="layer l of the input", up=up)}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per sequence and layer."""

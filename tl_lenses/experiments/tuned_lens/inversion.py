@@ -1,6 +1,6 @@
 """Which hidden state would say this? The state whose decoding is closest to a distribution, with and without a prior."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,12 +61,12 @@ class Inversion(Report):
         ]
 
     def pictures(self) -> dict[str, Picture]:
-        """Cosine with the true state by layer."""
-        means, series = self.grid.mean("item").at(condition=[FREE, PRIOR]), {}
+        """Cosine with the true state by layer, with its interval over the distributions."""
+        means, drawn = self.grid.at(condition=[FREE, PRIOR]).spread("item"), Lines(f"Inverted states, {self.model}", {})
         for lens in self.lenses:
-            lines = means.at(lens=lens).series("cosine", by="condition")
-            series.update({f"{lens}, {condition}": points for condition, points in lines.items()})
-        return {"cosine": Lines(f"Inverted states, {self.model}", series, "layer", "cosine with the true state")}
+            of = means.at(lens=lens).lines("", {"cosine": f"{lens}, {{}}"}, by="condition")
+            drawn = replace(drawn, series={**drawn.series, **of.series}, bands={**drawn.bands, **of.bands})
+        return {"cosine": replace(drawn, up="cosine with the true state")}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per lens, layer and condition."""

@@ -150,11 +150,12 @@ class Sampling(Report):
         ]  # fmt: skip
 
     def pictures(self) -> dict[str, Picture]:
-        """Perplexity, and agreement with the model's own text, by layer."""
-        summary, title = self.summary(), f"texts from a lens, {self.model}"
+        """Perplexity, and agreement with the model's own text, by layer, with intervals over prompts."""
+        by_prompt, title = self.grid.mean("step").spread("prompt"), f"texts from a lens, {self.model}"
+        perplexity, agreement = by_prompt.map(torch.exp), "share of tokens of the model's own text"
         return {
-            "perplexity": summary.lines(title, "perplexity", by="lens", up="perplexity under the model", log_y=True),
-            "agreement": summary.lines(title, "agreement", by="lens", up="share of tokens of the model's own text"),
+            "perplexity": perplexity.lines(title, "nats", by="lens", up="perplexity under the model", log_y=True),
+            "agreement": by_prompt.lines(title, "agreement", by="lens", up=agreement),
         }
 
     def rows(self) -> list[dict[str, Any]]:

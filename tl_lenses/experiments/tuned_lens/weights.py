@@ -15,7 +15,7 @@ from tl_lenses.experiments.report import Report
 from tl_lenses.experiments.subject import Layers, Lenses, Subject
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, d_model, name_of
-from tl_lenses.numerics import DRAWS, gain, percentiles, resampled
+from tl_lenses.numerics import gain, mean_interval
 from tl_lenses.progress import progress
 from tl_lenses.token_text import token_text
 from tl_lenses.unembed import Readout
@@ -46,7 +46,7 @@ class Weights(Report):
     """Readings of all kinds, with random vectors read in the same way.
 
     The grid has the axes lens and layer (of the block), and the mean coherence of all vectors of a block (`coherence`) and of
-    the random ones (`random`).
+    the random ones (`random`), each with its 95% interval over vectors (`coherence_low`, `coherence_high`).
 
     Attributes:
         readings: one per lens, kind and block.
@@ -68,8 +68,7 @@ class Weights(Report):
     def summary(self, lens: str, kind: str) -> tuple[float, float, float, float]:
         """Mean coherence, its 95% interval over vectors, and the share of vectors above 95% of the random ones."""
         x = self.scores(lens, kind).double()
-        index = resampled(len(x), DRAWS, self.settings.get("seed", 0))
-        low, high = percentiles(torch.stack([x[part].mean(1) for part in index.split(50)]).flatten())
+        low, high = mean_interval(x, seed=self.settings.get("seed", 0))
         floor = self.scores(lens, RANDOM).double().quantile(0.95)
         return float(x.mean()), float(low), float(high), float((x > floor).double().mean())
 
@@ -197,10 +196,12 @@ def weights(
         "among": None if among is None else len(among),
     }  # fmt: skip
     report = Weights(name_of(model), readings, words, settings=settings)
-    mean = lambda kinds: torch.tensor(
-        [[float(report.scores(lens, kinds, block).mean()) for block in blocks] for lens in lenses], dtype=torch.float64
-    )
-    values = {"coherence": mean(KINDS), "random": mean([RANDOM])}
+    values = {}
+    for name, kinds in (("coherence", KINDS), ("random", [RANDOM])):
+        of = [report.scores(lens, kinds, block).double() for lens in lenses for block in blocks]
+        ends = zip(*(mean_interval(x, seed=seed) for x in of), strict=True)
+        for end, x in zip(("", "_low", "_high"), ([x.mean() for x in of], *ends), strict=True):
+            values[f"{name}{end}"] = torch.stack(list(x)).view(len(lenses), len(blocks))
     return replace(report, grid=Grid.over({"lens": list(lenses), "layer": blocks}, values))
 
 
