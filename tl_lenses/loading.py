@@ -45,7 +45,8 @@ def load_model(name: str, *, device: str | torch.device | None = None, dtype: to
         raise TypeError(f"expected the name or the folder of a model, as text, got {name!r:.80}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"expected a floating-point dtype such as torch.float32, got {dtype!r:.80}")
-    place = str(device_named(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    first = "cuda" if torch.cuda.is_available() else "cpu"
+    place = str(device_named(first if device is None else device))
     if name in {bundled.name for bundled in lab.available()}:
         return lab.load(name, device=place, dtype=dtype)
     folder = _folder(name)
