@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from course import COURSE, PAGES, notebook, outputs, tried, written
+from course import COURSE, PAGES, REAL, cells, notebook, outputs, tried, written
 from test_docs import same_output, words
 
 import tl_lenses as tll
@@ -38,6 +38,9 @@ def faults(page, name, stored):
     found, namespace = [], {}
     for cell, text, svg in outputs(page, name, namespace):
         where = f"{name}:{cell.line + 1}"
+        if cell.absent:
+            found += [f"{where} needs a model that is not there, and says\n{text}"] if text or svg else []
+            continue
         if not same_output(cell.text, text):
             found.append(f"{where} shows\n{cell.text}and prints\n{text}")
         if svg is not None and not same_output(words(stored(cell.picture)), words(svg)):
@@ -73,6 +76,16 @@ def test_the_first_page_runs_on_a_real_model():
         said += [tried(cell, solution, namespace) for solution in cell.solutions]
     assert said == [f"exercise 1.{n}: done.\n" for n in (1, 2, 3)]
     assert namespace["L"] == 30 and namespace["distance"][30] > namespace["distance"][29] > 0  # the bug is there too
+
+
+@page_by_page
+def test_a_page_ends_on_a_real_model(page):
+    text = page.read_text(encoding="utf-8")
+    start = text.index("\n## On a real model, where there is one\n")
+    assert text.count("\n## ", start) == 2  # and then what to take with you
+    of_real = [bool(REAL.search(cell.code)) for cell in cells(text)]
+    assert of_real == [cell.line > text.count("\n", 0, start) for cell in cells(text)] and any(of_real)
+    assert next(cell for cell in cells(text) if REAL.search(cell.code)).text.count("\n") > 1
 
 
 @page_by_page

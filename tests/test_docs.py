@@ -52,7 +52,7 @@ def blocks(page, *, run):
             yield match[2], text[: match.start(2)].count("\n"), output and output[1]
 
 
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?![\w.])")
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?![\w.])")
 
 
 def same_output(shown, printed):

@@ -1,7 +1,8 @@
 """Write the course's outputs, pictures and notebooks: python tools/course.py [PAGE ...] [--model smollm2-135m]
 
 A page of docs/course is the source of a notebook. ```python is a cell, ```text behind it what it prints, a picture behind
-it what its last line draws; ```py is a solution: shown, not run, and right if the check before it says so. tests/test_course.py
+it what its last line draws; ```py is a solution: shown, not run, and right if the check before it says so. The last cells of a page
+are for a real model: they do nothing where there is none, and keep the output that they have. tests/test_course.py
 runs the pages. With --model they run on another model, and nothing is written.
 """
 
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 
+from tl_lenses.loading import folder_of
+
 COURSE = Path(__file__).resolve().parents[1] / "docs" / "course"
 PAGES = sorted(COURSE.glob("[0-9]-*.md"))
 MODEL = 'NAME = "lab-gpt2"'
+REAL = re.compile(r'folder_of\("([\w-]+)"\)')
 CELL = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<text>.*?)^```\n)?(?:\n!\[(?P<alt>[^\]]*)\]\((?P<picture>\S+\.svg)\)\n)?",
     re.DOTALL | re.MULTILINE,
@@ -39,6 +43,12 @@ class Cell:
     text: str
     picture: str | None
     solutions: list[str]
+
+    @property
+    def absent(self) -> bool:
+        """Whether it is for a real model that is not at hand."""
+        asked = REAL.search(self.code)
+        return asked is not None and not (folder_of(asked[1]) / "config.json").is_file()
 
 
 Output = tuple[Cell, str, str | None]  # a cell, what it prints, the SVG that it draws
@@ -89,7 +99,8 @@ def outputs(page: str, name: str, namespace: dict[str, Any], model: str | None =
             for cell in cells(page):
                 if model is not None:
                     cell.code = cell.code.replace(MODEL, f'NAME = "{model}"')
-                yield (cell, *run(cell, namespace, name))
+                if model is None or not REAL.search(cell.code):
+                    yield (cell, *run(cell, namespace, name))
         finally:
             os.chdir(here)
 
@@ -100,6 +111,8 @@ def written(page: str, made: list[Output]) -> str:
 
     def replace(match: re.Match[str]) -> str:
         cell, text, svg = next(made_now)
+        if cell.absent:
+            return match[0]
         if (svg is None) != (cell.picture is None):
             raise ValueError(
                 f"a picture without a line ![...](figures/name.svg) behind it, or one without a picture:\n{cell.code}"
