@@ -24,7 +24,8 @@ def optimizers_of(
 def _of_layer(matrix: nn.Parameter, bias: nn.Parameter, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrix with AdamW for the bias, or Nesterov SGD or AdamW for both."""
     groups = [{"params": [p], "scale": 1.0} for p in (() if settings.bias_only else (matrix,)) + (bias,)]
-    momentum, common = settings.momentum, {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    momentum = settings.momentum
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     assert momentum is not None and None not in common.values()  # Settings.at_width fills them in
     if settings.optimizer == "sgd":
         return [torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **common)]

@@ -69,10 +69,9 @@ class Bookmark:
             whole, ends = b["buffer"].numpy().tobytes(), b["sizes"].cumsum(0).tolist()
             cut = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
             texts = tuple(text.decode("utf-8", "surrogatepass") for text in cut)
-            fields = {name: value for name, value in b.items() if name != "sizes"}
-            before = PackerState(
-                **fields | {"buffer": texts, "pending": tuple(b["pending"]), "counted": tuple(b["counted"])}
-            )
+            fields: dict[str, Any] = {name: value for name, value in b.items() if name != "sizes"}
+            fields |= {"buffer": texts, "pending": tuple(b["pending"]), "counted": tuple(b["counted"])}
+            before = PackerState(**fields)
         return Bookmark(state["epoch"], state["index"], before, state["rows"])
 
 
