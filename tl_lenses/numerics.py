@@ -297,7 +297,8 @@ def mean_interval(x: Float[Tensor, "n ..."], *, draws: int = DRAWS, seed: int = 
     [0.66, 0.83]
     """
     if len(x) < 2:
-        return (torch.full(x.shape[1:], torch.nan, dtype=torch.float64),) * 2
+        none = torch.full(x.shape[1:], torch.nan, dtype=torch.float64)
+        return none, none
     index, x = resampled(len(x), draws, seed), x.double()
     return percentiles(torch.cat([x[some].mean(1) for some in index.split(50)]))
 

@@ -74,10 +74,9 @@ class CausalBasis(Report):
         pictures: dict[str, Picture] = {"effects": Lines(title, dots, *axes, points=True, log_x=True, log_y=True)}
         if len(self.layers) > 1 and len(self.directions) > 2:
             ranks = {"Spearman": [(layer, self.spearman(layer)) for layer in self.layers]}
-            band = [
-                (layer, *map(float, percentiles(spearman_draws(at["energy"], at["effect"]))))
-                for layer, at in ((layer, bits.at(layer=layer)) for layer in self.layers)
-            ]
+            at = {layer: bits.at(layer=layer) for layer in self.layers}
+            ends = {layer: percentiles(spearman_draws(x["energy"], x["effect"])) for layer, x in at.items()}
+            band = [(layer, float(low), float(high)) for layer, (low, high) in ends.items()]
             up, bands = "rank correlation, 95% over directions", {"Spearman": band}
             pictures["spearman"] = Lines(f"lens against model, {self.model}", ranks, up=up, bands=bands)
         return pictures
