@@ -95,9 +95,7 @@ def judge(layer: int, published: dict[str, Any], ours: dict[str, Any]) -> dict[s
 
 def show(results: list[dict[str, Any]], k: int, n: int) -> None:
     print(f"{k} directions, {n} positions; energies in nats; two numbers are published / ours")
-    print(
-        "layer   sum published      ours   ratio   direction by direction   evaluations   seconds          times faster"
-    )
+    print("layer   sum published      ours   ratio   direction by direction   evaluations   seconds          times faster")
     for one in results:
         theirs, ours, each = one["published"], one["ours"], one["each"]
         cells = [

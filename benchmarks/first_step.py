@@ -141,9 +141,7 @@ def lengths(states: States, args: argparse.Namespace) -> None:
     step = learner.delta - states.delta, learner.biases - states.biases
     for share in SHARES:
         maps = states.delta + share * step[0], states.biases + share * step[1]
-        print(
-            f"{share:5}  {row(summed_losses(states.train[1], *maps, states.head) / len(states.train[1]))}", flush=True
-        )
+        print(f"{share:5}  {row(summed_losses(states.train[1], *maps, states.head) / len(states.train[1]))}", flush=True)
 
 
 def rates(states: States, args: argparse.Namespace) -> None:

@@ -96,9 +96,7 @@ def main() -> int:
             )
 
     table(runs, list(recipes), budgets, args.layers)
-    print(
-        f"\n{args.model}, {args.seeds} seeds (± is one standard error), KL to the model in nats, {args.threads} threads"
-    )
+    print(f"\n{args.model}, {args.seeds} seeds (± is one standard error), KL to the model in nats, {args.threads} threads")
     checks = [] if sweep else judge(runs, budgets)
     for check in checks:
         print(("ok    " if check["ok"] else "MISSED") + f"  {check['text']}")
@@ -115,9 +113,7 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def fit(
-    model: Any, text: Any, settings: dict[str, Any] | None, budget: int, seed: int, layers: list[int] | None
-) -> Any:
+def fit(model: Any, text: Any, settings: dict[str, Any] | None, budget: int, seed: int, layers: list[int] | None) -> Any:
     """One fit of one recipe; None is the closed form on as many tokens."""
     import tl_lenses as tll
 

@@ -50,9 +50,7 @@ def main() -> int:
     parser.add_argument("--model", default="lab-gpt2", help="a lab model, or a folder with a Hugging Face model")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
-    parser.add_argument(
-        "--only", choices=sorted({key for change in CHANGES for key in change}), help="changes of this alone"
-    )
+    parser.add_argument("--only", choices=sorted({key for change in CHANGES for key in change}), help="changes of this alone")
     parser.add_argument("--offset", type=float, default=0.0)
     parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -76,15 +74,11 @@ def main() -> int:
         tll.lab.text(split), model.tokenizer, seq_len=128, batch_size=PER_STEP // 128, shuffle_seed=0, drop_last=True, limit_tokens=n,
     ))  # fmt: skip
     text, heldout = read("train", args.tokens), read("heldout", args.heldout_tokens)
-    pairs, apart = (
-        [scored_pairs(model, b, rows, [], True, 0, "kl", readout) for b in part] for part in (text, heldout)
-    )
+    pairs, apart = ([scored_pairs(model, b, rows, [], True, 0, "kl", readout) for b in part] for part in (text, heldout))
     starts: dict[int, Any] = {}
     moves: list[tuple[Any, Any]] = []
     results = []
-    print(
-        f"{args.model}, {len(text) * PER_STEP:,} tokens, {args.heldout_tokens:,} held out; KL per layer, mean last, seconds"
-    )
+    print(f"{args.model}, {len(text) * PER_STEP:,} tokens, {args.heldout_tokens:,} held out; KL per layer, mean last, seconds")
     for change in [None, {}, *(c for c in CHANGES if args.only in (None, *c))]:
         settings = {**BASE, **(change or {})}
         n_start = min(settings["start"], args.tokens)
@@ -103,16 +97,10 @@ def main() -> int:
             for what, values in about.items():
                 print(f"{what}, {n_start:,} tokens: " + " ".join(f"{x:.2f}" for x in values))
         begin = time.perf_counter()
-        maps = (
-            train(pairs, *starts[n_start], heads[settings["precision"]], settings)
-            if change is not None
-            else starts[n_start][:2]
-        )
+        maps = train(pairs, *starts[n_start], heads[settings["precision"]], settings) if change is not None else starts[n_start][:2]
         seconds = time.perf_counter() - begin
         kl = (sum(summed_losses(p, *maps, heads["float32"]) for p in apart) / sum(map(len, apart))).tolist()
-        name = (
-            "regression alone" if change is None else " ".join(f"{k} {v}" for k, v in change.items()) or "the default"
-        )
+        name = "regression alone" if change is None else " ".join(f"{k} {v}" for k, v in change.items()) or "the default"
         print(f"{name:<24}" + " ".join(f"{x:.4f}" for x in kl) + f"  {mean(kl):.4f}  {seconds:.1f}", flush=True)
         results.append({"change": change, "kl": kl, "seconds": seconds})
     if args.json:
@@ -178,9 +166,7 @@ def train(pairs: list[Any], delta: Any, biases: Any, sources: Any, head: Any, s:
     delta, biases = delta.clone(), biases.clone()
     sizes = [size ** s["size"] * norm ** s["norm"] for size, norm in zip(map_sizes(delta), norms(delta), strict=True)]
     lr = s["lr"] / delta.shape[1] ** 0.5
-    settings = Settings(
-        lr=lr, weight_decay=s["decay"], momentum=s["momentum"], clip=s["clip"], subsample=s["subsample"]
-    )
+    settings = Settings(lr=lr, weight_decay=s["decay"], momentum=s["momentum"], clip=s["clip"], subsample=s["subsample"])
     learner = Learner(delta, biases, settings, roots(sources, s["whiten"]) if s["whiten"] is not None else None)
     per = s["per_step"] // PER_STEP
     steps = len(pairs) // per

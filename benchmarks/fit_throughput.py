@@ -93,12 +93,8 @@ def main() -> int:
     print(f"{'':<12}{'tokens/s':>10}{'s/step':>9}{'MB above the model':>20}")
     for case in ("reference", "ours"):
         print(f"{case:<12}{rates[case]:>10.1f}{median(timed[case]):>9.2f}{memory[case]:>20.0f}")
-    print(
-        f"\n{faster:.2f} times the tokens per second (wanted {FASTER:g}), memory {leaner:.2f} times smaller (wanted {LEANER:g})"
-    )
-    print(
-        f"Muon instead of SGD: {muon:.2f} s more a step, {muon / (2**14 / rates['ours']):.1%} of a step of {2**14:,} tokens"
-    )
+    print(f"\n{faster:.2f} times the tokens per second (wanted {FASTER:g}), memory {leaner:.2f} times smaller (wanted {LEANER:g})")
+    print(f"Muon instead of SGD: {muon:.2f} s more a step, {muon / (2**14 / rates['ours']):.1%} of a step of {2**14:,} tokens")
     wanted = args.size == "gpt2" and args.device == "cpu"
     passed = not wanted or (faster >= FASTER and leaner >= LEANER)
     if args.json:
@@ -131,16 +127,12 @@ def whole_fits(args: argparse.Namespace) -> int:
         maps = fit(model, text, settings, args.tokens, 0, args.layers)
         spent = {"seconds": time.perf_counter() - wall, "processor": time.process_time() - processor}
         runs[name] = {**spent, "kl": measure(maps)}
-        print(
-            f"{name}: {spent['seconds']:.0f} s, {spent['processor']:.0f} processor seconds", file=sys.stderr, flush=True
-        )
+        print(f"{name}: {spent['seconds']:.0f} s, {spent['processor']:.0f} processor seconds", file=sys.stderr, flush=True)
     print(f"{args.model}, {args.tokens:,} tokens, {args.threads} threads; held-out KL in nats\n")
     print(f"{'':<12}{'seconds':>9}{'processor':>11}{'mean KL':>9}   by layer")
     for name, run in runs.items():
         by_layer = " ".join(f"{kl:.3f}" for kl in run["kl"])
-        print(
-            f"{name:<12}{run['seconds']:>9.0f}{run['processor']:>11.0f}{sum(run['kl']) / len(run['kl']):>9.4f}   {by_layer}"
-        )
+        print(f"{name:<12}{run['seconds']:>9.0f}{run['processor']:>11.0f}{sum(run['kl']) / len(run['kl']):>9.4f}   {by_layer}")
     wanted = 10 if model.cfg.d_vocab >= 200_000 else 5
     exact, ours, closed = runs.values()
     worst = max(own / other - 1 for own, other in zip(ours["kl"], exact["kl"], strict=True))
@@ -200,9 +192,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any]:
             hf = getattr(transformers, name)(config).eval()
             torch.set_default_dtype(torch.float32)
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tll.lab.path())
-            model = TransformerBridge.boot_transformers(
-                "random", hf_model=hf, tokenizer=tokenizer, device=args.device, dtype=dtype
-            )
+            model = TransformerBridge.boot_transformers("random", hf_model=hf, tokenizer=tokenizer, device=args.device, dtype=dtype)
         model = model.eval()
         model.tokenizer = None  # its vocabulary is another one
     tokens = torch.randint(0, int(model.cfg.d_vocab), tuple(shape), generator=torch.Generator().manual_seed(1))

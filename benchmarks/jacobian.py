@@ -59,9 +59,7 @@ def compare(model: Any, ids: torch.Tensor, rows: int) -> None:
         by_length.setdefault(row.shape[1], []).append(row)
     batches = [torch.cat(group) for group in by_length.values()]
     fits = {
-        "TransformerLens": lambda: JacobianLens.fit(
-            model, texts, corpus="lab", max_seq_len=ids.shape[1], show_progress=False
-        ),
+        "TransformerLens": lambda: JacobianLens.fit(model, texts, corpus="lab", max_seq_len=ids.shape[1], show_progress=False),
         "tl_lenses": lambda: tll.fit_jacobian(model, batches, layers, rows_per_pass=rows, show_progress=False),
     }
     made, measured = {}, {}
@@ -70,13 +68,9 @@ def compare(model: Any, ids: torch.Tensor, rows: int) -> None:
             began = time.perf_counter()
             made[name] = fit()
             measured[name] = {**counts, "seconds": time.perf_counter() - began}
-            print(
-                f"{name:>16}: {counts['rows']:,} backward rows in {counts['passes']:,} passes, {measured[name]['seconds']:.1f} s"
-            )
+            print(f"{name:>16}: {counts['rows']:,} backward rows in {counts['passes']:,} passes, {measured[name]['seconds']:.1f} s")
     theirs, ours = measured.values()
-    apart = max(
-        float((made["tl_lenses"][k].weight - made["TransformerLens"].jacobians[k - 1]).abs().max()) for k in layers
-    )
+    apart = max(float((made["tl_lenses"][k].weight - made["TransformerLens"].jacobians[k - 1]).abs().max()) for k in layers)
     print(f"largest difference {apart:.1e}; ratio of " + ", ".join(f"{k} {theirs[k] / ours[k]:.2f}" for k in theirs))
 
 
@@ -110,9 +104,7 @@ def gains(apart: torch.Tensor) -> dict[str, float]:
             found["prompt and row"] = fewer(squares, squares)
     spectra = torch.linalg.svdvals(apart).square().sum(0)
     left = 1 - spectra.cumsum(0) / spectra.sum()
-    found["low rank"] = max(
-        d / ((2 * r) ** 0.5 + float(d * left[r - 1].clamp_min(0)) ** 0.5) ** 2 for r in range(1, d // 2)
-    )
+    found["low rank"] = max(d / ((2 * r) ** 0.5 + float(d * left[r - 1].clamp_min(0)) ** 0.5) ** 2 for r in range(1, d // 2))
     return found
 
 

@@ -65,9 +65,7 @@ def main() -> int:
                 for way in ("cell", "batch")
             )
             rows.append(row)
-            enough = all(
-                got >= want for got, want in zip((row["over_cell"], row["over_batch"]), REQUIRED[kind], strict=True)
-            )
+            enough = all(got >= want for got, want in zip((row["over_cell"], row["over_batch"]), REQUIRED[kind], strict=True))
             passed &= enough
             print(f"\n{SIZES[size]}: {'next token' if kind == 'next' else f'{args.new_tokens} tokens'}, {row['cells']} cells "
                   f"({'ok' if enough else 'TOO SLOW'}: at least {REQUIRED[kind][0]:g} and {REQUIRED[kind][1]:g} times)")  # fmt: skip
@@ -113,9 +111,7 @@ def job(size: str, kind: str, what: str, args: argparse.Namespace) -> dict[str, 
     worst = max(float((answers["cell"][0] - answers[way][0]).abs().max()) for way in ("batch", "ours"))
     if worst > 1e-3:
         sys.exit(f"the answers differ by {worst:.1e}: nothing is measured")
-    compared = sum(
-        same_texts(answers["cell"][1], answers["cell"][2], answers[way][1]) for way in ("batch", "ours") if n_new
-    )
+    compared = sum(same_texts(answers["cell"][1], answers["cell"][2], answers[way][1]) for way in ("batch", "ours") if n_new)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.repeats):
         for way, run in ways.items():
@@ -197,9 +193,7 @@ def one_by_one(hf_model: Any, source: Any, target: Any, cells: list[tuple[int, i
     return torch.stack(found), texts, leads
 
 
-def in_batches(
-    hf_model: Any, source: Any, target: Any, cells: list[tuple[int, int]], n_new: int, eos: int, size: int = 512
-) -> Any:
+def in_batches(hf_model: Any, source: Any, target: Any, cells: list[tuple[int, int]], n_new: int, eos: int, size: int = 512) -> Any:
     """The authors' batched variant: rows are cells, the source runs once per row, one hook per row."""
     import torch
 
@@ -209,8 +203,7 @@ def in_batches(
             part = cells[start : start + size]
             hidden = hf_model(source.expand(len(part), -1), output_hidden_states=True).hidden_states
             handles = [
-                blocks[b - 1].register_forward_hook(_overwrite([(row, hidden[a][row, -1])]))
-                for row, (a, b) in enumerate(part)
+                blocks[b - 1].register_forward_hook(_overwrite([(row, hidden[a][row, -1])])) for row, (a, b) in enumerate(part)
             ]
             try:
                 tokens = target.expand(len(part), -1)

@@ -37,9 +37,7 @@ NAMES = (
 def main() -> int:
     """Times, then peaks; prints both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="smollm2-135m", help="a name or folder, as `tll` takes it on the command line"
-    )
+    parser.add_argument("--model", default="smollm2-135m", help="a name or folder, as `tll` takes it on the command line")
     parser.add_argument("--json", type=Path, help="also write raw figures here")
     parser.add_argument("--positions", type=int, default=128)
     parser.add_argument("--batches", type=int, default=4, help="of the text that is evaluated, one row each")

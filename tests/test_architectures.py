@@ -102,9 +102,7 @@ def test_the_page_has_every_family():
 def test_a_wrong_number_is_seen():
     """Every comparison with the plain model fails when the plain model is another one."""
     pair = families.build(KNOWN[DOZEN[0]] if KNOWN else pytest.skip("no adapters in this TransformerLens"))
-    against = [
-        check for check in architecture_checks.CHECKS if check.name in ("last row", "every row", "patch", "cache")
-    ]
+    against = [check for check in architecture_checks.CHECKS if check.name in ("last row", "every row", "patch", "cache")]
     assert all(result["ok"] for result in architecture_checks.run_checks(pair, against).values())
     with torch.no_grad():
         next(pair.reference.lm_head.parameters()).mul_(1.5)

@@ -104,16 +104,12 @@ def two_lenses():
 
 def facts():
     pairs = (("cat", "mat"), ("dog", "cat"), ("mat", "dog"))
-    return [
-        tll.experiments.Fact("r", subject, answer, "the {} of", phrase="the pet of {}") for subject, answer in pairs
-    ]
+    return [tll.experiments.Fact("r", subject, answer, "the {} of", phrase="the pet of {}") for subject, answer in pairs]
 
 
 def task():
     words = ("cat", "dog", "mat", "king", "man", "bird", "tree", "sun")
-    ask = lambda verb: tuple(
-        Question(f"the {word} {verb}", (" dog", " king"), 0, "one", i) for i, word in enumerate(words)
-    )
+    ask = lambda verb: tuple(Question(f"the {word} {verb}", (" dog", " king"), 0, "one", i) for i, word in enumerate(words))
     return Task("t", ask("sat"), {"ignore": ask("ran")})
 
 
@@ -388,9 +384,7 @@ def test_every_public_function_is_called():
             if inspect.isfunction(f) and n[0] != "_" and f.__module__ == module.__name__
         }  # fmt: skip
     for room in ("views", "experiments"):
-        public |= {
-            f"{room}.{n}" for n in getattr(tll, room).__all__ if inspect.isfunction(getattr(getattr(tll, room), n))
-        }
+        public |= {f"{room}.{n}" for n in getattr(tll, room).__all__ if inspect.isfunction(getattr(getattr(tll, room), n))}
     results = {"Batch", "Marginals", "Trajectory", "Trajectories", "Scores", "PatchscopeResult"}  # made by the library
     # an edit itself; no arguments; a tool's; a block that prints whatever name it gets
     rest = {"edits.zero", "lab.available", "lab.verify", "lab.exercise"}

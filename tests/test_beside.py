@@ -20,9 +20,7 @@ def model():
 
 def lens_of(model):
     noise = 0.1 * torch.randn(N, D, D, generator=torch.Generator().manual_seed(0))
-    return tll.Lens(
-        model, tll.Translators([(i, N) for i in range(N)], torch.eye(D) + noise, torch.zeros(N, D), n_layers=N)
-    )
+    return tll.Lens(model, tll.Translators([(i, N) for i in range(N)], torch.eye(D) + noise, torch.zeros(N, D), n_layers=N))
 
 
 def test_activation_patching_measured_through_a_lens(model):
@@ -72,9 +70,7 @@ def test_an_interchange_of_subspaces_is_read_by_a_lens_and_is_an_edit_of_ours(mo
     source = clean[1][:, -1]
     interchange = SubspaceInterchange(random_basis(D, 3, seed=0))
     with model.hooks(fwd_hooks=lens.hooks(seen, [2])):
-        theirs = run_with_intervention(
-            model, name, interchange, CORRUPT, source, lambda x: model(x)[:, -1], positions=last
-        )
+        theirs = run_with_intervention(model, name, interchange, CORRUPT, source, lambda x: model(x)[:, -1], positions=last)
     edit = tll.patch(1, lambda h: interchange(h, source[:, None].expand_as(h)), pos=-1)
     ours = tll.run(model, CORRUPT, [edit, *lens.hooks(read_here, [2])])
     assert torch.allclose(theirs, ours[:, -1], atol=1e-5) and torch.allclose(seen[2], read_here[2], atol=1e-5)

@@ -108,9 +108,7 @@ def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     assert "logit" in done.stdout and "reg" in done.stdout
     content = json.loads((tmp_path / "s.json").read_text())
-    assert {(row["lens"], row["layer"]) for row in content["rows"]} == {
-        (a, b) for a in ("logit", "reg") for b in range(4)
-    }
+    assert {(row["lens"], row["layer"]) for row in content["rows"]} == {(a, b) for a in ("logit", "reg") for b in range(4)}
     assert content["model"] == model and content["versions"]["torch"]
     done = run("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
     assert done.exit_code == 1 and "b=" in done.stderr  # the name ends at the first equals sign
@@ -245,9 +243,7 @@ def test_patchscope_takes_several_texts(model, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     asked = ("patchscope", "the cat", "a dog ran", "--model", model, "--layers", "1", "--max-new-tokens", 2)
     done = run(*asked, "--faithful", "--numbers", "--save", tmp_path / "a.html")
-    assert done.exit_code == 0 and "texts of 2 sources" in done.stdout and re.search(r'0\.\d\d "', done.stdout), (
-        done.stderr
-    )
+    assert done.exit_code == 0 and "texts of 2 sources" in done.stdout and re.search(r'0\.\d\d "', done.stdout), done.stderr
     assert '"own_rank"' in (tmp_path / "a.html").read_text("utf-8")
     assert "no text to read" in refused("patchscope", "--model", model)
 
@@ -347,9 +343,7 @@ def test_patchscope_prints_and_saves(model, tmp_path, monkeypatch):
     assert run("patchscope", "the cat", "--model", model, "--scope", "country_capital_city").exit_code == 0
     asked = (*asked, "--layers", "1", "--max-new-tokens", 2, "--against", "a dog", "--against", "the old king")
     named = load_model(model, None, "float32")  # its name stands in the title
-    texts = tll.patchscope(
-        named, [tll.Source("the cat sat", "cat"), "a dog", "the old king"], target, [1], max_new_tokens=2
-    )
+    texts = tll.patchscope(named, [tll.Source("the cat sat", "cat"), "a dog", "the old king"], target, [1], max_new_tokens=2)
     done, lines = run(*asked), lambda text: [line.rstrip() for line in text.splitlines()]
     expected = lines(str(tll.faithfulness(texts)))
     assert done.exit_code == 0 and lines(done.stdout)[-len(expected) :] == expected, done.stderr
@@ -408,9 +402,7 @@ def test_fit_scope_saves_a_map_for_patchscope(model, data, tmp_path):
     target = tll.Target("the king of x is", tll.at("x"))
     ours = tll.patchscope(loaded, "the cat sat", target, pairs=[(1, 0), (1, 2)], map=maps)
     ours.save(tmp_path / "b.json")
-    assert (
-        json.loads((tmp_path / "a.json").read_text())["cells"] == json.loads((tmp_path / "b.json").read_text())["cells"]
-    )
+    assert json.loads((tmp_path / "a.json").read_text())["cells"] == json.loads((tmp_path / "b.json").read_text())["cells"]
     assert "labels" in refused("fit-scope", *settings, "--data", data, "--output", tmp_path / "no", "--labels", "words")
 
 
@@ -457,9 +449,7 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
 
 def test_recommend_says_which_lens_for_which_question(model, data, fitted, tmp_path):
     (tmp_path / "lens-eval-own.json").write_text(
-        json.dumps(
-            {"items": [{"prompt": "the cat sat on the big ", "target": "tree", "intermediates": ["mat", "capital"]}]}
-        )
+        json.dumps({"items": [{"prompt": "the cat sat on the big ", "target": "tree", "intermediates": ["mat", "capital"]}]})
     )
     asked = "recommend", "--model", model, "--data", data, "--lens", f"own={fitted}", "--layers", "0,2", "--n", 400
     done = run(*asked, "--items", tmp_path / "lens-eval-own.json", "--output", tmp_path / "a")
@@ -494,9 +484,7 @@ def test_experiments_on_the_bundled_model(tmp_path):
 
 
 def test_the_old_name_of_n_says_the_new_one(tmp_path):
-    done = run(
-        "experiment", "entities", "--limit", 4, "--layers", "0", "--max-new-tokens", 2, "--output", tmp_path / "a"
-    )
+    done = run("experiment", "entities", "--limit", 4, "--layers", "0", "--max-new-tokens", 2, "--output", tmp_path / "a")
     assert done.exit_code == 0 and done.stderr == "note: --limit is called --n now\n", done.stderr
 
 
@@ -535,9 +523,7 @@ def test_an_option_of_another_experiment(tmp_path, options):
         ("entities", "--output", "file", "is a file"),
     ],
 )
-def test_mistakes_of_experiments_are_found_before_a_model_is_loaded(
-    tmp_path, monkeypatch, name, option, value, message
-):
+def test_mistakes_of_experiments_are_found_before_a_model_is_loaded(tmp_path, monkeypatch, name, option, value, message):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     # there is no such model, which would be the error if it were loaded first
@@ -692,9 +678,7 @@ def test_the_text_is_noted_in_the_state_and_in_no_file_beside_it(model, data, tm
 def test_two_fits_into_one_output_or_one_state(model, data, tmp_path):
     pytest.importorskip("fcntl")
     command = ("fit", "--model", model, "--data", data, "--steps", 1)
-    code = (
-        f"from tl_lenses.files import locked\nwith locked({str(tmp_path / 'lens')!r}):\n print(1, flush=True); input()"
-    )
+    code = f"from tl_lenses.files import locked\nwith locked({str(tmp_path / 'lens')!r}):\n print(1, flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(tll.__file__).parents[1]
     )
@@ -804,9 +788,7 @@ def test_a_notice_is_one_line(model, data, tmp_path, monkeypatch):
     done = run("fit", "--model", model, "--data", data, "--steps", 2, "--output", tmp_path / "lens")
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: the checkpoint")]
     assert len(notes) == 2 and "No space left on device" in notes[0] and "there is none yet" in notes[0]
-    assert (
-        done.exit_code == 1 and "No space left" in done.stderr.splitlines()[-1]
-    )  # the lens itself does not fit either
+    assert done.exit_code == 1 and "No space left" in done.stderr.splitlines()[-1]  # the lens itself does not fit either
 
 
 def test_fit_stops_by_held_out_text(model, data, tmp_path):
@@ -854,9 +836,7 @@ def test_data_that_cannot_be_read(model, tmp_path):
         ("show", ("--save", "d.html"), "is a directory"),
     ],
 )
-def test_output_that_cannot_be_written_is_found_before_a_model_is_loaded(
-    data, tmp_path, monkeypatch, command, outputs, message
-):
+def test_output_that_cannot_be_written_is_found_before_a_model_is_loaded(data, tmp_path, monkeypatch, command, outputs, message):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     for folder in ("full", "d.html"):
@@ -897,9 +877,7 @@ def test_lenses_that_are_not_there(model, tmp_path):
 
 
 def test_two_lenses_of_one_name(model, fitted):
-    assert "two lenses are called 'reg'" in refused(
-        "show", "the cat", "--model", model, "--lens", fitted, "--lens", fitted
-    )
+    assert "two lenses are called 'reg'" in refused("show", "the cat", "--model", model, "--lens", fitted, "--lens", fitted)
     assert "two lenses are called 'logit'" in refused("eval", "--lens", f"logit={fitted}")
 
 

@@ -28,8 +28,7 @@ def test_facts_are_permuted_and_both_models_know_their_own(models):
     assert len(facts) == 158 and all(fact.object != other for fact, other in zip(facts, others, strict=True))
     for relation in {fact.relation for fact in facts}:
         new, true = (
-            [x for f, o in zip(facts, others, strict=True) if f.relation == relation for x in [(f.object, o)[i]]]
-            for i in (0, 1)
+            [x for f, o in zip(facts, others, strict=True) if f.relation == relation for x in [(f.object, o)[i]]] for i in (0, 1)
         )
         assert sorted(new) == sorted(true)
     found = conflict(*models, *conflicting(["company_hq"]), n=6, layers=[0], target_layers=[0])

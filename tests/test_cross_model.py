@@ -347,9 +347,7 @@ def test_models_in_train_mode_are_refused():
 def test_moments_that_are_not_finite_name_the_pair(maps):
     evidence = collect(small(), TOKENS, maps.rows, to=big(), held_out=0.1)
     evidence.fit[1].yx[1, 0, 0] = float("inf")  # the third pair: the second of the second source
-    with pytest.raises(
-        ValueError, match=r"the moments of \('blocks.1.hook_resid_pre', 'blocks.2.hook_resid_pre'\) are not"
-    ):
+    with pytest.raises(ValueError, match=r"the moments of \('blocks.1.hook_resid_pre', 'blocks.2.hook_resid_pre'\) are not"):
         maps_of(small(), evidence, to=big())
     with pytest.raises(ValueError, match="there is no evidence to fit on"):
         maps_of(small(), Evidence(maps.rows), to=big())
@@ -373,9 +371,7 @@ def test_tokenizers_that_differ_are_refused(tmp_path):
         tll.fit_regression(ours, TOKENS, to=theirs)
     message = str(error.value)
     ids = ours.tokenizer.encode("The capital of France is Paris.", add_special_tokens=False)
-    assert (
-        "have different tokenizers, so the same ids are different text: 'The capital of France is Paris.' is" in message
-    )
+    assert "have different tokenizers, so the same ids are different text: 'The capital of France is Paris.' is" in message
     assert str(ids) in message and str(theirs.tokenizer.encode("The capital of France is Paris.", add_special_tokens=False)) in message  # fmt: skip
     assert "of the ids, 2 differ, the first is" in message and "use two models that share a tokenizer" in message
 
@@ -423,17 +419,11 @@ def test_check_pair_refuses_other_models_bases_and_layers(maps):
         check_pair(maps, other(), big())
     with pytest.raises(ValueError, match=lead + r"the target model here is .*, which has n_layers 3: " + again):
         check_pair(maps, small(), other())
-    with pytest.raises(
-        ValueError, match=r"the target model here is .*, whose readout behaves differently .*: " + again
-    ):
+    with pytest.raises(ValueError, match=r"the target model here is .*, whose readout behaves differently .*: " + again):
         check_pair(maps, small(), _stranger(big()))
-    with pytest.raises(
-        ValueError, match=r"the source model here is .*, whose readout behaves differently .*: " + again
-    ):
+    with pytest.raises(ValueError, match=r"the source model here is .*, whose readout behaves differently .*: " + again):
         check_pair(maps, _stranger(small()), big())
-    with pytest.raises(
-        ValueError, match=r"fitted are the pairs \[\(0, 0\), .*\], and \(2, 3\) is asked for: use one of"
-    ):
+    with pytest.raises(ValueError, match=r"fitted are the pairs \[\(0, 0\), .*\], and \(2, 3\) is asked for: use one of"):
         check_pair(maps, small(), big(), pairs=[(0, 0), (2, 3)])
     within = tll.fit_regression(other(), TOKENS, pairs=[(0, 2)])
     stay = r"these translators stay within '.*' \(d_model 32, 3 layers\); the target model here is .*"
@@ -445,9 +435,7 @@ def test_check_pair_compares_bases():
     raw, centred = (zoo.build("gpt2", kind) for kind in zoo.FEW_KINDS)
     of = lambda a, b: tll.fit_regression(a, TOKENS, to=b, pairs=[(1, 1)])
     there = of(centred, big())
-    with pytest.raises(
-        ValueError, match=r"whose residual basis is raw and not centered: convert .*to_raw\(\) \(exact\)"
-    ):
+    with pytest.raises(ValueError, match=r"whose residual basis is raw and not centered: convert .*to_raw\(\) \(exact\)"):
         check_pair(there, raw, big())
     check_pair(there.to_raw(), raw, big(), pairs=[(1, 1)])
     with pytest.raises(ValueError, match="source .* basis is centered and not raw: load it as the one fitted"):

@@ -24,9 +24,7 @@ from tl_lenses.tokens import Batch, check_tokens, tokenize
 
 TEXTS = [
     f"Document {n}: the {animal} sat on the {place}, naïve café № {n * n}.\nIt was 日本 {'again ' * (n % 5)}🙂"
-    for n, (animal, place) in enumerate(
-        zip(["cat", "dog", "owl", "fox"] * 10, ["mat", "roof", "hill"] * 14, strict=False)
-    )
+    for n, (animal, place) in enumerate(zip(["cat", "dog", "owl", "fox"] * 10, ["mat", "roof", "hill"] * 14, strict=False))
 ]
 
 
@@ -37,9 +35,7 @@ def trained():
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<bos>", "<eos>", "<pad>"]
-    tok.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special)
-    )
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special))
     return tok.to_str()
 
 
@@ -247,9 +243,7 @@ def test_bytes_per_token_is_the_tokenizers_own_ratio(tokenizer, kwargs):
 
 def test_the_last_batch_knows_the_bytes_of_text_that_filled_no_row(tokenizer):
     texts = [*TEXTS[:16], "é"]  # sixteen documents are tokenised in one call, the last one in the next
-    fitting = [
-        width for width in range(20, 60) if packed(texts, tokenizer, width) == packed(texts[:16], tokenizer, width)
-    ]
+    fitting = [width for width in range(20, 60) if packed(texts, tokenizer, width) == packed(texts[:16], tokenizer, width)]
     *_, last = token_batches(texts, tokenizer, seq_len=fitting[0], batch_size=1)
     assert abs(last.bytes_per_token - direct_ratio(texts, tokenizer)) < 1e-9
     assert abs(last.bytes_per_token - direct_ratio(texts[:16], tokenizer)) > 1e-6
@@ -386,9 +380,7 @@ def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
 
 
 def test_separators_win_over_blank_lines(tmp_path):
-    (tmp_path / "a.txt").write_text(
-        "One.\n\n" * 2000 + "<|endoftext|>\nTwo <|endoftext|> two.\n <|endoftext|> \nThree."
-    )
+    (tmp_path / "a.txt").write_text("One.\n\n" * 2000 + "<|endoftext|>\nTwo <|endoftext|> two.\n <|endoftext|> \nThree.")
     assert documents(tmp_path / "a.txt") == [("One.\n\n" * 2000).strip(), "Two <|endoftext|> two.", "Three."]
 
 
@@ -412,9 +404,7 @@ def test_missing_path(tokenizer, tmp_path):
 def test_directory_without_text(tokenizer, tmp_path):
     (tmp_path / "model.bin").write_text("x")
     (tmp_path / "empty.txt").touch()
-    refused(
-        r"the directory '.*' has no \.txt, \.jsonl, \.json, \.parquet, \.csv file with anything", tmp_path, tokenizer
-    )
+    refused(r"the directory '.*' has no \.txt, \.jsonl, \.json, \.parquet, \.csv file with anything", tmp_path, tokenizer)
 
 
 def test_empty_file(tokenizer, tmp_path):
@@ -511,9 +501,7 @@ def test_a_dataset_that_does_not_load(tokenizer, monkeypatch):
         raise ConnectionError("the Hub is out of reach")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(
-        "'org/name' is no file here, and as a dataset it did not load: the Hub is out of reach", "org/name", tokenizer
-    )
+    refused("'org/name' is no file here, and as a dataset it did not load: the Hub is out of reach", "org/name", tokenizer)
 
 
 def test_something_that_holds_no_text(tokenizer):
@@ -530,9 +518,7 @@ def test_a_generator_gives_one_pass(tokenizer):
         _ = batches.bytes_per_token
     assert rows(batches) == packed(TEXTS, tokenizer, 8)
     assert abs(batches.bytes_per_token - direct_ratio(TEXTS, tokenizer)) < 1e-9
-    with pytest.raises(
-        ValueError, match="the source is a generator, which gives one pass.*Pass a list, or .* a function"
-    ):
+    with pytest.raises(ValueError, match="the source is a generator, which gives one pass.*Pass a list, or .* a function"):
         iter(batches)
 
 
@@ -699,9 +685,7 @@ def test_token_batches_pass_through(tokenizer):
 def test_an_iterator_gives_one_pass():
     batches = as_batches(iter([IDS, IDS]))
     assert shapes(batches) == [(10, 3), (10, 3)]
-    with pytest.raises(
-        ValueError, match="tokens is a list_iterator, which gives one pass, and that was made. Pass a list"
-    ):
+    with pytest.raises(ValueError, match="tokens is a list_iterator, which gives one pass, and that was made. Pass a list"):
         iter(batches)
 
 
@@ -746,9 +730,7 @@ def test_a_bos_that_was_put_in_place_is_none_of_the_tokenizers_own(tmp_path):
     """TransformerLens sets BOS and PAD to EOS where there is none (Qwen2), in place: text would start with `<|endoftext|>`."""
     from tl_lenses.tokens import special_id
 
-    fast = lambda **tokens: PreTrainedTokenizerFast(
-        tokenizer_object=zoo.tokenizer().backend_tokenizer, eos_token="</s>", **tokens
-    )
+    fast = lambda **tokens: PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, eos_token="</s>", **tokens)
     plain = fast()
     ids = plain("the cat")["input_ids"]
     plain.bos_token = plain.pad_token = plain.eos_token
@@ -759,9 +741,7 @@ def test_a_bos_that_was_put_in_place_is_none_of_the_tokenizers_own(tmp_path):
     assert all((row[0] != zoo.EOS) for batch in batches[:1] for row in batch.tokens[:1])
     # The same of EOS, which would be put between documents.
     bare = PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, unk_token="<unk>")
-    rows = lambda: [
-        batch.tokens.tolist() for batch in token_batches(["the cat sat on the mat"] * 4, bare, seq_len=4, batch_size=2)
-    ]
+    rows = lambda: [batch.tokens.tolist() for batch in token_batches(["the cat sat on the mat"] * 4, bare, seq_len=4, batch_size=2)]
     before = rows()
     bare.eos_token = "<|endoftext|>"
     assert bare.eos_token_id is not None and rows() == before

@@ -146,9 +146,7 @@ def test_a_cache_that_is_of_no_use_is_not_used(broken, fresh):
     expected = tll.generate(bridge, TOKENS, edit, 6, stop_at_eos=False, use_cache=False)
     handle = bridge.original_model.register_forward_hook(broken)
     try:
-        with pytest.warns(
-            UserWarning, match="key-value cache of this model .*: whole sequences run at every step"
-        ) as warned:
+        with pytest.warns(UserWarning, match="key-value cache of this model .*: whole sequences run at every step") as warned:
             for _ in range(2):
                 assert torch.equal(tll.generate(bridge, TOKENS, edit, 6, stop_at_eos=False), expected)
         assert len(warned) == 1

@@ -71,9 +71,7 @@ def test_e_pads_are_not_attended(model):
 def test_f_no_cell_is_dropped(model):
     """A number of cells that the batch size does not divide, and one that it does."""
     for batch_size in (3, 4, 5, 16):
-        result = tll.patchscope(
-            model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), batch_size=batch_size
-        )
+        result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), batch_size=batch_size)
         whole = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4))
         assert result.logits.shape[:2] == (1, 16)
         torch.testing.assert_close(result.logits, whole.logits, atol=1e-5, rtol=0)
@@ -94,9 +92,7 @@ def test_h_maps_are_used_between_their_own_layers(model, fitted):
 
 def test_i_bos_is_left_out_of_fits(model):
     tokens = zoo.tokens(24, 12)
-    without, with_bos = (
-        tll.fit_regression(model, tokens, skip_first=skip).meta["tokens_seen"] for skip in (True, False)
-    )
+    without, with_bos = (tll.fit_regression(model, tokens, skip_first=skip).meta["tokens_seen"] for skip in (True, False))
     assert with_bos - without == len(tokens)
 
 
@@ -111,9 +107,7 @@ def test_j_nothing_stays_on_the_model_and_nothing_is_written_in_place(model):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        tll.patchscope(
-            model, tll.Source(PROMPT), tll.Target(TARGET), target_hooks=[("blocks.1.hook_resid_pre", broken)]
-        )
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_hooks=[("blocks.1.hook_resid_pre", broken)])
     assert count() == before
     with pytest.raises(ZeroDivisionError):
         tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), map=broken)
@@ -237,8 +231,7 @@ def test_several_layers_at_once(model):
     spread = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), pairs=[(1, (1, 2)), ((1, 2), (1, 2))])
     for cell, sources in enumerate(((1, 1), (1, 2))):
         hooks = [
-            tll.patch(tll.site(model, b), tll.edits.replace(resid[a][0, -1]), pos=-1)
-            for a, b in zip(sources, (1, 2), strict=True)
+            tll.patch(tll.site(model, b), tll.edits.replace(resid[a][0, -1]), pos=-1) for a, b in zip(sources, (1, 2), strict=True)
         ]
         with torch.no_grad():
             want = tll.run(model, TARGET, hooks)[0, -1]

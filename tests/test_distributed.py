@@ -80,9 +80,7 @@ def test_each_row_is_one_process_own():
 def test_the_map_of_a_scope_is_that_of_one_process(tmp_path):
     def fit(model):
         target = tll.Target("the cat sat on x", tll.at("x"))
-        return tll.fit_scope(
-            model, zoo.tokens(16, 12), target, steps=3, vectors_per_step=5, pairs=[(1, 1), (2, 0)], held_out=2
-        )
+        return tll.fit_scope(model, zoo.tokens(16, 12), target, steps=3, vectors_per_step=5, pairs=[(1, 1), (2, 0)], held_out=2)
 
     one = fit(zoo.build("gpt2", zoo.FEW_KINDS[0]))
     for maps in _ok(launch(3, lambda rank, model: _maps(fit(model)), tmp_path)):
@@ -131,9 +129,7 @@ def test_processes_that_each_draw_a_sample_of_the_vocabulary_end_where_one_proce
     alone = tll.fit_tuned(model, tokens, **settings).meta
     many = _ok(launch(2, lambda rank, model: _maps(tll.fit_tuned(model, tokens, **settings)), tmp_path))
     assert torch.equal(many[0]["delta"], many[1]["delta"]) and many[0]["meta"]["sampled"] and alone["sampled"]
-    for start, end, of_one in zip(
-        *(many[0]["meta"]["guard"][key] for key in ("start", "end")), alone["guard"]["end"], strict=True
-    ):
+    for start, end, of_one in zip(*(many[0]["meta"]["guard"][key] for key in ("start", "end")), alone["guard"]["end"], strict=True):
         assert end < start and abs(end - of_one) < 0.1 * (start - of_one) + 1e-3
 
 
@@ -161,9 +157,7 @@ def test_training_is_that_of_one_process(world, optimizer, tmp_path):
     guards = [maps["meta"]["guard"] for maps in team]
     assert guards == guards[:1] * world and guards[0]["tokens"] == alone.meta["guard"]["tokens"] == 256
     for key in ("start", "end"):
-        assert guards[0][key] == pytest.approx(
-            alone.meta["guard"][key], rel=1e-4 if optimizer == "sgd" else 0.05, abs=1e-4
-        )
+        assert guards[0][key] == pytest.approx(alone.meta["guard"][key], rel=1e-4 if optimizer == "sgd" else 0.05, abs=1e-4)
     assert all(torch.equal(maps["delta"], team[0]["delta"]) for maps in team)
     assert team[0]["meta"]["tokens_seen"] == alone.meta["tokens_seen"]
     assert alone.delta.abs().max() > 0.01

@@ -175,10 +175,7 @@ def test_a_lens_without_the_layer_is_refused(model):
 
 
 def test_the_partition_function_survives_logits_far_above_the_former_leader():
-    x, g, b = (
-        torch.randn(*shape, generator=torch.Generator().manual_seed(i))
-        for i, shape in enumerate([(6, 50), (50,), (50,)])
-    )
+    x, g, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(6, 50), (50,), (50,)]))
     along, across = torch.linspace(0.5, 1.5, 6), torch.linspace(-300, 300, 6)
     inputs = [v.requires_grad_() for v in (along, across, g)]
     got = EN._Partition.apply(*inputs, x, b, x.argmax(-1))

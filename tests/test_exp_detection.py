@@ -116,9 +116,7 @@ def test_a_planted_injection_is_found_and_noise_is_not(model, monkeypatch):
     assert (far[1:] > 0.98).all() and far[0] > 0.8, far  # measured: forest .92, all others 1.00
     assert (report.low <= report.auroc + 1e-6).all() and (report.auroc <= report.high + 1e-6).all()
     normal = task(80)
-    same = injections.Task(
-        "t", normal.normal[:40], {"ignore": tuple(replace(q, group=None) for q in normal.normal[40:])}
-    )
+    same = injections.Task("t", normal.normal[:40], {"ignore": tuple(replace(q, group=None) for q in normal.normal[40:])})
     none = run(same).auroc[0, :, 0]
     assert ((none - 0.5).abs() < 0.25).all(), none
 

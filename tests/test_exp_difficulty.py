@@ -23,9 +23,7 @@ def exact_from(linear, layer):
     maps, d = zoo.truth(linear), linear.cfg.d_model
     constant = (torch.zeros(d, d), torch.randn(d, generator=torch.Generator().manual_seed(3)))
     pairs = [maps[row] if row >= layer else constant for row in range(linear.cfg.n_layers)]
-    rows = [
-        (f"blocks.{i}.hook_resid_pre", f"blocks.{linear.cfg.n_layers - 1}.hook_resid_post") for i in range(len(pairs))
-    ]
+    rows = [(f"blocks.{i}.hook_resid_pre", f"blocks.{linear.cfg.n_layers - 1}.hook_resid_post") for i in range(len(pairs))]
     weights, biases = (torch.stack([pair[i].float() for pair in pairs]) for i in (0, 1))
     return tll.Lens(linear, tll.Translators(rows, weights, biases, n_layers=linear.cfg.n_layers))
 
@@ -71,9 +69,7 @@ def test_iteration_learned_against_the_checkpoints_themselves(model):
         by_hand, its = (
             scored(m, {"x": tll.Lens(m)}, questions).logprobs["x"].argmax(-1) for m in (model, first)
         )  # [question, layer]
-        assert report.sets[task].learned.tolist() == [
-            0 if a == b else 32 for a, b in zip(by_hand[:, -1], its[:, -1], strict=True)
-        ]
+        assert report.sets[task].learned.tolist() == [0 if a == b else 32 for a, b in zip(by_hand[:, -1], its[:, -1], strict=True)]
         assert report.sets[task].depth["logit"].tolist() == settled(by_hand.T).tolist()
 
 
@@ -94,9 +90,7 @@ def test_correlations_of_planted_depths(tmp_path):
     items = Settled({"a": noise, "b": same}, learned, noise.double())
     report = Difficulty.of("m", [0, 8, 64], {TOKENS: items}, {})
     assert report.correlation(TOKENS, "b") == pytest.approx((1.0, 1.0, 1.0))
-    assert abs(report.correlation(TOKENS, "a")[0]) < 0.2 and report.correlation(TOKENS, ENTROPY) == report.correlation(
-        TOKENS, "a"
-    )
+    assert abs(report.correlation(TOKENS, "a")[0]) < 0.2 and report.correlation(TOKENS, ENTROPY) == report.correlation(TOKENS, "a")
     mean, low, high = report.difference(TOKENS, "b", "a")
     assert low < mean < high and low > 0.5
     text = report.markdown()

@@ -42,24 +42,14 @@ def of(report, value, lens):
 def _negated(value):
     if isinstance(value, (list, tuple)):
         return [_negated(v) for v in value]
-    return (
-        {k: _negated(v) for k, v in value.items()}
-        if isinstance(value, dict)
-        else -value
-        if isinstance(value, float)
-        else value
-    )
+    return {k: _negated(v) for k, v in value.items()} if isinstance(value, dict) else -value if isinstance(value, float) else value
 
 
 def test_a_model_is_its_own_fine_tune_at_no_cost(model, maps):
     report = fine_tune(model, maps, maps, zoo.tokens(5, 10), bytes_per_token=2.0)
-    assert (
-        report.layers == [0, 1, 2, 3] and not report.cost().any() and not report.cost("kl").any() and not report.warning
-    )
+    assert report.layers == [0, 1, 2, 3] and not report.cost().any() and not report.cost("kl").any() and not report.warning
     assert torch.allclose(of(report, "kl", OWN)[:, 3], torch.zeros(5, dtype=torch.float64), atol=1e-6)
-    assert torch.equal(
-        of(report, "bits_per_byte", LOGIT)[:, 3], of(report, "bits_per_byte", OWN)[:, 3]
-    )  # the model itself
+    assert torch.equal(of(report, "bits_per_byte", LOGIT)[:, 3], of(report, "bits_per_byte", OWN)[:, 3])  # the model itself
 
 
 def check_by_hand(model, moved, maps):

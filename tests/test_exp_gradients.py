@@ -86,9 +86,7 @@ def test_random_directions_have_the_spread_of_their_dimension():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     report = gradients(model, zoo.tokens(8, 12), draws=50)
     low, high = report.bounds()
-    want = (
-        1.645 / (10 * 32) ** 0.5
-    )  # of a normal with variance 1 / dimensions: 0.092; the gradient is not spread evenly
+    want = 1.645 / (10 * 32) ** 0.5  # of a normal with variance 1 / dimensions: 0.092; the gradient is not spread evenly
     assert float(low.mean()) == pytest.approx(-want, rel=0.25) and float(high.mean()) == pytest.approx(want, rel=0.25)
     assert torch.equal(report.random, gradients(model, zoo.tokens(8, 12), draws=50).random)
     assert not torch.equal(report.random, gradients(model, zoo.tokens(8, 12), draws=50, seed=1).random)

@@ -65,9 +65,7 @@ def test_a_prior_holds_the_state(model):
     logp = lens[2](h).detach().log_softmax(-1)
     natural = 2 * torch.randn(1, 4000, 32, generator=torch.Generator().manual_seed(5)) + 0.5
     prior = Gaussian.of(moments(natural, natural[..., :1]))
-    assert torch.allclose(
-        prior.factor @ prior.factor.T, natural[0].T.cov(correction=0) + 4e-3 * torch.eye(32), atol=2e-2
-    )
+    assert torch.allclose(prior.factor @ prior.factor.T, natural[0].T.cov(correction=0) + 4e-3 * torch.eye(32), atol=2e-2)
     x = states(3)
     assert torch.allclose(prior.colour(prior.whiten(x)), x, atol=1e-3)
     free = invert(lens[2], logp, start=states(seed=1), steps=200)
@@ -86,9 +84,7 @@ def test_the_experiment_on_a_random_model(model, maps, tmp_path):
     at = {name: i for i, name in enumerate(report.conditions)}
     assert report.kl.shape == (2, 2, 4, 5) and report.settings["prior_positions"] == 32 * 23
     assert report.kl[:, 1, at[TRUE]].max() < 1e-5  # the last layer is the model
-    assert (report.kl[:, :, at[FREE]] <= report.kl[:, :, at[START]] + 1e-4).all() and report.kl[
-        :, :, at[FREE]
-    ].max() < 1e-2
+    assert (report.kl[:, :, at[FREE]] <= report.kl[:, :, at[START]] + 1e-4).all() and report.kl[:, :, at[FREE]].max() < 1e-2
     assert (report.cosine[:, :, at[TRUE]] > 0.999).all()
     assert report.typical[:, :, at[PRIOR]].mean() < report.typical[:, :, at[FREE]].mean()
     assert report.typical[:, :, at[TRUE]].mean() == pytest.approx(1.0, abs=0.4)

@@ -101,6 +101,4 @@ def test_bad_input_is_refused_before_a_pass(model, lenses, monkeypatch):
 
 def test_the_report_is_saved(model, lenses, tmp_path):
     folder = quality(model, lenses, zoo.tokens(4, 10), bytes_per_token=2.0).save(tmp_path / "out")
-    assert {"result.json", "result.csv", "bits_per_byte.svg", "kl.svg", "bias_bits.svg"} <= {
-        p.name for p in folder.iterdir()
-    }
+    assert {"result.json", "result.csv", "bits_per_byte.svg", "kl.svg", "bias_bits.svg"} <= {p.name for p in folder.iterdir()}

@@ -65,13 +65,9 @@ def check_draws(model, maps):
     for layer in (0, 2, 3):
         want = drawn_by_hand(model, lens, layer, tokens, 8, seed=3, temperature=0.7)
         for use_cache in (True, False):
-            got = sample_from(
-                model, lens, layer, tokens, 8, temperature=0.7, seed=3, use_cache=use_cache, stop_at_eos=False
-            )
+            got = sample_from(model, lens, layer, tokens, 8, temperature=0.7, seed=3, use_cache=use_cache, stop_at_eos=False)
             assert torch.equal(got, want), layer
-    assert not torch.equal(
-        sample_from(model, lens, 0, tokens, 8, seed=4), sample_from(model, lens, 0, tokens, 8, seed=5)
-    )
+    assert not torch.equal(sample_from(model, lens, 0, tokens, 8, seed=4), sample_from(model, lens, 0, tokens, 8, seed=5))
 
 
 def test_draws_are_those_of_the_lens_with_and_without_a_cache(model, maps):
@@ -128,9 +124,7 @@ def test_interventions_run_first(model, maps):
 
 def test_the_numbers_of_the_report_by_hand(model, maps):
     tokens = zoo.tokens(3, 6)
-    report = sampling(
-        model, {"logit": tll.Lens(model), "regression": tll.Lens(model, maps)}, tokens, max_new_tokens=7, seed=2
-    )
+    report = sampling(model, {"logit": tll.Lens(model), "regression": tll.Lens(model, maps)}, tokens, max_new_tokens=7, seed=2)
     assert report.layers == [0, 1, 2, 3]
     ids = sample_from(model, tll.Lens(model, maps), 1, tokens, 7, seed=2, stop_at_eos=False)
     logp = tll.run(model, ids)[:, 5:-1].log_softmax(-1).detach()
@@ -140,8 +134,7 @@ def test_the_numbers_of_the_report_by_hand(model, maps):
     assert torch.equal(of(report, "would", "regression")[1], logp.argmax(-1) == ids[:, 6:])
     model_ids = tll.generate(model, tokens, (), 7, do_sample=True, seed=2, stop_at_eos=False)[:, 6:]
     assert (
-        torch.equal(of(report, "agreement", "regression")[1], model_ids == ids[:, 6:])
-        and of(report, "agreement", "logit")[3].all()
+        torch.equal(of(report, "agreement", "regression")[1], model_ids == ids[:, 6:]) and of(report, "agreement", "logit")[3].all()
     )
     assert report.texts["regression"][1][0] == model.tokenizer.decode(ids[0, 6:].tolist())
     assert len(report.rows()) == 2 * 4 * 3

@@ -82,9 +82,7 @@ def test_a_planted_outlier_dimension_is_named(model, maps):
     report = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12), hooks=[tll.patch(2, widened)])
     plain = transfer(model, tll.Lens(model, maps), zoo.tokens(8, 12))
     assert plain.outliers() == {0: [], 1: [], 2: []} and report.outliers() == {0: [], 1: [], 2: [7]}
-    assert "7 (" in " ".join(str(report).split()) and report.asymmetry()[1] == pytest.approx(
-        float(report.penalty[:2, 2].mean())
-    )
+    assert "7 (" in " ".join(str(report).split()) and report.asymmetry()[1] == pytest.approx(float(report.penalty[:2, 2].mean()))
     assert report.asymmetry()[0] == pytest.approx(float(report.penalty[2, :2].mean()))
 
 

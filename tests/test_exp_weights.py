@@ -53,9 +53,7 @@ def test_singular_vectors_of_a_product():
         left, s, right = torch.linalg.svd(a[head] @ b[head].T)
         assert torch.allclose((u[head] @ left[:, :3]).abs(), torch.eye(3), atol=1e-4)
         assert torch.allclose((v[head] @ right[:3].T).abs(), torch.eye(3), atol=1e-4)
-        assert torch.allclose(
-            ((u[head] @ (a[head] @ b[head].T)) * v[head]).sum(-1), s[:3], rtol=1e-3
-        )  # signs fit together
+        assert torch.allclose(((u[head] @ (a[head] @ b[head].T)) * v[head]).sum(-1), s[:3], rtol=1e-3)  # signs fit together
 
 
 # --- readings

@@ -307,9 +307,7 @@ def test_sentences_of_bias_calibration_and_cost_have_the_answer_that_was_planted
     assert list(said) == ["next token", "bias", "calibration", "cost"]
     assert said["bias"] == "good, 0.20 (0.10, 0.30) nats, unigram 0.00; near 0.25 (0.20, 0.30), overlapping"
     assert said["calibration"] == "logit, 0.10 (0.05, 0.15), unigram 0.00; good 0.30 (0.29, 0.31), apart"
-    assert said["cost"].startswith(
-        "near, 3.0 M multiply-adds, 2.00 MB; its KL 0.52 is within the interval of good, 0.50 ("
-    )
+    assert said["cost"].startswith("near, 3.0 M multiply-adds, 2.00 MB; its KL 0.52 is within the interval of good, 0.50 (")
     # nearly the same, but certainly farther: the dear one is the cheapest that is as near
     report = _of(kl=[2.0, 0.5, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], spread=1e-3)
     assert report.sentences()[3].endswith("good, 9.0 M multiply-adds, 2.00 MB; none cheaper is within its interval")
@@ -317,9 +315,7 @@ def test_sentences_of_bias_calibration_and_cost_have_the_answer_that_was_planted
     assert report.sentences()[3].endswith("logit, 1.0 M multiply-adds, 0.00 MB; none is cheaper")
     assert report.sentences()[0].endswith("below good in 100% of resampled texts")
     # texts that are all alike: an interval of no width
-    report = _of(
-        kl=[2.0, 0.1, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], rows=7, spread=0.0
-    )
+    report = _of(kl=[2.0, 0.1, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], rows=7, spread=0.0)
     assert "cost: good, " in report.sentences()[3]
 
 
@@ -329,9 +325,7 @@ def test_a_lens_that_says_less_than_the_guess_is_praised_for_nothing():
     assert len(report.sentences()) == 4
     assert all("none beats the unigram guess" in text for text in report.sentences())
     report = _of(kl=[4.0, 2.0, 3.0], bias=[zero, some, zero], ece=[zero, some, zero], adds=[1e6, 2e6, 0.0])
-    assert [text.split(": ")[1].split(",")[0] for text in report.sentences()] == [
-        "good"
-    ] * 4  # logit's 0 is the guess' own
+    assert [text.split(": ")[1].split(",")[0] for text in report.sentences()] == ["good"] * 4  # logit's 0 is the guess' own
 
 
 def test_each_layer_has_its_score_with_interval_and_other_labels():

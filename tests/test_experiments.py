@@ -218,9 +218,7 @@ def test_every_file_of_the_paper_and_of_lre_is_read(shared):
 
 def test_the_placeholder_is_found_behind_a_bos_that_spells_it(lab):
     target = facts.target_of(lab, "{} originates from the country of")  # "<|endoftext|>" has an x
-    assert (
-        target.pos == 1 and lab.tokenizer.decode(lab.to_tokens(target.prompt, prepend_bos=True)[0, 1:2].tolist()) == "x"
-    )
+    assert target.pos == 1 and lab.tokenizer.decode(lab.to_tokens(target.prompt, prepend_bos=True)[0, 1:2].tolist()) == "x"
     target = facts.target_of(lab, "The exact text of {} is")
     assert lab.tokenizer.decode(lab.to_tokens(target.prompt, prepend_bos=True)[0, target.pos :].tolist()) == " x is"
     with pytest.raises(ValueError, match="expected a template"):
@@ -372,9 +370,7 @@ def test_entities_against_the_computation_by_hand(lab):
     result = tll.patchscope(lab, list(report.names), target, [0, 1, 4], max_new_tokens=8)
     by_hand = tll.faithfulness(result, controls=[], among=10).grid.at(condition="vector")["identified"]
     assert report.identified.mean(0).tolist() == pytest.approx(by_hand.tolist()) and by_hand[0] > by_hand[2]
-    assert [row["score"] for row in report.rows() if row["condition"] == "identified"] == pytest.approx(
-        by_hand.tolist()
-    )
+    assert [row["score"] for row in report.rows() if row["condition"] == "identified"] == pytest.approx(by_hand.tolist())
     assert "identified" in str(report)
 
 
@@ -559,8 +555,5 @@ def test_a_layer_out_of_range_is_the_same_error_in_every_command(name, tmp_path)
 
     done = CliRunner().invoke(app, ["experiment", name, "--layers", "20", "--output", str(tmp_path / "out")])
     depth = 8
-    assert (
-        done.exit_code == 1
-        and f"no layer 20: this model has layers 0..{6 if name == 'cross-model' else depth}" in done.stderr
-    )
+    assert done.exit_code == 1 and f"no layer 20: this model has layers 0..{6 if name == 'cross-model' else depth}" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -156,9 +156,7 @@ def test_an_inversion_is_asked_in_words():
     inverted = tll.patchscope(model, WORDS[:2], repeat, layers=[1], max_new_tokens=n_new).text
     for j in range(2):
         words = inverted[j][0].strip().split("\n")[0].strip()
-        expected = plain_score(
-            zoo.reference("gpt2"), ids_of(model, TARGET.prompt.replace("mat", words)), generated(result)[0][0]
-        )
+        expected = plain_score(zoo.reference("gpt2"), ids_of(model, TARGET.prompt.replace("mat", words)), generated(result)[0][0])
         assert float(found.scores["inverted as text"][0, 0, j]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -212,9 +210,7 @@ def test_what_cannot_be_asked_is_left_out_and_said():
     in_words = {"source as text", "token as text", "inverted as text"}
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     found = tll.faithfulness(tll.patchscope(model, tll.Source(vectors), TARGET, target_layers=[1], max_new_tokens=2))
-    assert set(found.settings["left_out"]) == in_words - {"inverted as text"} and "the sources are no text" in str(
-        found
-    )
+    assert set(found.settings["left_out"]) == in_words - {"inverted as text"} and "the sources are no text" in str(found)
     same = tll.patchscope(model, [tll.Source("the cat sat", 1), tll.Source("a dog ran far", 1)], None, layers=[1, 2])
     found = tll.faithfulness(same)
     assert set(found.settings["left_out"]) == in_words and set(found.scores) == {"vector", *CONTROLS} - in_words
@@ -230,9 +226,7 @@ def test_what_cannot_be_asked_is_left_out_and_said():
 def test_the_source_of_another_model_is_read_through_its_map():
     model, other = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.build("llama", zoo.FEW_KINDS[0])
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
-    result = tll.patchscope(
-        model, WORDS[:3], TARGET, pairs=[(2, 1)], to=other, map=lambda v: v @ turn, max_new_tokens=2
-    )
+    result = tll.patchscope(model, WORDS[:3], TARGET, pairs=[(2, 1)], to=other, map=lambda v: v @ turn, max_new_tokens=2)
     found = tll.faithfulness(result)
     hf, prompt = zoo.reference("llama"), ids_of(other, TARGET.prompt)
     place = result.settings["target_positions"][0][0]
@@ -257,6 +251,4 @@ def test_what_cannot_be_scored_is_refused(unchecked):
     with pytest.raises(ValueError, match="controls must be .*'mean vector'.*got 'judge'"):
         tll.faithfulness(result, controls=["judge"])
     with pytest.raises(ValueError, match="no call to ask again"):
-        tll.faithfulness(
-            tll.PatchscopeResult(result.sources, result.pairs, result.top_ids, result.top_probs, result.vocab)
-        )
+        tll.faithfulness(tll.PatchscopeResult(result.sources, result.pairs, result.top_ids, result.top_probs, result.vocab))

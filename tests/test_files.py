@@ -124,12 +124,7 @@ def test_states_round_trip_and_are_written_whole(tmp_path, monkeypatch):
     file = tmp_path / "deep" / "state"
     files.save_state(file, tree)
     back = files.load_state(file)
-    assert (
-        torch.equal(back["a"], tree["a"])
-        and back["b"][0][5] is None
-        and back["b"][1:] == ["text", 1.5]
-        and back["empty"] == {}
-    )
+    assert torch.equal(back["a"], tree["a"]) and back["b"][0][5] is None and back["b"][1:] == ["text", 1.5] and back["empty"] == {}
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         files.save_state(file, {"a": torch.zeros(3)})
@@ -474,9 +469,7 @@ def test_csv_has_a_line_for_each_row_whatever_is_in_a_token(tmp_path):
             assert [row["token"] for row in csv.DictReader(file)] == shown
         back = pandas.read_csv(tmp_path / "a.csv", keep_default_na=False, na_values={"kl": ""}, lineterminator="\n")
         assert len(back) == len(tokens) and back.kl[4] == 4 / 3 and back.kl.isna().sum() == 1
-    frame = pandas.DataFrame(
-        {"x": torch.tensor([0.1, 2.0]).numpy(), "n": [1, 2], "ok": [True, False], "none": [None, "a"]}
-    )
+    frame = pandas.DataFrame({"x": torch.tensor([0.1, 2.0]).numpy(), "n": [1, 2], "ok": [True, False], "none": [None, "a"]})
     assert files.csv_text(frame) == frame.to_csv(index=False)
     with pytest.raises(TypeError, match="expected a frame or"):
         files.csv_text("text")

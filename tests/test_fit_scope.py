@@ -52,9 +52,7 @@ def test_a_map_from_a_layer_into_itself_is_the_fitted_one(model):
     assert torch.equal(maps[2, 2].weight, torch.eye(32))  # not fitted: the identity, as before
 
 
-@pytest.mark.parametrize(
-    ("arch", "rank", "mode"), [("gpt2", 0, "replace"), ("llama", 2, "add"), ("gemma2", 1, "replace")]
-)
+@pytest.mark.parametrize(("arch", "rank", "mode"), [("gpt2", 0, "replace"), ("llama", 2, "add"), ("gemma2", 1, "replace")])
 def test_the_loss_is_that_of_a_plain_loop(monkeypatch, arch, rank, mode):
     model = zoo.build(arch)
     labels = [[7], [8, 9], [10, 11, 12], [13, 14], [7, 7]]
@@ -155,9 +153,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_maps(tmp_path, error):
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
     assert set(entries[0]["loss"]) == set(entries[0]["bias"]) == {(1, 1), (2, 0)}
     assert torch.equal(rest.weights, whole.weights) and torch.equal(rest.biases, whole.biases)
-    assert (
-        rest.meta["held_out"] == whole.meta["held_out"] and rest.meta["tokens_seen"] == whole.meta["tokens_seen"] == 30
-    )
+    assert rest.meta["held_out"] == whole.meta["held_out"] and rest.meta["tokens_seen"] == whole.meta["tokens_seen"] == 30
     for change in (
         dict(rank=2),
         dict(rank=1, labels=1),
@@ -248,10 +244,7 @@ def test_it_goes_through_hooks_soft_prompts_and_another_model(model):
         fitted(model, to=other),
     ]  # fmt: skip
     assert len({round(float(maps.biases.sum()), 4) for maps in fits}) == len(fits)
-    assert (
-        fits[-1].n_target_layers == 3
-        and tll.patchscope(model, "the dog", TARGET, pairs=[(2, 0)], map=fits[-1], to=other).pairs
-    )
+    assert fits[-1].n_target_layers == 3 and tll.patchscope(model, "the dog", TARGET, pairs=[(2, 0)], map=fits[-1], to=other).pairs
 
 
 @pytest.mark.parametrize(

@@ -215,9 +215,7 @@ def test_a_lens_of_heads_flattens_them_on_their_way():
 
 
 def test_a_shift_keeps_the_weights_of_the_identity():
-    skip = tll.fit_regression(
-        zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), [0, 1], target_layer=2, method="shift"
-    )
+    skip = tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12), [0, 1], target_layer=2, method="shift")
     assert skip.rows[0] == ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre")
     assert torch.equal(skip[0].weight, torch.eye(32))
 
@@ -239,10 +237,7 @@ def test_hooks_and_masks_reach_a_fit():
     padded = torch.cat([torch.full((24, 3), zoo.PAD), tokens], 1)
     mask = torch.cat([torch.zeros(24, 3), torch.ones(24, 12)], 1).long()
     masked = tll.fit_regression(model, tll.Batch(padded, mask))
-    assert (
-        torch.allclose(plain.weights, masked.weights, atol=1e-3)
-        and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
-    )
+    assert torch.allclose(plain.weights, masked.weights, atol=1e-3) and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
 
 
 # --- tuned

@@ -406,9 +406,7 @@ def test_a_selfie_checkpoint_says_more_beside_its_config(tmp_path):
     maps = quietly(tll.Translators.load, tmp_path / "adapter.pt", **given)
     assert maps.pairs == ((0, 0),)  # a map of a layer into itself is no identity here
     assert torch.allclose(maps[0, 0](h), torch.tensor(0.5).exp() * torch.nn.functional.normalize(h, dim=-1), atol=1e-6)
-    torch.save(
-        content | {"projection_state": {"log_scale": torch.zeros(1), "gate": torch.ones(D)}}, tmp_path / "new.pt"
-    )
+    torch.save(content | {"projection_state": {"log_scale": torch.zeros(1), "gate": torch.ones(D)}}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match=r"\['gate'\] is of a projection that we do not know"):
         tll.Translators.load(tmp_path / "new.pt", **given)
 
@@ -451,9 +449,7 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path):
 
 
 def test_a_centred_lens_is_written_for_raw_weights(tmp_path):
-    centred = tll.Translators(
-        [(i, N) for i in range(N)], random(N, D, D), random(N, D), n_layers=N, meta={"basis": "centered"}
-    )
+    centred = tll.Translators([(i, N) for i in range(N)], random(N, D, D), random(N, D), n_layers=N, meta={"basis": "centered"})
     centred.export("tuned-lens", tmp_path / "out")
     back = quietly(tll.Translators.load, tmp_path / "out")
     h = random(4, D, seed=5, scale=3.0) + 2
@@ -474,9 +470,9 @@ def test_a_direction_adds_its_logits_without_a_bias(arch):
     scale = (centred.square().mean() + 1e-5).sqrt()
     eps = 1e-3
     moved = maps[1](h + eps * v)
-    held = lambda x: lens.readout.unembed_module(
-        (((x - x.mean() if arch == "gpt2" else x) / scale) * _gain(lens))[None, None]
-    )[0, 0]
+    held = lambda x: lens.readout.unembed_module((((x - x.mean() if arch == "gpt2" else x) / scale) * _gain(lens))[None, None])[
+        0, 0
+    ]
     assert torch.allclose((held(moved) - held(z)) * scale / eps, lens.read(v, 1), atol=0.05)
     assert torch.allclose(lens.read(2 * v, 1), 2 * lens.read(v, 1), atol=1e-4) and not lens.read(0 * v, 1).any()
 

@@ -122,9 +122,7 @@ def broken_lines(path):
         words = after.lstrip("# ").split()
         if not {number - 1, number, number + 1} <= group or not line.strip('# "') or not words:
             continue
-        if any(part.lstrip("# ").startswith((">>>", "|")) for part in (before, line, after)) or indent(line) != indent(
-            after
-        ):
+        if any(part.lstrip("# ").startswith((">>>", "|")) for part in (before, line, after)) or indent(line) != indent(after):
             continue
         short = len(before) >= 85 and len(line) <= 70 and len(line) + 1 + len(words[0]) <= 105
         if short and line.rstrip()[-1] not in ".:;?!)`":

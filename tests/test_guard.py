@@ -31,9 +31,7 @@ def test_a_layer_that_got_worse_keeps_its_start_and_the_record_says_so():
     record = ruined.meta["guard"]
     assert record["tokens"] == LEAST and record["kept_start"] == [row[0] for row in ruined.rows]
     assert all(end > begin for begin, end in zip(record["start"], record["end"], strict=True))
-    assert torch.allclose(ruined.delta, start.delta, atol=1e-4) and torch.allclose(
-        ruined.biases, start.biases, atol=1e-4
-    )
+    assert torch.allclose(ruined.delta, start.delta, atol=1e-4) and torch.allclose(ruined.biases, start.biases, atol=1e-4)
     assert losses(ruined, guard) == pytest.approx(record["start"], rel=0.02, abs=1e-4)
     assert max(losses(unguarded, guard)) > 2 * max(losses(ruined, guard)) and "guard" not in unguarded.meta
 

@@ -85,9 +85,7 @@ def test_a_read_is_what_the_cache_holds(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "pos", [3, -1, [0, 4], slice(2, 5), torch.tensor([1, 7]), torch.tensor([[1, 2], [3, -1]]), None], ids=str
-)
+@pytest.mark.parametrize("pos", [3, -1, [0, 4], slice(2, 5), torch.tensor([1, 7]), torch.tensor([[1, 2], [3, -1]]), None], ids=str)
 def test_patch_then_read_is_the_patch_and_only_there(model, pos):
     before, after = {}, {}
     value = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
@@ -528,9 +526,7 @@ def test_a_source_is_a_chat_with_one_bos(model, eager, monkeypatch):
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     if eager:
         plain = tokens_module.encode
-        monkeypatch.setattr(
-            tokens_module, "encode", lambda tokenizer, texts: [[zoo.BOS, *ids] for ids in plain(tokenizer, texts)]
-        )
+        monkeypatch.setattr(tokens_module, "encode", lambda tokenizer, texts: [[zoo.BOS, *ids] for ids in plain(tokenizer, texts)])
     say = lambda prompt: tll.patchscope(model, tll.Source(prompt), layers=[1, 2])
     want = say(theirs["input_ids"]).logits
     for prompt in (messages, theirs, bare, *([] if eager else [text])):

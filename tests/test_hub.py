@@ -96,10 +96,7 @@ class _Hub(BaseHTTPRequestHandler):
         if "/preupload/" in self.path:
             asked = json.loads(body)["files"]
             told = {
-                "files": [
-                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                    for file in asked
-                ]
+                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in asked]
             }
             return self._answer(200, json.dumps(told).encode(), Content_Type="application/json")
         repository = self.path.removeprefix("/api/models/").split("/commit/")[0]
@@ -146,9 +143,7 @@ def folder(path):
 
 def a_lens():
     meta = {"fitter": "tuned", "model": "openai-community/gpt2", "basis": "raw", "tokens_seen": 1024}
-    return tll.Translators(
-        [(i, N) for i in range(N)], torch.eye(D) + random(N, D, D), random(N, D), n_layers=N, meta=meta
-    )
+    return tll.Translators([(i, N) for i in range(N)], torch.eye(D) + random(N, D, D), random(N, D), n_layers=N, meta=meta)
 
 
 def test_a_lens_of_ours_is_pushed_and_pulled(hub, tmp_path, monkeypatch):
@@ -167,21 +162,15 @@ def test_a_lens_of_ours_is_pushed_and_pulled(hub, tmp_path, monkeypatch):
         and "| tokens_seen | `1024` |" in card
     )
     back = tll.Translators.load("owner/name", cache_dir=tmp_path / "elsewhere", token="hf_mine", revision="v1")
-    assert (
-        torch.equal(back.delta, lens.delta) and (tmp_path / "elsewhere").is_dir() and hub.tokens[-1] == "Bearer hf_mine"
-    )
+    assert torch.equal(back.delta, lens.delta) and (tmp_path / "elsewhere").is_dir() and hub.tokens[-1] == "Bearer hf_mine"
     pulled = CliRunner().invoke(app, ["pull", "owner/name", str(tmp_path / "pulled")])
-    assert pulled.exit_code == 0 and torch.equal(tll.Translators.load(tmp_path / "pulled").delta, lens.delta), (
-        pulled.stderr
-    )
+    assert pulled.exit_code == 0 and torch.equal(tll.Translators.load(tmp_path / "pulled").delta, lens.delta), pulled.stderr
 
 
 def test_a_model_of_the_tuned_lens_space(hub, tmp_path, monkeypatch):
     state = write_tuned_lens(tmp_path / "lens")
     for owner in ("", "EleutherAI/"):
-        hub.repositories[SPACE] = {
-            f"lens/{owner}tiny/{name}": content for name, content in folder(tmp_path / "lens").items()
-        }
+        hub.repositories[SPACE] = {f"lens/{owner}tiny/{name}": content for name, content in folder(tmp_path / "lens").items()}
         lens = quietly(tll.Translators.load, f"{owner}tiny")
         assert torch.equal(lens.delta[1], state["1.weight"]) and lens.meta["format"] == "tuned-lens"
     listed = CliRunner().invoke(app, ["list", "tuned-lens"])
@@ -190,20 +179,14 @@ def test_a_model_of_the_tuned_lens_space(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNED_LENS_REPO_TYPE", "model")
     with pytest.raises(FileNotFoundError, match=r"lens/tiny/config.json of me/copies: no such repository"):
         tll.Translators.load("tiny")
-    hub.repositories["me/copies"] = {
-        f"lens/tiny/{name}": content for name, content in folder(tmp_path / "lens").items()
-    }
+    hub.repositories["me/copies"] = {f"lens/tiny/{name}": content for name, content in folder(tmp_path / "lens").items()}
     assert torch.equal(quietly(tll.Translators.load, "tiny").delta[1], state["1.weight"])
 
 
 def test_a_file_of_another_package_by_its_name(hub, tmp_path):
     matrices = write_jacobians(tmp_path / "lens.pt")
-    hub.repositories["neuronpedia/jacobian-lens"] = {
-        "tiny/jlens/tiny_jacobian_lens.pt": (tmp_path / "lens.pt").read_bytes()
-    }
-    lens = quietly(
-        tll.Translators.load, "neuronpedia/jacobian-lens", filename="tiny/jlens/tiny_jacobian_lens.pt", n_layers=N
-    )
+    hub.repositories["neuronpedia/jacobian-lens"] = {"tiny/jlens/tiny_jacobian_lens.pt": (tmp_path / "lens.pt").read_bytes()}
+    lens = quietly(tll.Translators.load, "neuronpedia/jacobian-lens", filename="tiny/jlens/tiny_jacobian_lens.pt", n_layers=N)
     assert torch.allclose(lens[1].weight, matrices[0], atol=1e-6)
     listed = CliRunner().invoke(app, ["list", "neuronpedia/jacobian-lens"])
     assert listed.stdout.startswith("tiny/jlens/tiny_jacobian_lens.pt  a lens file, ")
@@ -230,9 +213,7 @@ def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path, name, how, 
     with pytest.raises(FileNotFoundError, match=message) as error:
         tll.Translators.load(name, **how)
     assert "\n" not in str(error.value)
-    told = CliRunner().invoke(
-        app, ["pull", name, str(tmp_path / "out"), *(x for k, v in how.items() for x in (f"--{k}", v))]
-    )
+    told = CliRunner().invoke(app, ["pull", name, str(tmp_path / "out"), *(x for k, v in how.items() for x in (f"--{k}", v))])
     assert told.exit_code == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -252,9 +233,7 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path):
 
 def test_no_network_and_offline_say_so(hub, monkeypatch):
     offline(monkeypatch, True)
-    with pytest.raises(
-        FileNotFoundError, match="not in the cache and the Hub cannot be reached: connect, or give a folder"
-    ):
+    with pytest.raises(FileNotFoundError, match="not in the cache and the Hub cannot be reached: connect, or give a folder"):
         tll.Translators.load("owner/name")
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         files.offers("owner/name")

@@ -198,14 +198,10 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     expected = json.loads((tmp_path / "lab-gpt2" / "checksums.json").read_text())["model.safetensors"]
-    with pytest.raises(
-        ValueError, match=rf"model\.safetensors is damaged: expected SHA-256 {expected}, got [0-9a-f]{{64}}"
-    ):
+    with pytest.raises(ValueError, match=rf"model\.safetensors is damaged: expected SHA-256 {expected}, got [0-9a-f]{{64}}"):
         lab.load()
     weights.unlink()
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors is damaged: .* got no file; bring it back with pip install"
-    ):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .* got no file; bring it back with pip install"):
         lab.load()
     (tmp_path / "lab-gpt2" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):

@@ -110,14 +110,9 @@ LIGHT = {"torch", "einops", "jaxtyping"}
 def _imports(path: Path) -> list[tuple[str, bool]]:
     """`(module, at import time?)` for every import of a file, `tl_lenses.` stripped off ours (which start with a dot then)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
-    }
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
     typing_only = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
-        for n in ast.walk(f)
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test) for n in ast.walk(f)
     }
     imports = []
     for node in ast.walk(tree):
@@ -126,15 +121,11 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [
-                f"{node.module}.{alias.name}" if node.module == "tl_lenses" else node.module for alias in node.names
-            ]
+            names = [f"{node.module}.{alias.name}" if node.module == "tl_lenses" else node.module for alias in node.names]
         else:
             continue
         for name in names:
-            imports.append(
-                (name.replace("tl_lenses.", ".", 1) if name.startswith("tl_lenses.") else name, id(node) not in inside)
-            )
+            imports.append((name.replace("tl_lenses.", ".", 1) if name.startswith("tl_lenses.") else name, id(node) not in inside))
     return imports
 
 
@@ -234,7 +225,5 @@ def test_import_is_light():
 
 
 def test_files_are_read_at_one_sitting():
-    long = {
-        str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500
-    }
+    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
     assert not long

@@ -215,9 +215,7 @@ def test_a_stream_that_is_centred_behind_its_embedding_alone_takes_no_map_that_r
                 tll.Lens(there, fitted[here], check=check)
     # maps that read no mean say the same everywhere
     w = fitted[raw].weights
-    centred = Translators(
-        fitted[raw].rows, w, fitted[raw].biases, n_layers=3, meta={**fitted[raw].meta, "basis": "centered"}
-    )
+    centred = Translators(fitted[raw].rows, w, fitted[raw].biases, n_layers=3, meta={**fitted[raw].meta, "basis": "centered"})
     lenses = [tll.Lens(model, centred) for model in (raw, mixed)]
     assert [lens.translators.basis for lens in lenses] == ["raw", "mixed"]
     logp = [lens[2](residual(lens.model, 2)).log_softmax(-1) for lens in lenses]
@@ -283,9 +281,7 @@ def test_translators_of_another_model_are_refused():
     for check in ("strict", "warn"):  # never another width
         with pytest.raises(ValueError, match=r"\(d_model 16, 3 layers\); this model is .*\(d_model 32, 3 layers\)"):
             tll.Lens(model, wide, check=check)
-    inner = Translators(
-        [(tll.site(model, 0), tll.site(model, 2))], torch.zeros(1, 32, 32), torch.zeros(1, 32), n_layers=3
-    )
+    inner = Translators([(tll.site(model, 0), tll.site(model, 2))], torch.zeros(1, 32, 32), torch.zeros(1, 32), n_layers=3)
     with pytest.raises(ValueError, match="maps into the final residual"):
         tll.Lens(model, inner)
 
@@ -330,9 +326,7 @@ def test_a_lens_takes_the_path_of_saved_translators(tmp_path):
 def test_a_lens_says_what_it_takes(unchecked):
     model = zoo.build("gpt2", zoo.KINDS[0])
     for wrong, got in ((3, "a int"), ({}, "a dict"), (tll.Lens(model), "a Lens"), (torch.eye(2), "a Tensor")):
-        with pytest.raises(
-            TypeError, match=f"expected Translators, the path of saved ones or None .*, got {got}: fit some"
-        ):
+        with pytest.raises(TypeError, match=f"expected Translators, the path of saved ones or None .*, got {got}: fit some"):
             tll.Lens(model, wrong)
     with pytest.raises(TypeError, match="expected a TransformerLens model"):
         tll.Lens(None)

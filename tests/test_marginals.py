@@ -45,9 +45,7 @@ def test_they_are_mean_and_spread_of_log_probabilities(model):
 def test_a_calibrated_trajectory_ranks_by_the_score(model, kind):
     lens = tll.Lens(model, _random(model))
     usual = tll.marginals(model, lens, zoo.tokens(9, 14, seed=2), show_progress=False).by(kind)
-    plain, traj = (
-        tll.trajectory(model, lens, TOKENS, track=[7, 9], calibrated=by, chunk_size=5) for by in (None, usual)
-    )
+    plain, traj = (tll.trajectory(model, lens, TOKENS, track=[7, 9], calibrated=by, chunk_size=5) for by in (None, usual))
     score = usual.score("", 1, whole(model, lens, TOKENS, 1))
     best = score.topk(10).indices
     assert torch.equal(traj.top_ids[1], best) and not torch.equal(traj.top_ids[1], plain.top_ids[1])

@@ -73,9 +73,7 @@ def test_ranks_are_a_character_each_and_read_back_to_a_few_percent():
 def testrank_steps_fit_the_characters_and_are_exact_first(worst):
     steps = rank_steps(worst)
     assert steps[0] == 1 and steps[-1] == worst and len(steps) <= len(CODES) and steps == sorted(set(steps))
-    assert steps[:9] == list(range(1, 10))[: len(steps)] and (worst > len(CODES)) == (
-        steps != list(range(1, worst + 1))
-    )
+    assert steps[:9] == list(range(1, 10))[: len(steps)] and (worst > len(CODES)) == (steps != list(range(1, worst + 1)))
 
 
 def test_left_out_positions_are_faded_and_leave_the_scale():
@@ -85,11 +83,7 @@ def test_left_out_positions_are_faded_and_leave_the_scale():
         t.stats["kl"][:, :, 0] = 1000.0
     page = views.html(trajs, "kl")
     data = data_of(page)
-    assert (
-        data["rows"][0]["faded"] == [0]
-        and data["stats"]["kl"]["high"] <= 5
-        and "position 0, which the fit left out" in page
-    )
+    assert data["rows"][0]["faded"] == [0] and data["stats"]["kl"]["high"] <= 5 and "position 0, which the fit left out" in page
     assert len(re.findall(r'<td class="[cdn][^"]* o"', page)) == 3
     assert data_of(views.html(trajs["logit"], "kl"))["rows"][0]["faded"] == []  # nothing was fitted
     both = views.svg(trajs, "kl")
@@ -138,15 +132,11 @@ def test_several_lenses_are_small_multiples_on_one_scale_and_long_prompts_wrap()
     trajs = two(pos=30)
     root = ET.fromstring(views.svg(trajs, "kl"))
     texts = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert (
-        texts.count("toy, logit lens") == texts.count("toy, tuned lens") == texts.count("KL(model ‖ lens), nats") == 1
-    )
+    assert texts.count("toy, logit lens") == texts.count("toy, tuned lens") == texts.count("KL(model ‖ lens), nats") == 1
     one, wrapped = (ET.fromstring(views.svg(trajs["logit"], "kl", width=w)) for w in (None, 700))
     size = lambda e: (int(e.get("width")), int(e.get("height")))
     assert size(one)[0] > 1400 and size(wrapped)[0] <= 700 and size(wrapped)[1] > 2 * size(one)[1] - 100
-    assert len(list(one.iter("{http://www.w3.org/2000/svg}title"))) == len(
-        list(wrapped.iter("{http://www.w3.org/2000/svg}title"))
-    )
+    assert len(list(one.iter("{http://www.w3.org/2000/svg}title"))) == len(list(wrapped.iter("{http://www.w3.org/2000/svg}title")))
 
 
 def test_a_slide_has_lenses_side_by_side_and_the_answer_beside_their_layers(tmp_path):
@@ -160,9 +150,7 @@ def test_a_slide_has_lenses_side_by_side_and_the_answer_beside_their_layers(tmp_
         assert len(heat.columns) == 3 and [int(row) for row in heat.rows] == list(range(30, -1, -3))
         assert heat.bars == pytest.approx(t.tracked.probs[:, 0, -1, 0].flip(0)[::3].tolist())
         assert heat.beside[0].endswith(f"#{int(t.tracked.ranks[-1, 0, -1, 0]):,}")
-    with pytest.raises(
-        ValueError, match=r"the answer ' Rome' was not tracked, only \[' Paris', ' is'\]: pass track=\[' Rome'\]"
-    ):
+    with pytest.raises(ValueError, match=r"the answer ' Rome' was not tracked, only \[' Paris', ' is'\]: pass track=\[' Rome'\]"):
         views.slide(trajs, answer=" Rome")
     assert 'width="1920"' in views.save(trajs, tmp_path / "x.svg", answer=" Paris").read_text("utf-8")
     with pytest.raises(ValueError, match="no difference"):
@@ -179,9 +167,7 @@ def test_the_picture_of_a_slide_is_16_to_9():
 
 
 def test_a_matrix_has_a_page_a_picture_a_text_and_a_frame():
-    m = views.heat(
-        [[0.0, 1.5], [math.nan, -2.0]], rows=["a", "b"], title="drop", unit="nats", down="layer", across="head"
-    )
+    m = views.heat([[0.0, 1.5], [math.nan, -2.0]], rows=["a", "b"], title="drop", unit="nats", down="layer", across="head")
     assert repr(m) == "Matrix('drop', 2 x 2)" and "1.50" in str(m) and "–" in str(m)
     assert [row[1:] for row in parsed(m.html()).rows] == [["0", "1"], ["0.00", "1.50"], ["", "−2.00"]]
     data = data_of(m.html())
@@ -247,13 +233,9 @@ def test_a_vector_is_that_of_a_cell_if_all_up_to_its_token_is_the_same():
 def test_a_page_of_real_results(tmp_path):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     prompt = "the cat sat on the mat"
-    result = tll.patchscope(
-        model, [tll.Source(prompt, 2), tll.Source(prompt, "mat")], tll.Target("the sat is cat", 3), [0, 2]
-    )
+    result = tll.patchscope(model, [tll.Source(prompt, 2), tll.Source(prompt, "mat")], tll.Target("the sat is cat", 3), [0, 2])
     (taken, _), (put,) = result.source_prompts, result.target_prompts
-    assert (
-        taken.at == (2,) and taken.ids == model.to_tokens(prompt)[0].tolist() and put.at == (3,) and len(put.texts) > 3
-    )
+    assert taken.at == (2,) and taken.ids == model.to_tokens(prompt)[0].tolist() and put.at == (3,) and len(put.texts) > 3
     found = tll.faithfulness(result, draws=2)
     linked = tll.page(tll.trajectory(model, tll.Lens(model), prompt), scopes=[found])
     cells = data_of(linked.text)["readings"][0]["cells"][0]

@@ -37,9 +37,7 @@ def opened(chromium, tmp_path):
     def open_page(text, width=1000, theme="light"):
         file = tmp_path / f"{len(windows)}.html"
         file.write_text(text, "utf-8")
-        window = chromium.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=theme or "null", offline=True
-        )
+        window = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme or "null", offline=True)
         windows.append(window)
         page = window.new_page()
         own = (file.as_uri(), "about:srcdoc")

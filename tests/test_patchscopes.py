@@ -288,9 +288,7 @@ def test_top_k_says_its_range(model, unchecked):
 def test_logits_are_read_where_asked(model, share):
     seen = {}
     tll.run(model, PROMPT, [tll.read(1, seen, pos=-1)])
-    got = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=1), layers=[1], read=2, share=share).logits[
-        0, 0
-    ]
+    got = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET, pos=1), layers=[1], read=2, share=share).logits[0, 0]
     want = tll.run(model, TARGET, [tll.patch(1, tll.edits.replace(seen[1][0, 0]), pos=1)])[0]
     torch.testing.assert_close(got, want[2], atol=1e-4, rtol=0)
     assert not torch.allclose(got, want[-1], atol=1e-2)

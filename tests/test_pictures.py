@@ -69,9 +69,7 @@ def test_pictures_are_free_of_the_settings_of_the_user():
 
     lines, heat = Lines("t", {"a": [(0, 1.0), (1, 2.0)]}), Heat("t", ["r"], ["a"], [[0.5]])
     plain = lines.svg(), lines.png(), heat.png()
-    with matplotlib.rc_context(
-        {"axes.facecolor": "red", "font.size": 30, "text.usetex": False, "savefig.bbox": "tight"}
-    ):
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "text.usetex": False, "savefig.bbox": "tight"}):
         assert (lines.svg(), lines.png(), heat.png()) == plain
         assert matplotlib.rcParams["font.size"] == 30
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
@@ -100,9 +98,7 @@ def test_bands_are_areas_of_lines_and_error_bars_of_bars():
 
 def test_the_interval_of_a_value_is_drawn_as_its_band():
     one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    grid = Grid.over(
-        {"lens": ["a", "b"], "layer": [0, 5]}, {"kl": one, "kl_low": one - 0.5, "kl_high": one + 1, "top1": one}
-    )
+    grid = Grid.over({"lens": ["a", "b"], "layer": [0, 5]}, {"kl": one, "kl_low": one - 0.5, "kl_high": one + 1, "top1": one})
     lines = grid.lines("t", "kl", by="lens")
     assert lines.bands == {"a": [(0, 0.5, 2.0), (5, 1.5, 3.0)], "b": [(0, 2.5, 4.0), (5, 3.5, 5.0)]}
     assert grid.lines("t", "top1", by="lens").bands == {}
@@ -123,13 +119,9 @@ def test_means_come_with_the_interval_of_the_draws():
 
 def test_pictures_of_layers_have_the_last_one_on_top():
     x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    heat = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat(
-        "t", "x", down="layer", across="task"
-    )
+    heat = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat("t", "x", down="layer", across="task")
     assert (heat.rows, heat.values) == (["4", "0"], [[2.0, 3.0], [0.0, 1.0]])
-    tasks = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat(
-        "t", "x", down="task", across="layer"
-    )
+    tasks = Grid({"layer": [0, 4], "task": ["a", "b"]}, {"x": (("layer", "task"), x)}).heat("t", "x", down="task", across="layer")
     assert (tasks.rows, tasks.values) == (["a", "b"], [[0.0, 2.0], [1.0, 3.0]])
     cells = Cells([(0, 1), (0, 2), (4, 1)], {"patched": torch.tensor([[0.0, 1.0, 0.5]])}, ["item"]).heat("t")
     assert cells.rows == ["4", "0"] and cells.values[1] == [0.0, 1.0] and cells.values[0][0] == 0.5

@@ -63,15 +63,11 @@ def test_shared_equals_naive(arch, kind, seed, monkeypatch):
     )
     shared = tll.patchscope(model, sources, target, pairs=pairs, **options)
     naive, leads = naive_run(monkeypatch, model, sources, target, pairs=pairs, **options)
-    assert (
-        shared.pairs == naive.pairs and shared.sources == naive.sources and naive.plan == "whole prompts (share=False)"
-    )
+    assert shared.pairs == naive.pairs and shared.sources == naive.sources and naive.plan == "whole prompts (share=False)"
     assert shared.plan.startswith("prefix") == (place[0] > 0 and shared.plan != NO_CACHE), shared.plan
     assert (shared.logits - naive.logits).abs().max() < 1e-4
     compared = 0
-    for a, b, lead in zip(
-        shared.tokens.flatten(0, 1).tolist(), naive.tokens.flatten(0, 1).tolist(), leads, strict=True
-    ):
+    for a, b, lead in zip(shared.tokens.flatten(0, 1).tolist(), naive.tokens.flatten(0, 1).tolist(), leads, strict=True):
         sure = next((i for i, gap in enumerate(lead) if gap < GAP), len(lead))
         assert a[:sure] == b[:sure]
         compared += sure
@@ -146,9 +142,7 @@ def test_sampling_does_not_depend_on_the_batch(model):
     assert torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=3, batch_size=3).tokens)
     assert torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=3, share=False).tokens)
     assert not torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, **options, seed=4).tokens)
-    assert not torch.equal(
-        a.tokens, tll.patchscope(model, SOURCE, TARGET, target_layers=[0, 2], max_new_tokens=4).tokens
-    )
+    assert not torch.equal(a.tokens, tll.patchscope(model, SOURCE, TARGET, target_layers=[0, 2], max_new_tokens=4).tokens)
 
 
 def test_the_plan_says_why_nothing_is_shared(model):

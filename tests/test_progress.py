@@ -84,9 +84,7 @@ def test_every_bar_of_a_fit_has_its_end(model, lines):
 
 
 def test_a_fit_that_does_not_know_its_last_step_gets_an_end_when_it_does(model, lines):
-    settings: dict[str, Any] = dict(
-        held_out=zoo.tokens(8, 16, seed=1), held_out_every=2, patience=1, lr=1e-9, init="identity"
-    )
+    settings: dict[str, Any] = dict(held_out=zoo.tokens(8, 16, seed=1), held_out_every=2, patience=1, lr=1e-9, init="identity")
     lens = tll.fit_tuned(model, zoo.tokens(40, 16), steps="auto", **settings)
     shown = lines()["tuned lens"]
     last = lens.meta["held_out"]["looks"][0][-1]["step"]

@@ -90,9 +90,7 @@ def test_an_activation_oracle(models, tokenizer):
     asked = tll.scopes.activation_oracle("Is this ? a name ?", 3, 2)
     said = tll.patchscope(model, tll.Source("Japan is a country", [1, 3]), **asked, to=to)
     assert said.pairs == [(3, 2)]
-    ids = rendered(
-        tokenizer, [{"role": "user", "content": "Layer: 2\n ? ? \nIs this ? a name ?"}], enable_thinking=False
-    )
+    ids = rendered(tokenizer, [{"role": "user", "content": "Layer: 2\n ? ? \nIs this ? a name ?"}], enable_thinking=False)
     marker = tokenizer(" ?", add_special_tokens=False)["input_ids"]
     assert len(marker) == 1
     places = [i for i, token in enumerate(ids[0].tolist()) if token == marker[0]]

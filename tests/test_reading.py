@@ -37,9 +37,7 @@ def test_logits_in_blocks_of_columns_are_the_readouts(arch, columns, monkeypatch
     monkeypatch.setitem(unembed.COLUMNS, "cpu", columns)
     room = torch.full((7, model.cfg.d_vocab), torch.nan, dtype=torch.float64)
     got = readout.logits(readout.hidden(resid), room)
-    assert (
-        torch.allclose(got, readout(resid), atol=1e-12) and got.data_ptr() == room.data_ptr() and room[5:].isnan().all()
-    )
+    assert torch.allclose(got, readout(resid), atol=1e-12) and got.data_ptr() == room.data_ptr() and room[5:].isnan().all()
     assert unembed._CUTS[model]
 
 
@@ -63,15 +61,9 @@ def test_every_number_equals_whole_rows_in_float64(arch, columns, positions, mon
             assert near(traj.kl[i], (teacher.exp() * (teacher - logp)).sum(-1)) and near(
                 traj.entropy[i], -(logp.exp() * logp).sum(-1)
             )
-            assert near(traj.target_logprob[i, :, :-1], score) and near(
-                traj.logprob_diff[i, :, :-1], score - logp[:, :-1, 5]
-            )
-            assert torch.equal(traj.rank[i, :, :-1], S.rank(z[:, :-1], following)) and near(
-                traj.max_prob[i], logp.exp().amax(-1)
-            )
-            assert torch.equal(traj.top_ids[i], z.topk(10).indices) and near(
-                traj.top_probs[i], logp.exp().topk(10).values
-            )
+            assert near(traj.target_logprob[i, :, :-1], score) and near(traj.logprob_diff[i, :, :-1], score - logp[:, :-1, 5])
+            assert torch.equal(traj.rank[i, :, :-1], S.rank(z[:, :-1], following)) and near(traj.max_prob[i], logp.exp().amax(-1))
+            assert torch.equal(traj.top_ids[i], z.topk(10).indices) and near(traj.top_probs[i], logp.exp().topk(10).values)
             p, q = teacher[:, 1:].exp().flatten(0, 1).mean(0), logp[:, 1:].exp().flatten(0, 1).mean(0)
             layer = traj.layers[i]
             assert scores.value(name, layer, "bias") == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)

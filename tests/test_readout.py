@@ -14,13 +14,9 @@ from tl_lenses import unembed
 from tl_lenses.unembed import Readout
 
 TOKENS = zoo.tokens(2, 10)
-OPT = zoo._TOKENS | dict(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64
-)
+OPT = zoo._TOKENS | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64)
 HEADS = {
-    "projection": lambda: transformers.OPTConfig(
-        **OPT, word_embed_proj_dim=16, do_layer_norm_before=False
-    ),  # OPT-350m's shape
+    "projection": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),  # OPT-350m's shape
     "norm and projection": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16),
     "norm, dense and norm": lambda: transformers.ModernBertDecoderConfig(**zoo._WIDE),
 }
@@ -65,9 +61,7 @@ def test_a_head_that_no_chain_of_modules_gives_is_refused():
         lambda module, args, output: output.__setitem__("logits", output.logits * 3) or output
     )
     try:
-        with pytest.raises(
-            ValueError, match="the logits of 'tiny' are not what its final norm and unembedding give .*unembed"
-        ):
+        with pytest.raises(ValueError, match="the logits of 'tiny' are not what its final norm and unembedding give .*unembed"):
             tll.Lens(bridge)
     finally:
         handle.remove()
@@ -113,9 +107,7 @@ def test_norms_come_before_casts(arch):
 @pytest.mark.skipif(not zoo.HAS_BRIDGE, reason="only bridges wrap other models")
 def test_residuals_that_are_wider_than_the_model():
     """Mamba keeps its residual stream in fp32 whatever the type of its weights."""
-    config = transformers.MambaConfig(
-        **zoo._TOKENS, hidden_size=32, num_hidden_layers=3, state_size=8, residual_in_fp32=True
-    )
+    config = transformers.MambaConfig(**zoo._TOKENS, hidden_size=32, num_hidden_layers=3, state_size=8, residual_in_fp32=True)
     bridge, plain = zoo.boot(config, torch.bfloat16)
     seen = {}
     with torch.no_grad():
@@ -148,9 +140,7 @@ def test_check_compares_with_the_plain_model():
         sliding_window=16,
     )
     bridge, plain = zoo.boot(config)
-    named = lambda report: {c.name: c for c in report.checks}[
-        "the model is the plain Hugging Face model (log-probabilities)"
-    ]
+    named = lambda report: {c.name: c for c in report.checks}["the model is the plain Hugging Face model (log-probabilities)"]
     assert named(tll.check(bridge, reference=plain)).passed
     bridge.enable_compatibility_mode(disable_warnings=True)
     report = tll.check(bridge, reference=plain)

@@ -104,9 +104,7 @@ def test_a_patch_is_a_plain_pre_hook_and_generation_goes_on_from_it(model, hf):
     hooks = [tll.patch(target_layer, tll.edits.replace(vector), pos=-1)]
     torch.testing.assert_close(tll.run(model, target, hooks)[:, -1], expected, atol=2e-3, rtol=1e-3)
     assert torch.equal(tll.generate(model, target, hooks, n_new, stop_at_eos=False), ids)
-    result = tll.patchscope(
-        model, tll.Source(source), tll.Target(target), pairs=[(layer, target_layer)], max_new_tokens=n_new
-    )
+    result = tll.patchscope(model, tll.Source(source), tll.Target(target), pairs=[(layer, target_layer)], max_new_tokens=n_new)
     torch.testing.assert_close(result.logits[0, 0], expected[0], atol=2e-3, rtol=1e-3)
 
 

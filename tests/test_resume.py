@@ -226,9 +226,7 @@ def test_activations_that_are_not_finite_name_site_and_text():
 
     hooks = [("blocks.1.hook_resid_pre", lambda x, hook: spoil(x))]
     decoded = lambda row: "the text" in row
-    with pytest.raises(
-        ValueError, match="the activation at 'blocks.1.hook_resid_pre' .* in the text .*at step 0"
-    ) as error:
+    with pytest.raises(ValueError, match="the activation at 'blocks.1.hook_resid_pre' .* in the text .*at step 0") as error:
         tll.fit_tuned(model, tokens, steps=2, init="identity", hooks=hooks)
     assert decoded(str(error.value))
     with pytest.raises(ValueError, match="in the text .*, among the 8 rows behind row 0"):

@@ -63,9 +63,7 @@ def test_the_mean_of_estimates_is_the_exact_gradient(subsample, monkeypatch):
     assert ((exact[0] - estimate[0]).abs() < 0.04 * exact[0]).all()
     assert (exact[0] - estimate[0])[2].abs() < 0.005 or subsample < 1
     for a, b in zip(exact[1], estimate[1], strict=True):
-        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > (
-            0.99 if subsample == 1 else 0.97
-        )
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > (0.99 if subsample == 1 else 0.97)
 
 
 def fit(**settings):
@@ -78,9 +76,7 @@ def test_a_sampled_fit_ends_where_an_exact_one_does_and_resumes(tmp_path, monkey
     monkeypatch.setattr(sampled, "DRAWS", 100)
     exact, whole = fit(), fit(vocabulary="sampled")
     assert whole.meta["sampled"] and not exact.meta["sampled"]
-    for a, b, start in zip(
-        exact.meta["guard"]["end"], whole.meta["guard"]["end"], whole.meta["guard"]["start"], strict=True
-    ):
+    for a, b, start in zip(exact.meta["guard"]["end"], whole.meta["guard"]["end"], whole.meta["guard"]["start"], strict=True):
         assert b < start and b - a < 0.1 * (start - a) + 1e-3
     assert not torch.equal(exact.delta, whole.delta) and torch.equal(exact.delta, fit(vocabulary="auto").delta)
 

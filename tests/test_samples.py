@@ -51,8 +51,7 @@ def test_every_sample_is_continued_from_its_own_cell(model):
     assert answers.frequency.tolist() == [[1.0, 1.0]] * 2 and answers.entropy.abs().max() < 1e-9
     every = tll.patchscope(model, "the cat", TARGET, n_samples=2, temperature=1e-4, when="every_step", **DRAW)
     assert (
-        every.samples[0][1]
-        == [tll.patchscope(model, "the cat", TARGET, [2], max_new_tokens=3, when="every_step").text[0][0]] * 2
+        every.samples[0][1] == [tll.patchscope(model, "the cat", TARGET, [2], max_new_tokens=3, when="every_step").text[0][0]] * 2
     )
 
 

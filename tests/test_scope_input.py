@@ -157,9 +157,7 @@ def test_integers_of_numpy_and_torch_are_layers(model, unchecked):
 
 def test_numbers_of_numpy_and_torch_are_numbers(model, unchecked):
     options = dict(layers=[0, 2], mode="interpolate", max_new_tokens=2, do_sample=True)
-    plain = tll.patchscope(
-        model, **ONE, **options, read=-1, alpha=0.25, scale=2.0, norm=3.0, temperature=2.0, seed=3, batch_size=1
-    )
+    plain = tll.patchscope(model, **ONE, **options, read=-1, alpha=0.25, scale=2.0, norm=3.0, temperature=2.0, seed=3, batch_size=1)
     for whole, number in ((np.int64, np.float64), (torch.tensor, torch.tensor)):
         got = tll.patchscope(
             model, **ONE, **options | dict(max_new_tokens=whole(2)), read=whole(-1), alpha=number(0.25), scale=number(2.0),

@@ -463,9 +463,7 @@ def test_refusals(model, unchecked):
 
 
 def test_a_seam_inside_a_token_is_refused(model, monkeypatch):
-    def merging(
-        model, prompt, *, prepend_bos=True
-    ):  # a tokenizer that joins the second question's last word to what follows
+    def merging(model, prompt, *, prepend_bos=True):  # a tokenizer that joins the second question's last word to what follows
         batch = prepare(model, prompt, prepend_bos=prepend_bos)
         return batch if prompt == SECOND else batch._replace(tokens=batch.tokens.roll(1))
 
@@ -477,8 +475,7 @@ def test_a_seam_inside_a_token_is_refused(model, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [f"scopes.{name}" for name in scopes.__all__ if name != "RELATIONS"]
-    + [f"methods.{name}" for name in methods.__all__],
+    [f"scopes.{name}" for name in scopes.__all__ if name != "RELATIONS"] + [f"methods.{name}" for name in methods.__all__],
 )
 def test_every_scope_and_method_names_its_source(name):
     module, _, function = name.partition(".")

@@ -109,9 +109,7 @@ def test_shards_are_made_side_by_side_and_lost_ones_again(tmp_path):
     with pytest.raises(ValueError, match="missing"):
         tll.fit_regression(model, parts, [1, 2])
     capture(model, parts)
-    assert (parts / names[2]).stat().st_mtime_ns == before and (parts / names[1]).read_bytes() == (
-        whole / names[1]
-    ).read_bytes()
+    assert (parts / names[2]).stat().st_mtime_ns == before and (parts / names[1]).read_bytes() == (whole / names[1]).read_bytes()
     equal(tll.fit_regression(model, whole, [1, 2]), tll.fit_regression(model, parts, [1, 2]))
 
 
@@ -209,9 +207,7 @@ def test_what_runs_the_model_itself_takes_no_states(tmp_path):
         "an experiment": lambda: tll.experiments.ablations(model, folder),
         "capture": lambda: tll.capture(model, folder, [1, 2], tmp_path / "again"),
     }.items():
-        with pytest.raises(
-            ValueError, match=f"^{what} runs the model, and .*states holds states of a run that is over"
-        ):
+        with pytest.raises(ValueError, match=f"^{what} runs the model, and .*states holds states of a run that is over"):
             call()
     assert not (tmp_path / "again").exists()
     maps, live = (
@@ -258,9 +254,7 @@ def test_states_of_another_place_are_found_out(tmp_path):
     model = zoo.build("llama", zoo.RAW_KINDS[0])
     norm = zoo.reference("llama").model.norm
     final = "blocks.2.hook_resid_post"
-    normed = engine_folder(
-        "llama", tmp_path / "normed", change=lambda site, x: norm(x).detach() if site == final else x
-    )
+    normed = engine_folder("llama", tmp_path / "normed", change=lambda site, x: norm(x).detach() if site == final else x)
     with pytest.raises(ValueError, match=f"at '{final}' differ from this model's by"):
         tll.fit_regression(model, normed)
     shifted = engine_folder("llama", tmp_path / "shifted", change=lambda site, x: x.roll(1, 0))
@@ -292,9 +286,7 @@ def test_capture_fit_and_eval_on_the_command_line(tmp_path, capsys, monkeypatch)
 
     text = ["--limit-tokens", "2048", "--seq-len", "64"]
     for shard in ("0/2", "1/2"):
-        code, said = command(
-            "capture", "--output", "states", "--layers", "1,3", "--shard", shard, "--shard-tokens", "600", *text
-        )
+        code, said = command("capture", "--output", "states", "--layers", "1,3", "--shard", shard, "--shard-tokens", "600", *text)
         assert code == 0, said
     fits = ["--method", "regression", "--no-progress", "--output"]
     assert command("fit", *fits, "live", "--layers", "1,3", *text)[0] == 0

@@ -96,9 +96,7 @@ def test_held_out_losses_are_the_exact_ones():
     noise = 0.01 * torch.randn(final.shape, generator=torch.Generator().manual_seed(5))
     pairs = dataclasses.replace(pairs, states=[final + noise])
     maps = torch.zeros(1, *[final.shape[1]] * 2), torch.zeros(1, final.shape[1])
-    losses = {
-        name: float(summed_losses(pairs, *maps, head_of(Readout(model), name))) for name in ("bfloat16", "float32")
-    }
+    losses = {name: float(summed_losses(pairs, *maps, head_of(Readout(model), name))) for name in ("bfloat16", "float32")}
     grads = torch.zeros_like(maps[0]), torch.zeros_like(maps[1])
     rough = float(loss_and_gradient(pairs, *maps, head_of(Readout(model), "bfloat16"), *grads))
     errors = [abs(loss - losses["float32"]) / losses["float32"] for loss in (losses["bfloat16"], rough)]
@@ -114,9 +112,7 @@ def test_what_all_logits_have_in_common_does_not_cost_bfloat16_its_digits():
     errors = []
     for centre in (True, False):
         y = hidden.float().requires_grad_()
-        got = fused_kl(
-            y, final.float(), narrowed(w.float(), torch.bfloat16, centre=centre), b.float(), teacher_hidden=True
-        )
+        got = fused_kl(y, final.float(), narrowed(w.float(), torch.bfloat16, centre=centre), b.float(), teacher_hidden=True)
         (got_grad,) = torch.autograd.grad(got.sum(), y)
         cosine = torch.cosine_similarity(got_grad.double().flatten(1), grad.flatten(1), dim=1)
         errors.append((float(((got.detach() - expected).abs() / expected).max()), float(1 - cosine.min())))
@@ -388,9 +384,7 @@ def test_the_best_translators_on_held_out_text_are_the_result():
     assert len(log) < 40 and len(seen) >= 3  # such a rate makes it worse, so it ends early
     best = got.meta["held_out"]["loss"]
     scores = tll.evaluate(model, tll.Lens(model, got), tokens[32:])
-    start = tll.evaluate(
-        model, tll.Lens(model, tll.fit_tuned(model, tokens[:32], steps=0, init_tokens=600)), tokens[32:]
-    )
+    start = tll.evaluate(model, tll.Lens(model, tll.fit_tuned(model, tokens[:32], steps=0, init_tokens=600)), tokens[32:])
     for layer in range(model.cfg.n_layers):
         assert scores.value("lens", layer) == pytest.approx(best[layer], rel=0.02, abs=1e-4)
         assert scores.value("lens", layer) <= start.value("lens", layer) * 1.01
@@ -409,9 +403,7 @@ def test_a_share_of_a_tensor_is_its_last_rows():
 def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(tmp_path):
     model = zoo.build("gpt2", KIND)
     tokens = zoo.tokens(40, 16)
-    settings = dict(
-        steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05
-    )
+    settings = dict(steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05)
     log = []
     whole = tll.fit_tuned(model, tokens[:32], log=log, **settings)
     rates = [entry["lr"] for entry in log]

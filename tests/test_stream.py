@@ -234,9 +234,7 @@ next(iter(tll.token_batches(LONG, TOKENIZER, seq_len=9, batch_size=2, workers=2)
 def test_workers_that_die_while_they_start_are_an_error_and_no_hang(tmp_path, how):
     code = _NO_GUARD.format(tests=str(Path(__file__).parent))
     if how == "killed":  # a worker runs the script again, under another name
-        code = code.replace(
-            "import sys\n", "import os, sys\nif __name__ != '__main__':\n    os.kill(os.getpid(), 9)\n", 1
-        )
+        code = code.replace("import sys\n", "import os, sys\nif __name__ != '__main__':\n    os.kill(os.getpid(), 9)\n", 1)
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -256,9 +254,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "script.py").write_text(script.format(tests=str(Path(__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": str(Path(tl_lenses.text.sources.__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     worker = int(done.stdout)
     for _ in range(100):

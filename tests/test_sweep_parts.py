@@ -53,9 +53,7 @@ def test_an_experiment_in_parts_is_the_experiment(name, command, tmp_path, monke
     batches.clear()
     code, said = command("merge", "parts")
     assert code == 0 and not batches, said
-    assert {file.name for file in (tmp_path / "whole").iterdir()} == {
-        file.name for file in (tmp_path / "parts").iterdir()
-    }
+    assert {file.name for file in (tmp_path / "whole").iterdir()} == {file.name for file in (tmp_path / "parts").iterdir()}
     for name in ("result.json", "result.csv"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -29,9 +29,7 @@ def byte_level(with_decoder=True):
     if with_decoder:
         tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        LINES, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|end|>"])
-    )
+    tok.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|end|>"]))
     tok.add_tokens([AddedToken("é\t", normalized=False)])  # é is in the byte alphabet, yet this token is plain text
     return tok
 

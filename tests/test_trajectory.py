@@ -46,9 +46,7 @@ def test_every_statistic_equals_the_naive_one(model):
     assert torch.allclose(traj.cross_entropy[:, :, :-1], -gathered, atol=1e-5)
     picked = z[:, :, :-1].gather(-1, targets.expand(4, -1, -1)[..., None])
     assert torch.equal(traj.rank[:, :, :-1], (z[:, :, :-1] > picked).sum(-1) + 1)
-    assert (
-        traj.cross_entropy[:, :, -1].isnan().all() and (traj.rank[:, :, -1] == -1).all()
-    )  # nothing follows the last token
+    assert traj.cross_entropy[:, :, -1].isnan().all() and (traj.rank[:, :, -1] == -1).all()  # nothing follows the last token
     other = logp[:, :, :-1].gather(-1, anti[:, :-1].expand(4, -1, -1)[..., None])[..., 0]
     assert torch.allclose(traj.logprob_diff[:, :, :-1], gathered - other, atol=1e-5)
     assert torch.equal(traj.top_ids[..., 0], z.argmax(-1))

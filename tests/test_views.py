@@ -366,9 +366,7 @@ def test_frame_says_what_the_tensors_say():
     frame = views.frame(t)
     assert not ((frame["batch"] == 1) & (frame["pos"] < 2)).any()
     row = frame[(frame["layer"] == 1) & (frame["batch"] == 1) & (frame["pos"] == 3)].iloc[0]
-    assert row["kl"] == t.stats["kl"][1, 1, 3].item() and row["top_prob"] == pytest.approx(
-        t.top_probs[1, 1, 3, 0].item()
-    )
+    assert row["kl"] == t.stats["kl"][1, 1, 3].item() and row["top_prob"] == pytest.approx(t.top_probs[1, 1, 3, 0].item())
     assert row["token"] == VOCAB[t.tokens[1, 3].item()] and row["target"] == VOCAB[t.targets[1, 3].item()]
     last = frame[frame["pos"] == 4].iloc[0]
     assert last["target"] is None or last["target"] != last["target"]
@@ -390,9 +388,7 @@ def test_without_top_tokens_there_are_still_numbers(tmp_path):
 # --- errors and files
 
 
-@pytest.mark.parametrize(
-    "view", [views.terminal, views.to_text, views.html, views.html_fragment, views.svg, views.figure]
-)
+@pytest.mark.parametrize("view", [views.terminal, views.to_text, views.html, views.html_fragment, views.svg, views.figure])
 def test_an_unknown_statistic_lists_the_others(view):
     if view is views.figure:
         pytest.importorskip("plotly")

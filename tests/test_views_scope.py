@@ -192,9 +192,7 @@ def test_labels_are_cut_where_they_are_equal():
 
 
 def test_nothing_to_show():
-    empty = PatchscopeResult(
-        **{**vars(fake()), "top_ids": torch.zeros(1, 2, 0).long(), "top_probs": torch.zeros(1, 2, 0)}
-    )
+    empty = PatchscopeResult(**{**vars(fake()), "top_ids": torch.zeros(1, 2, 0).long(), "top_probs": torch.zeros(1, 2, 0)})
     for view in (views.patchscope_table, views.patchscope_html):
         with pytest.raises(ValueError, match="no cells to show"):
             view(empty)

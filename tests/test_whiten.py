@@ -58,8 +58,7 @@ def test_a_step_is_that_of_muon_on_the_other_map(offload):
     other = torch.stack([delta[i] @ torch.linalg.inv(p[i]) for i in range(rows)])
     begin = delta.clone()
     ours, naive = (
-        ([torch.nn.Parameter(a) for a in maps], [torch.nn.Parameter(b) for b in biases.clone()])
-        for maps in (delta, other)
+        ([torch.nn.Parameter(a) for a in maps], [torch.nn.Parameter(b) for b in biases.clone()]) for maps in (delta, other)
     )
     of_ours, of_naive = (optimizers_of(*leaves, settings) for leaves in (ours, naive))
     for optimizers in (of_ours, of_naive):

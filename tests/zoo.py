@@ -59,9 +59,7 @@ _IMPOSSIBLE: list[tuple[str, tuple[str, ...], tuple[int, int], tuple[int, int], 
 
 def _gpt2() -> Any:
     # n_ctx is what HookedTransformer reads; GPT2Config does not write it by itself.
-    return transformers.GPT2Config(
-        **_TOKENS, n_positions=N_CTX, n_ctx=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS
-    )
+    return transformers.GPT2Config(**_TOKENS, n_positions=N_CTX, n_ctx=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS)
 
 
 def _neox() -> Any:
@@ -149,9 +147,7 @@ def unavailable(arch: str, kind: str) -> str | None:
     if arch not in ARCHS or kind not in _ALL_KINDS:
         raise ValueError(f"expected an architecture of {ARCHS} and a kind of {_ALL_KINDS}, got {arch!r}, {kind!r}")
     if kind not in KINDS:
-        return (
-            f"TransformerLens {version('transformer-lens')} has no {'HookedTransformer' if 'ht' in kind else 'bridge'}"
-        )
+        return f"TransformerLens {version('transformer-lens')} has no {'HookedTransformer' if 'ht' in kind else 'bridge'}"
     for bad_arch, kinds, first, below, why in _IMPOSSIBLE:
         if arch == bad_arch and kind in kinds and first <= TL_VERSION < below:
             return why
@@ -330,9 +326,7 @@ def _gemma_config(config: Any, architecture: str) -> dict[str, Any]:
         attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
     )
     if architecture.startswith("Gemma2"):
-        settings |= dict(
-            attn_scores_soft_cap=config.attn_logit_softcapping, output_logits_soft_cap=config.final_logit_softcapping
-        )
+        settings |= dict(attn_scores_soft_cap=config.attn_logit_softcapping, output_logits_soft_cap=config.final_logit_softcapping)
     else:
         settings |= dict(use_qk_norm=True, rotary_base=1_000_000, rotary_base_local=10_000)
     return settings
@@ -382,9 +376,7 @@ def affine_model(kind: str = AFFINE_KINDS[-1], dtype: torch.dtype = torch.float3
             from transformer_lens.config import TransformerBridgeConfig
             from transformer_lens.model_bridge import TransformerBridge
 
-            model = TransformerBridge.boot_native(
-                TransformerBridgeConfig(**settings), tokenizer=tokenizer(), dtype=dtype
-            )
+            model = TransformerBridge.boot_native(TransformerBridgeConfig(**settings), tokenizer=tokenizer(), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -40,9 +40,7 @@ class Affine:
     def __matmul__(self, other: "Affine") -> "Affine":
         """Composition: `(a @ b)(x) = a(b(x))`."""
         if self.weight.shape[1] != other.weight.shape[0]:
-            raise ValueError(
-                f"cannot compose maps {list(self.weight.shape)} @ {list(other.weight.shape)}: the inner widths differ"
-            )
+            raise ValueError(f"cannot compose maps {list(self.weight.shape)} @ {list(other.weight.shape)}: the inner widths differ")
         if self.unit:
             raise ValueError("a map of unit vectors after another one is not affine: apply one, then the other")
         return Affine(self.weight @ other.weight, self.weight @ other.bias + self.bias, other.unit)

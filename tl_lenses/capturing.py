@@ -134,9 +134,7 @@ def _flat(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.tokens[real].cpu(), (real.cumsum(1) - 1)[real].cpu()
 
 
-def _states(
-    model: LensModel, batch: Batch, sites: list[str], hooks: list[Hook], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def _states(model: LensModel, batch: Batch, sites: list[str], hooks: list[Hook], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """States of the real tokens by site `[n, d]`, on the CPU."""
     batch = prepared(model, batch)
     seen, _ = passed(model, batch, {name: name for name in sites}, hooks, fn=lambda x: x.flatten(2))

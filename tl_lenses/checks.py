@@ -25,9 +25,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
     return number
 
 
-def finite_number(
-    name: str, value: Any, *, above: int | float | None = None, least: int | float | None = None
-) -> float:
+def finite_number(name: str, value: Any, *, above: int | float | None = None, least: int | float | None = None) -> float:
     """A finite number of any type as a `float`."""
     kind = "positive and finite" if above == 0 else "a finite number"
     try:

@@ -191,15 +191,11 @@ def read_run(
     return _checked(model, Reading(rows, states, _places(used), depth, output, teacher), used)
 
 
-def read_cache(
-    model: LensModel, batch: Batch, rows: Sequence[int | str], cache: Any, used: Bool[Tensor, "batch pos"]
-) -> Reading:
+def read_cache(model: LensModel, batch: Batch, rows: Sequence[int | str], cache: Any, used: Bool[Tensor, "batch pos"]) -> Reading:
     """The residuals of an `ActivationCache` instead of a run."""
     depth = n_layers(model)
     if not (hasattr(cache, "keys") and hasattr(cache, "__getitem__")):
-        raise TypeError(
-            f"cache must be an ActivationCache, of model.run_with_cache(tokens), got {type(cache).__name__}"
-        )
+        raise TypeError(f"cache must be an ActivationCache, of model.run_with_cache(tokens), got {type(cache).__name__}")
     states = {row: _cached(model, cache, row, batch) for row in rows}
     output = Output(Readout(model).hidden(_cached(model, cache, depth, batch)), True)
     return _checked(model, Reading(rows, states, _places(used), depth, output, output), used)

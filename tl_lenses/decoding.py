@@ -283,9 +283,7 @@ def _warn_uncached(model: LensModel, why: str) -> None:
     told = _WARNED.setdefault(model, set())
     if why not in told:
         told.add(why)
-        warnings.warn(
-            f"the key-value cache of this model {why}: whole sequences run at every step, right but slow", stacklevel=5
-        )
+        warnings.warn(f"the key-value cache of this model {why}: whole sequences run at every step, right but slow", stacklevel=5)
 
 
 # --- handing a cache over

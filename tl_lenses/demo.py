@@ -77,9 +77,7 @@ def run(
     regression = tll.fit_regression(model, training, limit_tokens=REGRESSION_TOKENS, show_progress=bar)
     regression.save(folder / "regression", overwrite=True)
 
-    announce(
-        f"Training the tuned lens from it: {steps} steps of {tokens_per_step} tokens that minimise KL(model || lens)"
-    )
+    announce(f"Training the tuned lens from it: {steps} steps of {tokens_per_step} tokens that minimise KL(model || lens)")
     tuned = tll.fit_tuned(model, training, steps, tokens_per_step, init=regression, seed=seed, show_progress=bar)
     tuned.save(folder / "tuned", overwrite=True)
 
@@ -96,14 +94,10 @@ def run(
     say(f"\n{trajectories['tuned']}")
 
     scope = tll.scopes.token_identity()
-    announce(
-        "Decoding hidden states with the token-identity patchscope: a vector from the last token of a question replaces the"
-    )
+    announce("Decoding hidden states with the token-identity patchscope: a vector from the last token of a question replaces the")
     say(f"          `?` of {scope.prompt!r} at the same layer, and the model continues")
     sources = [tll.Source(question) for question in QUESTIONS]
-    decoded = tll.patchscope(
-        model, sources, scope, range(1, depth + 1), max_new_tokens=4, stop=("\n",), show_progress=bar
-    )
+    decoded = tll.patchscope(model, sources, scope, range(1, depth + 1), max_new_tokens=4, stop=("\n",), show_progress=bar)
     _print_patchscope(decoded, {q: tll.trajectory(model, lenses["logit"], q, top_k=1) for q in QUESTIONS}, say)
 
     announce("Done. Open the heat map in a browser:")

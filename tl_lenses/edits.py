@@ -22,9 +22,7 @@ def _like(value: Tensor | float, x: Tensor) -> Tensor:
     try:
         return value.expand_as(x)
     except RuntimeError:
-        raise ValueError(
-            f"a value of shape {list(value.shape)} does not fit the selected activation {list(x.shape)}"
-        ) from None
+        raise ValueError(f"a value of shape {list(value.shape)} does not fit the selected activation {list(x.shape)}") from None
 
 
 def replace(value: Float[Tensor, "*shape"]) -> Edit:

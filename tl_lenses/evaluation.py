@@ -75,9 +75,7 @@ class Scores:
 
         return views.scores_figure(self.rows, value)
 
-    def save(
-        self, path: str | Path, *, value: str = "kl", overwrite: bool = True, about: Mapping[str, Any] | None = None
-    ) -> Path:
+    def save(self, path: str | Path, *, value: str = "kl", overwrite: bool = True, about: Mapping[str, Any] | None = None) -> Path:
         """Write `.csv` (a row per lens and layer), `.json`, `.html` (the table), or `.svg` and `.png` (extra `plot`).
 
         Args:
@@ -180,9 +178,7 @@ def evaluate(
             "no position to score: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
         )
     ratio = size.ratio
-    table = [
-        {"lens": name, "layer": rows[i], **totals.means(name, i, ratio)} for name in lenses for i in range(len(rows))
-    ]
+    table = [{"lens": name, "layer": rows[i], **totals.means(name, i, ratio)} for name in lenses for i in range(len(rows))]
     return Scores(table, totals.n, ratio, {"skip_first": skip_first, "hooks": len(hooks), "bos": text.bos})
 
 

@@ -63,9 +63,7 @@ def _columns(pos: Pos, n_pos: int, batch: int, name: str) -> Int[Tensor, "batch 
         index = per_row(pos.expand(batch) if pos.ndim == 0 else pos, batch, f" at {name!r}").cpu()
     else:
         given_positions = [pos] if not hasattr(pos, "__iter__") else list(pos)  # type: ignore[arg-type]
-        index = torch.tensor([whole_number("pos", position) for position in given_positions], dtype=torch.long).expand(
-            batch, -1
-        )
+        index = torch.tensor([whole_number("pos", position) for position in given_positions], dtype=torch.long).expand(batch, -1)
     if not index.numel():
         raise ValueError(f"an empty list of positions selects nothing at {name!r}")
     if index.min() < -n_pos or index.max() >= n_pos:

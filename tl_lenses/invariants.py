@@ -96,9 +96,7 @@ class CheckReport:
         content = {"model": self.model, "basis": self.basis, "ok": self.ok, "notes": list(self.notes)}
         writers: dict[str, Callable[[], str | bytes]] = {
             ".csv": lambda: csv_text(self.to_frame()),
-            ".json": lambda: (
-                json_text(content | {"versions": versions(), "checks": [*map(asdict, self.checks)]}) + "\n"
-            ),
+            ".json": lambda: json_text(content | {"versions": versions(), "checks": [*map(asdict, self.checks)]}) + "\n",
             ".html": lambda: views.page_of("check", self._repr_html_()),
         }
         return views.save_as(path, writers, example="check.csv", overwrite=overwrite)

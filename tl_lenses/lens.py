@@ -199,9 +199,7 @@ def _for_model(model: LensModel, translators: Translators, check: str) -> Transl
             f"a lens needs maps within one model; these lead into {translators.meta['to'].get('model')!r}: use them with patchscope(map=..., to=...)"
         )
     if translators.unit:
-        raise ValueError(
-            "a lens needs maps of hidden states, and these read unit vectors: use them with patchscope(map=...)"
-        )
+        raise ValueError("a lens needs maps of hidden states, and these read unit vectors: use them with patchscope(map=...)")
     wrong = _wrong(model, translators)
     if wrong is not None and "basis" in wrong:
         try:
@@ -283,9 +281,7 @@ def decoders_of(lenses: Mapping[str, Lens], rows: Iterable[LayerOrSite]) -> dict
     return {name: [lens[row] for row in rows] for name, lens in lenses.items()}
 
 
-def common_layers(
-    lenses: Mapping[str, Lens], layers: Iterable[LayerOrSite] | slice | None, depth: int
-) -> list[int | str]:
+def common_layers(lenses: Mapping[str, Lens], layers: Iterable[LayerOrSite] | slice | None, depth: int) -> list[int | str]:
     """The rows to compute: layers resolved to `0..n_layers`, and sites."""
     if layers is None or isinstance(layers, slice):
         first, *others = ([x for x in lens.layers] for lens in lenses.values())
@@ -296,9 +292,7 @@ def common_layers(
         # a stride keeps the last row, which is the model
         return [*(x for x in common[layers] if x != depth), depth] if isinstance(layers, slice) else common
     if isinstance(layers, (int, str)) or not isinstance(layers, Iterable):
-        raise TypeError(
-            f"layers must be a list of layers and sites or a slice, got {layers!r}: pass layers=[{layers!r}]"
-        )
+        raise TypeError(f"layers must be a list of layers and sites or a slice, got {layers!r}: pass layers=[{layers!r}]")
     chosen = [resolved(x, depth) for x in layers]
     if not chosen:
         raise ValueError("an empty list of layers has nothing to read")

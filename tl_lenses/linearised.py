@@ -94,9 +94,7 @@ def _same_value(value: Tensor, linear: Tensor) -> Tensor:
     return value.detach() + (linear - linear.detach())
 
 
-def _normed(
-    func: Callable[..., Tensor], x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = None
-) -> Tensor:
+def _normed(func: Callable[..., Tensor], x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = None) -> Tensor:
     """A norm with its scale held: `(x - mean) / scale * weight + bias`."""
     centred = func is F.layer_norm
     if centred:

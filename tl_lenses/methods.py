@@ -54,9 +54,7 @@ def logit_lens(model: LensModel, tokens: Tokens, layer: LayerOrSite, pos: Positi
     return _into_last(model, tokens, layer, pos, Lens(model))
 
 
-def tuned_lens(
-    model: LensModel, tokens: Tokens, translators: Translators, layer: LayerOrSite, pos: Position = -1
-) -> list[Hook]:
+def tuned_lens(model: LensModel, tokens: Tokens, translators: Translators, layer: LayerOrSite, pos: Position = -1) -> list[Hook]:
     """The tuned lens as a patch: `h[i, n_layers] <- W_l h[i, l] + b_l`, and the model itself reads it out.
 
     S = T, i* = i, l* = n_layers, f affine. The maps end *before* the final norm. (The paper's baseline was fitted to the
@@ -266,9 +264,7 @@ def _without(cut: Bool[Tensor, "batch query key"]) -> edits.Edit:
     return edit
 
 
-def multihop(
-    model: LensModel, first: str, second: str, *, masked: bool = False, prepend_bos: bool = True
-) -> dict[str, Any]:
+def multihop(model: LensModel, first: str, second: str, *, masked: bool = False, prepend_bos: bool = True) -> dict[str, Any]:
     """Chain of thought by patching: the answer to the first question is put where the second one needs it.
 
     The query is `[second][first]`, "The current CEO of" + "the company that created Visual Basic": `first` ends with

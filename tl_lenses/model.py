@@ -159,9 +159,7 @@ def prepare(
     """
     check_kind(model)
     if not isinstance(prompt, Tensor) and attention_mask is not None:
-        raise ValueError(
-            "attention_mask goes with token ids; text makes its own mask, and what a tokenizer returns has one"
-        )
+        raise ValueError("attention_mask goes with token ids; text makes its own mask, and what a tokenizer returns has one")
     if isinstance(prompt, Tensor):
         tokens = prompt
     elif isinstance(prompt, Mapping):

@@ -40,9 +40,7 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both samples together."""
         if self.yx.shape != other.yx.shape:
-            raise ValueError(
-                f"moments of different shape do not merge: {list(self.yx.shape)} and {list(other.yx.shape)}"
-            )
+            raise ValueError(f"moments of different shape do not merge: {list(self.yx.shape)} and {list(other.yx.shape)}")
         n = self.n + other.n
         if n == 0:
             return self
@@ -60,9 +58,7 @@ class Moments:
         return self if other == 0 else NotImplemented  # type: ignore[return-value]
 
 
-def moments(
-    x: Float[Tensor, "n_rows n d_in"], y: Float[Tensor, "n_rows n d_out"] | Float[Tensor, "1 n d_out"]
-) -> Moments:
+def moments(x: Float[Tensor, "n_rows n d_in"], y: Float[Tensor, "n_rows n d_out"] | Float[Tensor, "1 n d_out"]) -> Moments:
     """The moments of one batch; `y` may be shared by all rows.
 
     Raises:

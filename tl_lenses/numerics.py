@@ -72,9 +72,7 @@ def minimise(
         for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
             direction = direction + (alpha - rho * dot(y, direction))[:, None] * s
         uphill = dot(direction, gradient) <= 0
-        direction = -torch.where(
-            uphill[:, None], gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1.0), direction
-        )
+        direction = -torch.where(uphill[:, None], gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1.0), direction)
         new, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
         step, trying = torch.ones_like(value), active
         for _ in range(20):
@@ -331,9 +329,7 @@ def jackknife(statistic: Callable[[Tensor], float], groups: int) -> tuple[float,
     return whole, whole - wide, whole + wide
 
 
-def spearman_draws(
-    a: Float[Tensor, " n"], b: Float[Tensor, " n"], *, draws: int = DRAWS, seed: int = 0
-) -> Float[Tensor, " draw"]:
+def spearman_draws(a: Float[Tensor, " n"], b: Float[Tensor, " n"], *, draws: int = DRAWS, seed: int = 0) -> Float[Tensor, " draw"]:
     """Spearman's correlation of resampled pairs. The same seed gives the same samples, so that two of them compare in pairs."""
     index = resampled(len(a), draws, seed)
     return torch.cat([spearman(a[part], b[part]) for part in index.split(max(1, 2**20 // max(len(a), 1)))])

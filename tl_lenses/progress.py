@@ -12,9 +12,7 @@ LINE_WITHOUT_END = "{desc}: {n_fmt}, {elapsed} so far, of how many is not known{
 ASK = 60.0  # seconds that a fit has to take before it says how long that is
 
 
-def progress(
-    iterable: Any = None, *, total: int | None = None, desc: str = "", initial: int = 0, show: bool | None = None
-) -> Any:
+def progress(iterable: Any = None, *, total: int | None = None, desc: str = "", initial: int = 0, show: bool | None = None) -> Any:
     """A tqdm bar over `iterable`, or one to `update` by hand; lines instead where stderr is neither a terminal nor a notebook.
 
     Args:
@@ -67,17 +65,13 @@ class StepBar:
     if steps are `alike`, else the second.
     """
 
-    def __init__(
-        self, steps: int | None, done: int, labels: Sequence[str], tokens: int, show: bool | None, alike: bool = True
-    ):
+    def __init__(self, steps: int | None, done: int, labels: Sequence[str], tokens: int, show: bool | None, alike: bool = True):
         self.bar = progress(total=steps, desc="tuned lens", initial=done, show=show)
         self.labels, self.tokens, self.start = labels, tokens, time.perf_counter()
         self.which = sorted({0, len(labels) // 2, len(labels) - 1})
         self.before_word = 1 if alike else 2
 
-    def update(
-        self, values: Sequence[float], tokens: int, seconds: float, steps: int | None, looks: float = 0.0
-    ) -> None:
+    def update(self, values: Sequence[float], tokens: int, seconds: float, steps: int | None, looks: float = 0.0) -> None:
         """After a step: losses by layer, tokens by then, seconds of the step, steps of the fit, seconds of the looks that are to come."""
         if steps is not None:
             set_total(self.bar, steps)

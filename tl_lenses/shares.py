@@ -246,9 +246,7 @@ def detached(
     inner = lambda g, x: torch.zeros(()) if g is None else (_wide(g) * _wide(x)).detach().sum(-1)
     parts = list(map(inner, grads, asked))
     _, b_u = decode.readout.weights()
-    explained = float(sum(part.double().sum() for part in parts[len(numbers) :])) + (
-        0.0 if b_u is None else float(b_u[ids].sum())
-    )
+    explained = float(sum(part.double().sum() for part in parts[len(numbers) :])) + (0.0 if b_u is None else float(b_u[ids].sum()))
     logit = logit.detach()
     share = 1e-3 if dtype_of(model).itemsize >= 4 else 0.02  # of what half precision rounds
     if abs(explained - float(logit)) > share * max(1.0, float(hidden.detach().abs().max()), abs(float(logit))):

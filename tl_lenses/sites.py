@@ -169,13 +169,9 @@ def _row_positions(model: LensModel, ids: list[int], pos: Any) -> list[int]:
     try:
         pos = whole_number("pos", pos)  # numpy's integers too
     except TypeError:
-        raise TypeError(
-            f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}"
-        ) from None
+        raise TypeError(f"expected a position (int, substring, at(...), slice, list or LongTensor), got {pos!r}") from None
     if not -n <= pos < n:
-        raise ValueError(
-            f"position {pos} is not there: the prompt has {n} tokens, so -{n}..{n - 1}{_shown(model, ids)}"
-        )
+        raise ValueError(f"position {pos} is not there: the prompt has {n} tokens, so -{n}..{n - 1}{_shown(model, ids)}")
     return [pos % n]
 
 

@@ -50,7 +50,8 @@ class Rooms:
 
     def like(self, name: str, x: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
         """One of this shape, fp32 (fp64 for fp64)."""
-        return self.rows(name, *x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+        n, width = x.shape
+        return self.rows(name, n, width, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
 
 def log_probs(
@@ -131,9 +132,7 @@ def ranks(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n k"], rooms
     larger = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     for part in evenly(n, max(1, RANK_BYTES // (4 * k * d_vocab))) if k else ():
         room = rooms.rows("larger", part.stop - part.start, k * d_vocab, torch.float32, logits.device)
-        torch.sum(
-            torch.gt(logits[part, None], picked[part, :, None], out=room.view(-1, k, d_vocab)), -1, out=larger[part]
-        )
+        torch.sum(torch.gt(logits[part, None], picked[part, :, None], out=room.view(-1, k, d_vocab)), -1, out=larger[part])
     return torch.where(targets >= 0, larger.long() + 1, -1)
 
 

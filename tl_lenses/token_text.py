@@ -56,9 +56,7 @@ def _steps(backend: Any) -> tuple[list[Step], bool]:
 
     Without a decoder the pre-tokenizer says the alphabet; without both, pieces are plain text.
     """
-    parts = _flat(backend.decoder) or [
-        part for part in _flat(backend.pre_tokenizer) if part["type"] in ("ByteLevel", "Metaspace")
-    ]
+    parts = _flat(backend.decoder) or [part for part in _flat(backend.pre_tokenizer) if part["type"] in ("ByteLevel", "Metaspace")]
     steps: list[Step] = []
     suffix = getattr(backend.model, "end_of_word_suffix", None)
     if suffix:

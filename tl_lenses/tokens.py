@@ -201,9 +201,7 @@ def is_conversation(prompt: Any) -> bool:
     )
 
 
-def chat_ids(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any] | None = None
-) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any] | None = None) -> list[int]:
     """Ids of a conversation by the tokenizer's template, up to where the assistant begins; BOS is the template's affair.
 
     `template` is what the template takes, or another `chat_template`.
@@ -213,9 +211,7 @@ def chat_ids(
             "a list of messages needs a tokenizer with a chat template, and this one has none: pass text, or set tokenizer.chat_template"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **(template or {})
-        )
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **(template or {}))
     except Exception as error:  # whatever the template's own code raises
         raise ValueError(f"the tokenizer's chat template does not take these messages: {error}") from error
     added, ids = encode(tokenizer, ["", text])

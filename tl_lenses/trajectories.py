@@ -98,9 +98,7 @@ class Trajectory:
     target_logprob = property(lambda self: self._stat("target_logprob"), doc="`log p(target)`, nats.")
     logprob_diff = property(lambda self: self._stat("logprob_diff"), doc="`log p(target) - log p(anti_target)`, nats.")
 
-    score = property(
-        lambda self: self._stat("score"), doc="Calibrated score of the target; NaN at the model's own row."
-    )
+    score = property(lambda self: self._stat("score"), doc="Calibrated score of the target; NaN at the model's own row.")
 
     def delta(self, stat: str) -> Float[Tensor, "layer_minus_1 batch pos"] | Int[Tensor, "layer_minus_1 batch pos"]:
         """Change of a statistic from each row to the next."""
@@ -357,9 +355,7 @@ def trajectory(
             other = None if anti is None else anti.flatten()[chunk.at]
             table.fill(chunk, (goal.flatten()[chunk.at], other, followed[chunk.at // mask.shape[1]]), score)
             bar.update(len(chunk.logits) * len(chunk.at))
-    settings = {"bos": bos_before(model, tokens, prepend_bos)} | (
-        {} if calibrated is None else {"calibrated": repr(calibrated)}
-    )
+    settings = {"bos": bos_before(model, tokens, prepend_bos)} | ({} if calibrated is None else {"calibrated": repr(calibrated)})
     made = table.trajectories(model, rows, Batch(batch.tokens, mask), (goal, anti, followed), settings)
     made = replace(made, by_name={name: _of_lens(t, lenses[name]) for name, t in made.by_name.items()})
     return made if isinstance(lens, Mapping) else made[""]
@@ -445,9 +441,7 @@ class _Table:
                 put["target_logprob"][i, part] = of_target.cpu()
                 put["cross_entropy"][i, part] = -of_target.cpu()
                 if "score" in put:
-                    put["score"][i, part] = (
-                        torch.nan if calibrated is None else S.target_logprob(calibrated, target).cpu()
-                    )
+                    put["score"][i, part] = torch.nan if calibrated is None else S.target_logprob(calibrated, target).cpu()
                 put["max_prob"][i, part] = logp.amax(-1).exp().cpu()
                 if other is not None:
                     put["logprob_diff"][i, part] = (of_target - S.target_logprob(logp, other)).cpu()

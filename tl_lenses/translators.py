@@ -50,9 +50,7 @@ def _meta_of(meta: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
     """The record for some rows: entries that have a value per row keep only theirs."""
 
     def pick(part: dict[str, Any]) -> dict[str, Any]:
-        per_row = {
-            k: [part[k][i] for i in chosen] for k in ("r_squared", "loss", "top1") if isinstance(part.get(k), list)
-        }
+        per_row = {k: [part[k][i] for i in chosen] for k in ("r_squared", "loss", "top1") if isinstance(part.get(k), list)}
         return {**part, **per_row, **{k: pick(v) for k, v in part.items() if k in ("held_out", *CONTROLS)}}
 
     return pick(meta)
@@ -96,9 +94,7 @@ class Translators(nn.Module):
             raise TypeError(f"rows should be pairs (source, target), one per map, got {type(rows).__name__}")
         self.rows: tuple[Row, ...] = tuple(self._row(row) for row in rows)
         if not len(self.rows) == len(weights) == len(biases):
-            raise ValueError(
-                f"{len(self.rows)} rows need as many weights and biases, got {len(weights)} and {len(biases)}"
-            )
+            raise ValueError(f"{len(self.rows)} rows need as many weights and biases, got {len(weights)} and {len(biases)}")
         if weights.shape[1] != biases.shape[1]:
             raise ValueError(f"weights {list(weights.shape)} and biases {list(biases.shape)} differ in d_out")
         if not self.rows:
@@ -171,9 +167,7 @@ class Translators(nn.Module):
     def _index(self, source: int | str, target: int | str | None = None) -> int:
         """Row number of a source (and a target where there are several)."""
         source_site = _name(source, self.n_layers)
-        target_site = (
-            None if target is None else _name(target, self.n_target_layers, "targets of these translators are")
-        )
+        target_site = None if target is None else _name(target, self.n_target_layers, "targets of these translators are")
         rows = [i for i, (s, t) in enumerate(self.rows) if s == source_site and target_site in (None, t)]
         if not rows:
             asked = source if target is None else (source, target)
@@ -368,9 +362,7 @@ class Translators(nn.Module):
         sizes = {"n_layers": self.n_layers, "d_in": self.d_in, "d_out": self.d_out}
         files.save_maps(path, tensors, sizes, [list(row) for row in self.rows], self.meta, overwrite=overwrite)
 
-    def export(
-        self, kind: Literal["tuned-lens", "jacobian-lens", "selfie"], path: Any, *, overwrite: bool = False
-    ) -> Path:
+    def export(self, kind: Literal["tuned-lens", "jacobian-lens", "selfie"], path: Any, *, overwrite: bool = False) -> Path:
         """Write the maps as files that another package loads.
 
         Args:

@@ -228,9 +228,7 @@ def _head_of(model: LensModel) -> tuple[str, ...]:
                     break
             else:
                 blocks = n_layers(model)
-                later = [
-                    name for name, _, _ in calls if "_original_component" not in name and not name.startswith("blocks.")
-                ]
+                later = [name for name, _, _ in calls if "_original_component" not in name and not name.startswith("blocks.")]
                 raise ValueError(
                     f"the logits of {name_of(model)!r} are not what its final norm and unembedding give of layer {blocks}, so a lens "
                     f"would show other numbers. After its blocks the model runs {', '.join(later[-6:]) or 'no module'}: no readout "

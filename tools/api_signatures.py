@@ -36,6 +36,4 @@ def signature(thing: Any) -> str:
 
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(
-        ENTRY.sub(lambda m: f"- `{m[1]}.{m[2]}{signature(place(m[2]))}`<br>", text), encoding="utf-8", newline="\n"
-    )
+    PAGE.write_text(ENTRY.sub(lambda m: f"- `{m[1]}.{m[2]}{signature(place(m[2]))}`<br>", text), encoding="utf-8", newline="\n")

@@ -171,9 +171,7 @@ def left_padding(pair: Pair) -> float:
     mask[0, :3] = 0
     tokens = tokens.masked_fill(mask == 0, PAD)
     got = tll.run(pair.model, tokens, attention_mask=mask)
-    return max(
-        gap(got[:1, 3:], reference_logits(pair, tokens[:1, 3:])), gap(got[1:], reference_logits(pair, tokens[1:]))
-    )
+    return max(gap(got[:1, 3:], reference_logits(pair, tokens[:1, 3:])), gap(got[1:], reference_logits(pair, tokens[1:])))
 
 
 def batched(pair: Pair) -> float:
@@ -258,9 +256,7 @@ def tuned(pair: Pair) -> float:
     """A tuned lens from the identity on: does it improve?"""
     batches = prompts(16, 24, seed=5).split(4)
     with torch.enable_grad():
-        fitted = tll.fit_tuned(
-            pair.model, list(batches), steps=20, init="identity", optimizer="adam", lr=0.02, show_progress=False
-        )
+        fitted = tll.fit_tuned(pair.model, list(batches), steps=20, init="identity", optimizer="adam", lr=0.02, show_progress=False)
     return _improvement(pair, fitted)
 
 

@@ -162,9 +162,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown: what holds for each family that is there, and why the others are not."""
     head = [*(check.name for check in CHECKS), COMPATIBLE]
     lines = [versions(), "", f"| family | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    lines += [
-        f"| {family} | {' | '.join(shown(row).values())} |" for family, row in rows.items() if "absent" not in row
-    ]
+    lines += [f"| {family} | {' | '.join(shown(row).values())} |" for family, row in rows.items() if "absent" not in row]
     return "\n".join(lines + _not_there(rows))
 
 
@@ -213,9 +211,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("architectures.json"), help="where results are kept")
     parser.add_argument("--again", action="store_true", help="run what is kept already, too")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one family")
-    parser.add_argument(
-        "--short", action="store_true", help="a row for each family of which something does not hold, alone"
-    )
+    parser.add_argument("--short", action="store_true", help="a row for each family of which something does not hold, alone")
     parser.add_argument("--into", type=Path, help="a page that gets the table, between its marks")
     parser.add_argument("--worker", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -114,9 +114,7 @@ def written(page: str, made: list[Output]) -> str:
         if cell.absent:
             return match[0]
         if (svg is None) != (cell.picture is None):
-            raise ValueError(
-                f"a picture without a line ![...](figures/name.svg) behind it, or one without a picture:\n{cell.code}"
-            )
+            raise ValueError(f"a picture without a line ![...](figures/name.svg) behind it, or one without a picture:\n{cell.code}")
         block = f"```python\n{match['code']}```\n" + (f"\n```text\n{text}```\n" if text else "")
         return block + (f"\n![{match['alt']}]({cell.picture})\n" if cell.picture else "")
 
@@ -131,9 +129,7 @@ def notebook(page: str) -> str:
     def add(kind: str, source: str, **more: Any) -> None:
         if source.strip():
             number = f"{len(parts):02d}"
-            parts.append(
-                {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": _lines(source.strip()), **more}
-            )
+            parts.append({"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": _lines(source.strip()), **more})
 
     for count, (match, cell) in enumerate(zip(CELL.finditer(page), cells(page), strict=True), 1):
         add("markdown", page[place : match.start()])

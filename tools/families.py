@@ -87,9 +87,7 @@ SMALL: dict[str, Any] = dict(
 _HYBRID = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
 _ALL_HEADS = dict(num_key_value_heads=N_HEADS)
 _LAYERS_IN_TURN = dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1)
-_ROTARY_3D = dict(
-    text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]))
-)
+_ROTARY_3D = dict(text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])))
 _PER_LAYER = dict(num_hidden_layers=4, hidden_size_per_layer_input=8, vocab_size_per_layer_input=D_VOCAB)
 _UNCAPPED = dict(final_logit_softcapping=None, attn_logit_softcapping=None)
 _GEMMA3 = _UNCAPPED | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
@@ -127,9 +125,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeForCausalLM": dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
     "Llama4ForConditionalGeneration": dict(vision_config=_WIDE_VISION),
     "Mamba2ForCausalLM": dict(num_heads=8, head_dim=8),
-    "NemotronHForCausalLM": dict(
-        num_hidden_layers=4, layers_block_type=["linear_attention", "full_attention", "moe", "mlp"]
-    ),
+    "NemotronHForCausalLM": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "full_attention", "moe", "mlp"]),
     "OlmoHybridForCausalLM": _HYBRID,
     "PhiForCausalLM": _ALL_HEADS,
     "Qwen2_5_VLForConditionalGeneration": _ROTARY_3D,

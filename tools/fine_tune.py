@@ -70,9 +70,7 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
         if step % 8 == 0 or step + 1 == steps:
-            print(
-                f"fine-tune: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True
-            )
+            print(f"fine-tune: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
     card = {
         "base": base.name, "text": text.name, "text_sha256": sha256(text), "steps": steps, "rows": rows, "seq_len": seq_len,
         "lr": lr, "seed": seed, "trained": sum(p.numel() for p in trained), "loss_before": before, "loss_after": _loss(model, held_out),

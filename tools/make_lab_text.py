@@ -176,9 +176,7 @@ def rank(folder: Path, windows_per_book: int = 60) -> None:
     rows_out = []
     for title, rows in ids.items():
         own = {
-            pair
-            for pair, n in pairs[title].items()
-            if n >= 15 and everywhere[pair] - n <= 0.03 * n and not starts_word[pair[1]]
+            pair for pair, n in pairs[title].items() if n >= 15 and everywhere[pair] - n <= 0.03 * n and not starts_word[pair[1]]
         }
         windows = [row[i : i + context] for row in rows for i in range(0, len(row) - context + 1, context)]
         windows = spread(windows, windows_per_book)

@@ -12,9 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PAIR = re.compile(
-    r"(?<!-->\n)^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE
-)
+PAIR = re.compile(r"(?<!-->\n)^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
 def written(page: str) -> str:

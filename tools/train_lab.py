@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: all)")
     parser.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--steps", type=int, default=0, help="train: stop after so many steps in this call")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="train: another setting, for a trial"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="train: another setting, for a trial")
     parser.add_argument("--folder", type=Path, help="measure: another model folder, without writing its card")
     args = parser.parse_args()
 

@@ -47,6 +47,4 @@ def capture(
     stage(f"capturing {data}")
     tll.capture(loaded, batches, chosen, output, dtype=kept, shard=part, shard_tokens=shard_tokens)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors")) / 1e6
-    say(
-        f"{output} holds {size:,.1f} MB of states; next: tl-lenses fit --model {model} --data {output} --output my-lens"
-    )
+    say(f"{output} holds {size:,.1f} MB of states; next: tl-lenses fit --model {model} --data {output} --output my-lens")

@@ -17,9 +17,7 @@ def check(
     dtype: options.DType = options.Dtype.float32,
     reference: Annotated[
         str | None,
-        typer.Option(
-            help="The Hugging Face model to compare with, a folder or a name on the Hub; often that of --model."
-        ),
+        typer.Option(help="The Hugging Face model to compare with, a folder or a name on the Hub; often that of --model."),
     ] = None,
 ) -> None:
     """Prove on a prompt that reading and patching are right on this model; leaves with 1 if not.

@@ -88,9 +88,7 @@ def main() -> None:
 
 @app.callback()
 def _global(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the whole trace of an error, and what libraries say.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error, and what libraries say.")] = False,
 ) -> None:
     """Tuned lenses and patchscopes for the models that TransformerLens loads.
 

@@ -17,14 +17,10 @@ def evaluate(
     model: options.Model = "lab-gpt2",
     lens: options.Lenses = None,
     data: options.Data = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Also write the scores: .csv, .json, .html, .svg or .png.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the scores: .csv, .json, .html, .svg or .png.")] = None,
     layers: options.Layers = None,
     text_column: options.TextColumn = "text",
-    split: Annotated[
-        str | None, typer.Option(help="Split of a data set; validation by default, for lab heldout.")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set; validation by default, for lab heldout.")] = None,
     seq_len: options.SeqLen = None,
     batch_size: options.BatchSize = 8,
     limit_tokens: options.LimitTokens = EVAL_TOKENS,

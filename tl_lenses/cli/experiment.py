@@ -39,9 +39,7 @@ experiments = typer.Typer(
 Data = Annotated[str | None, typer.Option(help="Text, as for `fit`; by default the bundled books.")]
 Lenses = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lens", help="A folder that `fit` wrote, or NAME=FOLDER; repeatable. By default lenses are fitted first."
-    ),
+    typer.Option("--lens", help="A folder that `fit` wrote, or NAME=FOLDER; repeatable. By default lenses are fitted first."),
 ]
 TargetLayers = Annotated[str | None, typer.Option(help="Target layers; all but the last by default.")]
 NewTokens = Annotated[int | None, typer.Option(help="Of generated texts.")]
@@ -167,8 +165,6 @@ def _signature(function: Callable[..., Any], n: str, usual: int | None, model: s
         "dtype": (DType, Dtype.float32), **({"shard": (Shard, None)} if sweeps else {}),
     }  # fmt: skip
     keyword = inspect.Parameter.KEYWORD_ONLY
-    made = [
-        inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in shared.items()
-    ]
+    made = [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in shared.items()]
     options = [p.replace(kind=keyword) for p in list(inspect.signature(function).parameters.values())[1:]]
     return inspect.Signature([made[0], *options, *made[1:]])

@@ -29,9 +29,7 @@ PROMPTS = 100  # of a Jacobian lens: rows of text, of which as many are usable a
 HELD_OUT_TOKENS = 2**14  # read of --held-out
 
 # The words that options take; the last four are those of `fit_tuned`.
-Method = Enum(
-    "Method", {"regression": "regression", "tuned": "tuned", "jacobian": "jacobian", "relevance": "relevance"}, type=str
-)
+Method = Enum("Method", {"regression": "regression", "tuned": "tuned", "jacobian": "jacobian", "relevance": "relevance"}, type=str)
 Optimizer = Enum("Optimizer", {"muon": "muon", "sgd": "sgd", "adam": "adam"}, type=str)
 Loss = Enum("Loss", {"kl": "kl", "ce": "ce"}, type=str)
 Precision = Enum("Precision", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}, type=str)
@@ -43,9 +41,7 @@ def fit(
     model: options.Model = "lab-gpt2",
     method: Annotated[
         Method,
-        typer.Option(
-            help="Closed-form least squares; training on the loss; averaged gradients (relevance: the R-lens)."
-        ),
+        typer.Option(help="Closed-form least squares; training on the loss; averaged gradients (relevance: the R-lens)."),
     ] = Method.tuned,
     data: options.Data = None,
     steps: Annotated[
@@ -72,14 +68,10 @@ def fit(
     layers: options.Layers = None,
     seed: options.TextSeed = 0,
     overwrite: options.Overwrite = False,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="File for the state of the fit; OUTPUT.checkpoint by default.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File for the state of the fit; OUTPUT.checkpoint by default.")] = None,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps between two states, 25; of a regression batches, 200; of a Jacobian lens batches, 10.", min=1
-        ),
+        typer.Option(help="Steps between two states, 25; of a regression batches, 200; of a Jacobian lens batches, 10.", min=1),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from the state, if there is one, or delete it first.")
@@ -88,9 +80,7 @@ def fit(
         int | None,
         typer.Option(help="Layers in memory at a time, each group a pass over the text; all by default.", min=1),
     ] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Optimiser state and moments on the CPU between uses.")
-    ] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Optimiser state and moments on the CPU between uses.")] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Spread the model's blocks over the processes (FSDP), where it fits none.")
     ] = False,
@@ -98,9 +88,7 @@ def fit(
         bool, typer.Option("--stream/--download", help="Read a `datasets` name as it is needed, or all of it first.")
     ] = True,
     shuffle_buffer: Annotated[int, typer.Option(help="Documents that the shuffle draws from.", min=1)] = 1000,
-    workers: Annotated[
-        int, typer.Option(help="Processes that tokenise; 0: a thread, enough for most tokenizers.", min=0)
-    ] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that tokenise; 0: a thread, enough for most tokenizers.", min=0)] = 0,
     show_progress: Annotated[
         bool | None,
         typer.Option("--progress/--no-progress", help="Loss, tokens/s and time left; in a log file every half minute."),

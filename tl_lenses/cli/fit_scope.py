@@ -18,9 +18,7 @@ from tl_lenses.fit.team import leave, processes
 def fit_scope(
     output: options.Output,
     model: options.Model = "lab-gpt2",
-    scope: Annotated[
-        str, typer.Option(help="The target, as of patchscope; what it should say comes right after it.")
-    ] = "repeat",
+    scope: Annotated[str, typer.Option(help="The target, as of patchscope; what it should say comes right after it.")] = "repeat",
     placeholder: options.Placeholder = "x",
     labels: Annotated[
         str, typer.Option(help="token: the one under the source position; a number: so many next ones.", metavar="N")

@@ -165,15 +165,11 @@ def ablations(run: Run, data: Data = None, lens: Lenses = None, k: K = None) -> 
 
 Tasks = Annotated[
     str | None,
-    typer.Option(
-        "--data", help="A folder with bipia/ (text_attack_*.json) and lre-relations/; bundled ones by default."
-    ),
+    typer.Option("--data", help="A folder with bipia/ (text_attack_*.json) and lre-relations/; bundled ones by default."),
 ]
 Questions = Annotated[
     str | None,
-    typer.Option(
-        "--questions", help="A folder with lre-relations/, of zero-shot questions; the bundled facts by default."
-    ),
+    typer.Option("--questions", help="A folder with lre-relations/, of zero-shot questions; the bundled facts by default."),
 ]
 Checkpoints = Annotated[
     list[str] | None,
@@ -231,9 +227,7 @@ def _checkpoints(run: Run, given: Any) -> list[tuple[int, Any]]:
     name = name_of(run.model)
     steps = lab.steps(name) if run.is_lab else []
     if not steps:
-        raise ValueError(
-            f"{name} has no checkpoints at hand: name them with --checkpoint STEP=MODEL, or use --model lab-neox"
-        )
+        raise ValueError(f"{name} has no checkpoints at hand: name them with --checkpoint STEP=MODEL, or use --model lab-neox")
     return [*((step, lambda step=step: lab.load(name, step=step)) for step in steps[:-1]), (steps[-1], run.model)]
 
 
@@ -276,9 +270,7 @@ def intermediates(
 ) -> Any:
     """Does a lens read what the model thinks of and does not say?"""
     said = 0 if items is None else 1  # the lab models say the first hop aloud
-    return experiments.intermediates(
-        run.model, _lenses(run, *LENSES), items, layers=run.layers, said=said, n=run.n, seed=run.seed
-    )
+    return experiments.intermediates(run.model, _lenses(run, *LENSES), items, layers=run.layers, said=said, n=run.n, seed=run.seed)
 
 
 @command("usage", n="facts", usual=24)

@@ -57,9 +57,7 @@ def convert(
 
 
 def offered(
-    name: Annotated[
-        str, typer.Argument(help='A repository "owner/name", or tuned-lens for the Space of that package.')
-    ],
+    name: Annotated[str, typer.Argument(help='A repository "owner/name", or tuned-lens for the Space of that package.')],
     revision: Revision = None,
     kind: Annotated[str | None, typer.Option(help="model, space or dataset.")] = None,
 ) -> None:

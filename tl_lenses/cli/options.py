@@ -7,25 +7,19 @@ from typing import Annotated
 import typer
 
 SEQ_LEN = 128
-Dtype = Enum(
-    "Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}, type=str
-)
+Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}, type=str)
 
 # --- models and lenses
 Model = Annotated[
     str,
-    typer.Option(
-        help="A Hugging Face name, a local directory, lab-gpt2 (bundled), smollm2-135m or gemma3-270m (make real)."
-    ),
+    typer.Option(help="A Hugging Face name, a local directory, lab-gpt2 (bundled), smollm2-135m or gemma3-270m (make real)."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; cuda if there is one.")]
 DType = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
 Layers = Annotated[str | None, typer.Option(help="Such as 0,4,8 or ::2 or a hook name; all by default.")]
 Lenses = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lens", help="A folder that `fit` wrote (or a lens of another package), or NAME=FOLDER; repeatable."
-    ),
+    typer.Option("--lens", help="A folder that `fit` wrote (or a lens of another package), or NAME=FOLDER; repeatable."),
 ]
 
 # --- text
@@ -52,9 +46,7 @@ Numbers = Annotated[bool, typer.Option("--numbers", help="Write the value into e
 
 # --- patchscopes
 Placeholder = Annotated[str, typer.Option(help="The word of an own prompt that receives the vector.")]
-SourceLayers = Annotated[
-    str | None, typer.Option("--layers", help="Source layers, such as 0,4,8 or ::2; all by default.")
-]
+SourceLayers = Annotated[str | None, typer.Option("--layers", help="Source layers, such as 0,4,8 or ::2; all by default.")]
 TargetLayers = Annotated[
     str | None, typer.Option(help="Each source layer into each of these; by default into the same layer only.")
 ]

@@ -50,9 +50,7 @@ def sharing(shard: str | None, output: Any) -> Iterator[None]:
         yield
         return
     part, of = parse_shard(shard)
-    command = [
-        a for i, a in enumerate(_arguments) if not (a.startswith("--shard") or i and _arguments[i - 1] == "--shard")
-    ]
+    command = [a for i, a in enumerate(_arguments) if not (a.startswith("--shard") or i and _arguments[i - 1] == "--shard")]
     with shared(parts_of(output), part, of, command):
         yield
     say(f"part {part}/{of} is in {parts_of(output)}; when all {of} are there: tl-lenses merge {output}")

@@ -51,9 +51,7 @@ def patchscope(
         str | None,
         typer.Option("--map", help="A map that fit-scope wrote (--scope is then its target): by default its pairs."),
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Also write .json, .csv, .svg or .png (heat maps) or .html.")
-    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write .json, .csv, .svg or .png (heat maps) or .html.")] = None,
     file: options.File = None,
     chat: options.Chat = False,
     numbers: options.Numbers = False,

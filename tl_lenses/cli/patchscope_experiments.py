@@ -22,9 +22,7 @@ Descriptions = Annotated[
     str | None,
     typer.Option("--data", help="A .json or .csv with subject and description; the bundled ones by default."),
 ]
-NoGuard = Annotated[
-    bool, typer.Option("--no-guard", help="Keep items whose answer is in the prompt or comes without a patch.")
-]
+NoGuard = Annotated[bool, typer.Option("--no-guard", help="Keep items whose answer is in the prompt or comes without a patch.")]
 
 _read_lenses = functools.partial(read_text, taken=("token identity", "logit lens", "regression", "logit"))
 
@@ -112,6 +110,4 @@ def conflict(run: Run, target_layers: TargetLayers = None) -> Any:
     """Who speaks, the vector of lab-gpt2-permuted or the knowledge of lab-gpt2, which reads it?"""
     to, (facts, others) = run.load("lab-gpt2"), experiments.conflicting()
     into = run.target_layers(target_layers, to)
-    return experiments.conflict(
-        run.model, to, facts, others, layers=run.layers, target_layers=into, n=run.n, seed=run.seed
-    )
+    return experiments.conflict(run.model, to, facts, others, layers=run.layers, target_layers=into, n=run.n, seed=run.seed)

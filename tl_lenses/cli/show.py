@@ -31,16 +31,12 @@ def show(
     track: Annotated[
         list[str] | None, typer.Option(help="A token to follow in the page; repeatable. By default the model's own.")
     ] = None,
-    diff: Annotated[
-        str | None, typer.Option(help="Two lenses, such as tuned,logit: the first minus the second.")
-    ] = None,
+    diff: Annotated[str | None, typer.Option(help="Two lenses, such as tuned,logit: the first minus the second.")] = None,
     answer: Annotated[
         str | None,
         typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer."),
     ] = None,
-    width: Annotated[
-        int | None, typer.Option(min=1, help="Of an .svg or .png, pixels: tokens beyond it go on below.")
-    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of an .svg or .png, pixels: tokens beyond it go on below.")] = None,
     numbers: options.Numbers = False,
     opened: options.Open = False,
     device: options.Device = None,
@@ -57,9 +53,7 @@ def show(
     folders = inputs.lens_names(lens)
     pair = None if diff is None else tuple(diff.split(","))
     if pair is not None and (len(pair) != 2 or not {*pair} <= {*folders, "logit"}):
-        raise ValueError(
-            f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit"
-        )
+        raise ValueError(f"--diff {diff!r} must be two of the lenses {', '.join([*folders, 'logit'])}, such as tuned,logit")
     save = inputs.page_to_open(save, opened)
     inputs.check_file(save, PICTURES if answer is None and width is None else (".svg", ".png"))
     if width is not None and (save is None or answer is not None):

@@ -89,16 +89,12 @@ def check_subspaces(
     return {name: _checked(subspaces[name], layers, width, name) for name in names}
 
 
-def _checked(
-    given: Mapping[int, Tensor], layers: Sequence[int], width: int, name: str
-) -> dict[int, Float[Tensor, "k d"]]:
+def _checked(given: Mapping[int, Tensor], layers: Sequence[int], width: int, name: str) -> dict[int, Float[Tensor, "k d"]]:
     what = f"subspaces of {name!r} are given"
     if extra := [layer for layer in given if layer not in layers]:
         raise ValueError(f"{what} for layer {extra[0]} which layers={list(layers)} leaves out: add it to the list")
     if missing := [layer for layer in layers if layer not in given]:
-        raise ValueError(
-            f"{what} for layers {sorted(given)} and not for layer {missing[0]}: leave it out of layers, or give one"
-        )
+        raise ValueError(f"{what} for layers {sorted(given)} and not for layer {missing[0]}: leave it out of layers, or give one")
     rows = {layer: x[None] if x.ndim == 1 else x for layer, x in given.items()}
     for layer, x in rows.items():
         if x.ndim != 2 or x.shape[-1] != width:

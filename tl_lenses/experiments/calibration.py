@@ -77,9 +77,7 @@ def calibration(hits: Any, confidence: Any, *, bins: int = 10) -> Calibration:
     bins = whole_number("bins", bins, least=1)
     hit, sure = _numbers("hits", hits), _numbers("confidence", confidence)
     if hit.shape != sure.shape or not hit.numel():
-        raise ValueError(
-            f"hits are {list(hit.shape)} and confidence {list(sure.shape)}: expected one of each per answer"
-        )
+        raise ValueError(f"hits are {list(hit.shape)} and confidence {list(sure.shape)}: expected one of each per answer")
     if not bool(((sure >= 0) & (sure <= 1)).all()) or not bool(((hit == 0) | (hit == 1)).all()):
         raise ValueError("confidence must lie between 0 and 1, and hits must be 0 or 1")
     hit, sure = hit.flatten(), sure.flatten()

@@ -68,10 +68,7 @@ class Cells:
         x = x[:, cells]
         means = x.mean(0)
         best = int(means.argmax())
-        held = [
-            float(x[measure, int(x[choose].mean(0).argmax())].mean())
-            for choose, measure in _halves(self.groups, self.seed)
-        ]
+        held = [float(x[measure, int(x[choose].mean(0).argmax())].mean()) for choose, measure in _halves(self.groups, self.seed)]
         cell = None if single else self.pairs[cells[best]]
         held_out = sum(held) / len(held) if held else math.nan
         return Summary(float(x.max(1).values.mean()), float(means[best]), cell, held_out)
@@ -226,9 +223,7 @@ class Controlled:
         """The controls of vectors whose right answers are given."""
         return Controlled(vectors, others(answers, seed), random_like(vectors, seed), vectors.mean(0, keepdim=True))
 
-    def ask(
-        self, patched: Callable[[Source], Sequence[Any]], items: Sequence[int] | None = None
-    ) -> dict[str, list[Any]]:
+    def ask(self, patched: Callable[[Source], Sequence[Any]], items: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """The answers with each vector in place, in one sweep: per condition a list with an entry per item.
 
         Args:
@@ -252,9 +247,7 @@ def scores_of(
 ) -> dict[str, Float[Tensor, "item cell"]]:
     """Scores of texts by condition, item and cell, each against the item's right answer."""
     return {
-        name: torch.tensor(
-            [[float(score(text, answer)) for text in row] for row, answer in zip(rows, answers, strict=True)]
-        )
+        name: torch.tensor([[float(score(text, answer)) for text in row] for row, answer in zip(rows, answers, strict=True)])
         for name, rows in texts.items()
     }
 

@@ -112,9 +112,7 @@ class Comparison(Report):
         ends = [self.grid[f"{key}{end}"][:, part].mean(1) for end in ("", "_low", "_high")]
         order = sorted(able, key=lambda i: float(ends[0][i]))
         own = interval(*(float(x[order[0]]) for x in ends))
-        return (
-            f"{self.lenses[order[0]]}, {own}{unit}, unigram {float(ends[0][-1]):.2f}{_beside(self.lenses, order, ends)}"
-        )
+        return f"{self.lenses[order[0]]}, {own}{unit}, unigram {float(ends[0][-1]):.2f}{_beside(self.lenses, order, ends)}"
 
     def _cheapest(self, part: Tensor) -> str:
         """The cheapest lens whose KL is within the interval of the nearest one's."""

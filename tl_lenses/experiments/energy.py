@@ -60,9 +60,9 @@ class Energy:
         if self.plane is not None:
             return self.plane(normed, _normed(self.decode.readout, u[None])[0])
         w_u, b_u = self.decode.readout.weights()
-        return fused_kl(
-            normed[None], self.teacher, w_u.float(), None if b_u is None else b_u.float(), transform=self._transform()
-        )[0]
+        return fused_kl(normed[None], self.teacher, w_u.float(), None if b_u is None else b_u.float(), transform=self._transform())[
+            0
+        ]
 
     def _transform(self) -> Any:
         readout = self.decode.readout
@@ -125,9 +125,7 @@ class Plane:
         """Mean KL of the ablated states `normed`, moved along W v; `turned` is its norm(W v)."""
         direction, ablated = turned - self.at_zero, normed - self.at_zero
         along, across = self.coordinates(ablated, direction)
-        partition = _Partition.apply(
-            along.float(), across.float(), direction @ self.w_u, self.logits, self.base, self.lead
-        )
+        partition = _Partition.apply(along.float(), across.float(), direction @ self.w_u, self.logits, self.base, self.lead)
         return (self.constant - (ablated * self.toward).sum(-1)).mean() + partition  # type: ignore[operator]
 
     def coordinates(

@@ -249,10 +249,4 @@ def two_hops(facts: Sequence[Fact]) -> list[tuple[Fact, Fact]]:
     by_subject: dict[str, list[Fact]] = {}
     for fact in facts:
         by_subject.setdefault(fact.subject, []).append(fact)
-    return [
-        (first, second)
-        for first in facts
-        if first.phrase
-        for second in by_subject.get(first.object, ())
-        if second != first
-    ]
+    return [(first, second) for first in facts if first.phrase for second in by_subject.get(first.object, ()) if second != first]

@@ -103,12 +103,8 @@ class Faithfulness(Report):
 
     def _row(self, condition: str, p: int, *more: str) -> list[str]:
         of = {name: float(self.grid.at(condition=condition)[name][p]) for name in self.grid if name != "length"}
-        shown = [
-            interval(*(of[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("identified", "specificity")
-        ]
-        return shown + [
-            "–" if math.isnan(of[x]) else f"{of[x]:.0f}" if x == "distinct" else f"{of[x]:.2f}" for x in more
-        ]
+        shown = [interval(*(of[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("identified", "specificity")]
+        return shown + ["–" if math.isnan(of[x]) else f"{of[x]:.0f}" if x == "distinct" else f"{of[x]:.2f}" for x in more]
 
     def pictures(self) -> dict[str, Picture]:
         """Identification and specificity over layers: a line per condition with its interval; a heat map of a sweep."""
@@ -176,9 +172,7 @@ def _grid(
         columns, own, read = range(len(cells)), said.get(condition), said[VECTOR]
         equal = [sum(a[p] == b[p] for a, b in zip(own or (), read, strict=False)) / len(read) for p in columns]
         for name, x in (("same", equal), ("distinct", [len({row[p] for row in own or ()}) for p in columns])):
-            values.setdefault(name, []).append(
-                torch.tensor([math.nan] * len(x) if own is None else x, dtype=torch.float64)
-            )
+            values.setdefault(name, []).append(torch.tensor([math.nan] * len(x) if own is None else x, dtype=torch.float64))
     both = ("condition", "cell")
     grid: dict[str, tuple[Sequence[str], Tensor]] = {name: (both, torch.stack(x)) for name, x in values.items()}
     axes = {"condition": list(scores), "cell": cells, "source": list(range(len(length)))}
@@ -219,9 +213,7 @@ class _Readings:
         original = replace(original, sources=original.sources[:n], targets=original.targets[:n])
         n = len(original.sources)
         if n < 2:
-            raise ValueError(
-                f"a text is told from those of other vectors: pass a result of at least two sources, got {n}"
-            )
+            raise ValueError(f"a text is told from those of other vectors: pass a result of at least two sources, got {n}")
         tokens = result.top_ids[..., :1] if result.tokens is None else result.tokens
         ids = [[tuple(i for i in cell if i >= 0) for cell in row] for row in tokens[:n].tolist()]
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -282,9 +274,7 @@ class _Readings:
         return scores, said
 
 
-def _with_vectors(
-    r: _Readings, chosen: Sequence[str], seed: int
-) -> tuple[dict[str, Tensor], dict[str, list[list[str]]]]:
+def _with_vectors(r: _Readings, chosen: Sequence[str], seed: int) -> tuple[dict[str, Tensor], dict[str, list[list[str]]]]:
     """The conditions that put vectors into the target, scored together: the vectors, random ones, and their mean."""
     n, sources, compared = len(r.ids), list(r.request.sources), r.compared
     blocks, mean = [VECTOR], None
@@ -330,9 +320,7 @@ def _words(r: _Readings, repeat: Target) -> dict[str, tuple[str, Callable[[], li
         n_new = min(8, max(max(s.columns, default=4) for s in request.sources) + 1)
         continuation = Continuation.of(request.to, n_new, False, 1.0, 0, ())
         target = ready_target(request.to, repeat, -1, n_new, prepend_bos=request.options.prepend_bos)
-        texts = run(
-            replace(r.request, targets=[[target]] * len(r.ids), continuation=continuation), show_progress=r.show
-        ).text
+        texts = run(replace(r.request, targets=[[target]] * len(r.ids), continuation=continuation), show_progress=r.show).text
         return [[text.strip().split("\n")[0] for text in row] for row in texts or []]
 
     without = why or ("" if has_text else "the sources are no text")
@@ -345,9 +333,7 @@ def _words(r: _Readings, repeat: Target) -> dict[str, tuple[str, Callable[[], li
     }
 
 
-def identification(
-    result: PatchscopeResult, n: int | None = None, *, among: int = 10, seed: int = 0
-) -> Float[Tensor, "text pair"]:
+def identification(result: PatchscopeResult, n: int | None = None, *, among: int = 10, seed: int = 0) -> Float[Tensor, "text pair"]:
     """Whether each text of a result is likeliest under its own vector, among the vectors of at most so many sources.
 
     Args:

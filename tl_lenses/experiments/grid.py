@@ -150,10 +150,7 @@ class Grid:
         for name, (axes, x) in self.values.items():
             if axis in axes:
                 interval = mean_interval(x.movedim(list(axes).index(axis), 0), seed=seed)
-                ends |= {
-                    f"{name}_{end}": (means.values[name][0], e)
-                    for end, e in zip(("low", "high"), interval, strict=True)
-                }
+                ends |= {f"{name}_{end}": (means.values[name][0], e) for end, e in zip(("low", "high"), interval, strict=True)}
         return Grid(means.axes, {**means.values, **ends})
 
     # --- as rows
@@ -251,9 +248,7 @@ class Grid:
             self.series({both[n][i]: called for n, called in names.items() if {*both[n]} <= {*self.values}}, x=x, by=by)
             for i in (0, 1)
         )
-        bands = {
-            name: [(x, low, high) for (x, low), (_, high) in zip(lows[name], highs[name], strict=True)] for name in lows
-        }
+        bands = {name: [(x, low, high) for (x, low), (_, high) in zip(lows[name], highs[name], strict=True)] for name in lows}
         return Lines(title, self.series(values, x=x, by=by), **{"across": x, "bands": bands, **how})
 
     def heat(self, title: str, value: str, *, down: str, across: str, **how: Any) -> Heat:

@@ -211,9 +211,7 @@ class Subject:
             if n is not None and seen >= n:
                 break
         if seen < 2:
-            raise ValueError(
-                f"the text gives {seen} positions, and an ablation needs 2 at least: pass more of it, or longer rows"
-            )
+            raise ValueError(f"the text gives {seen} positions, and an ablation needs 2 at least: pass more of it, or longer rows")
         if resampled and any(int(used.sum()) < 2 for used in masks):
             raise ValueError("resampling needs two positions in every batch: pass larger batches or longer rows")
         return Texts(batches, masks)

@@ -19,19 +19,13 @@ Rows = Mapping[tuple[Any, Any], tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]
 Writers = dict[str, Callable[[Path], object]]  # by the name of the file
 
 
-def write_foreign(
-    path: str | Path, kind: str, rows: Rows, n_layers: int, meta: dict[str, Any], *, overwrite: bool = False
-) -> Path:
+def write_foreign(path: str | Path, kind: str, rows: Rows, n_layers: int, meta: dict[str, Any], *, overwrite: bool = False) -> Path:
     """Write maps of raw weights in the format of another package, all or nothing: see `Translators.export`."""
     path = check_output(as_path(path).resolve(), overwrite=overwrite)
     if path.exists() and (others := sorted({file.name for file in path.iterdir()} - _NAMES)):
-        raise ValueError(
-            f"{path} holds {others[0]!r}, which an export does not write and would be lost: choose another folder"
-        )
+        raise ValueError(f"{path} holds {others[0]!r}, which an export does not write and would be lost: choose another folder")
     if any(not isinstance(layer, int) for pair in rows for layer in pair) or "to" in meta:
-        raise ValueError(
-            f"{kind} files hold maps between the residual layers of one model, and these are {list(rows)[:3]}"
-        )
+        raise ValueError(f"{kind} files hold maps between the residual layers of one model, and these are {list(rows)[:3]}")
     writers = FORMATS[kind](rows, n_layers, meta)
     with whole_folder(path) as temporary:
         for name, write in writers.items():
@@ -69,9 +63,7 @@ def _jacobian_lens(rows: Rows, n_layers: int, meta: dict[str, Any]) -> Writers:
         raise ValueError(f"a Jacobian lens has one map per block, all into one layer, and these are {sorted(rows)}")
     with_bias = [source for (source, _), (_, bias) in rows.items() if bias.any()]
     if with_bias:
-        raise ValueError(
-            f"a Jacobian lens has no bias, and the maps of layers {with_bias} have one: they cannot be written as one"
-        )
+        raise ValueError(f"a Jacobian lens has no bias, and the maps of layers {with_bias} have one: they cannot be written as one")
     (target,) = {target for _, target in rows}
     matrices = {source - 1: delta.float() + torch.eye(len(bias)) for (source, _), (delta, bias) in sorted(rows.items())}
     ours = versions().get("tl-lenses", "unknown")

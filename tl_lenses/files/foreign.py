@@ -112,9 +112,7 @@ def _checked(maps: Maps, given: Given) -> tuple[dict[str, Tensor], dict[str, Any
             if not x.is_floating_point():
                 raise ValueError(f"the {name} of layer {source} should hold floating point numbers, got {x.dtype}")
             if not x.isfinite().all():
-                half = (
-                    " (float16 holds numbers to 65,504: look for a copy in float32)" if x.dtype == torch.float16 else ""
-                )
+                half = " (float16 holds numbers to 65,504: look for a copy in float32)" if x.dtype == torch.float16 else ""
                 raise ValueError(f"the {name} of layer {source} has numbers that are not finite{half}")
         if not 0 <= source <= n_layers or not 0 <= target <= n_layers:
             raise ValueError(f"has a map from layer {source} to {target}, and its model has layers 0..{n_layers}")
@@ -218,9 +216,7 @@ def _tuned_lens(path: Path, given: Given) -> Maps:
         )
     wrong = [name for name, x in state.items() if list(x.shape) != [d] * x.ndim]
     if wrong:
-        raise ValueError(
-            f"{path / PARAMS}: {wrong[0]} has shape {list(state[wrong[0]].shape)}, and {CONFIG} says width {d}"
-        )
+        raise ValueError(f"{path / PARAMS}: {wrong[0]} has shape {list(state[wrong[0]].shape)}, and {CONFIG} says width {d}")
     names = {"base_model_name_or_path": "model", "base_model_revision": "revision", "unembed_hash": "unembed_hash"}
     meta = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
     rows = {(i, n_layers): i for i in range(n_layers)}
@@ -263,9 +259,7 @@ def _jacobians(content: Mapping[str, Any], given: Given) -> Maps:
         raise ValueError(f"says source_layers {sorted(layers)} and has matrices of {sorted(matrices)}: copy it again")
     width = content.get("d_model")
     if width is not None and any(list(J.shape) != [width, width] for J in matrices.values()):
-        raise ValueError(
-            f"says d_model {width} and has matrices of {sorted({tuple(J.shape) for J in matrices.values()})}"
-        )
+        raise ValueError(f"says d_model {width} and has matrices of {sorted({tuple(J.shape) for J in matrices.values()})}")
     return _blocks(matrices, record, given)
 
 
@@ -314,9 +308,7 @@ def _blocks(matrices: dict[int, Tensor], record: dict[str, Any], given: Given) -
     else:
         target = depth
         if not says_target:
-            unknown.append(
-                "which layer its maps end in: taken for the final residual, the default of those who write this format"
-            )
+            unknown.append("which layer its maps end in: taken for the final residual, the default of those who write this format")
             if depth is not None and last + 2 != depth:
                 raise ValueError(
                     f"has matrices up to block {last}, does not say where they end, and the model has {depth} layers: a lens of all "
@@ -328,9 +320,7 @@ def _blocks(matrices: dict[int, Tensor], record: dict[str, Any], given: Given) -
                 f"ends at the output of block {block if block is not None else target - 1}, and does not say how many layers the model has: pass n_layers="  # type: ignore[operator]
             )
         depth = last + 2
-        unknown.append(
-            f"how many layers its model has: taken for {depth}, one more than its blocks (n_layers= says otherwise)"
-        )
+        unknown.append(f"how many layers its model has: taken for {depth}, one more than its blocks (n_layers= says otherwise)")
     for name, words in (("model", "of which model it is"), ("corpus", "on which text it was fitted")):
         unknown += [words] * (record.get(name) is None)
     estimator = str(record.get("estimator") or "jacobian_lens").lower()
@@ -372,9 +362,7 @@ def _safetensors(path: Path, given: Given) -> Maps:
 def _stack(stack: Tensor, record: dict[str, Any], given: Given) -> Maps:
     """`[target + 1, d, d]`: slot k is block k's Jacobian, and the last is the target's own, the identity."""
     last = len(stack) - 1
-    if stack.shape[1] != stack.shape[2] or not torch.allclose(
-        stack[last].float(), torch.eye(stack.shape[1]), atol=1e-3
-    ):
+    if stack.shape[1] != stack.shape[2] or not torch.allclose(stack[last].float(), torch.eye(stack.shape[1]), atol=1e-3):
         raise ValueError(
             f"a stack {list(stack.shape)} should end in the identity, the target's own slot; which blocks it holds is not known"
         )
@@ -423,7 +411,5 @@ def _shortcuts(paths: list[Path], given: Given, read: Matrices | None = None) ->
     depth, unknown = given.n_layers, ["of which model they are", "on which text they were fitted"]
     if depth is None:
         depth = max(j for _, j in maps)
-        unknown.insert(
-            0, f"how many layers the model has: taken for {depth}, where the longest ends (n_layers= says otherwise)"
-        )
+        unknown.insert(0, f"how many layers the model has: taken for {depth}, where the longest ends (n_layers= says otherwise)")
     return Maps("linear-shortcut", maps, n_layers=depth, meta={"fitter": "shortcut"}, unknown=unknown)

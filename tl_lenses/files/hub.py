@@ -41,9 +41,7 @@ def fetch(name: str, filename: str | None = None, access: Access = Access()) -> 
     if filename is not None:
         return _download(name, filename, "model", access)
     space, kind = tuned_lens_repository()
-    places = [(name, "", "model", (CONFIG, WEIGHTS))] * ("/" in name) + [
-        (space, f"lens/{name}/", kind, (CONFIG, PARAMS))
-    ]
+    places = [(name, "", "model", (CONFIG, WEIGHTS))] * ("/" in name) + [(space, f"lens/{name}/", kind, (CONFIG, PARAMS))]
     tried = []
     for repository, folder, kind, files in places:
         try:
@@ -83,9 +81,7 @@ def said_in_one_line(what: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise NotThere(f"{what}: no such revision") from None
     except errors.RepositoryNotFoundError:
-        raise NotThere(
-            f"{what}: no such repository, or a private one (log in with hf auth login, or pass token=)"
-        ) from None
+        raise NotThere(f"{what}: no such repository, or a private one (log in with hf auth login, or pass token=)") from None
     except (errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise FileNotFoundError(f"{what}: the Hub cannot be reached ({_line(error)})") from None
     except errors.HfHubHTTPError as error:
@@ -95,9 +91,7 @@ def said_in_one_line(what: str) -> Iterator[None]:
         if type(error).__module__.startswith(("requests", "urllib3", "httpx", "httpcore", "h11", "huggingface_hub")):
             raise FileNotFoundError(f"{what}: the Hub cannot be reached ({_line(error)})") from None
         if isinstance(error, OSError):  # a download that broke off, a full disk
-            raise FileNotFoundError(
-                f"{what} was not read whole ({_line(error)}): try again, it goes on where it stopped"
-            ) from None
+            raise FileNotFoundError(f"{what} was not read whole ({_line(error)}): try again, it goes on where it stopped") from None
         raise
 
 

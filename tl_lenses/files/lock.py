@@ -65,9 +65,7 @@ def _lock(path: Path, file: Path) -> int | None:
         except BlockingIOError:
             owner = _owner(handle)
             os.close(handle)
-            raise ValueError(
-                f"{path} is being written by {owner}: wait until it ends, or choose another name"
-            ) from None
+            raise ValueError(f"{path} is being written by {owner}: wait until it ends, or choose another name") from None
         except OSError:  # a file system without locks
             os.close(handle)
             file.unlink(missing_ok=True)

@@ -87,9 +87,7 @@ def check_meta(meta: Any) -> None:
         try:
             json.dumps({key: value})
         except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(
-                f"meta[{key!r}] cannot be written as JSON ({error}): give numbers, text, lists and dicts"
-            ) from None
+            raise TypeError(f"meta[{key!r}] cannot be written as JSON ({error}): give numbers, text, lists and dicts") from None
     if meta.get("basis", "raw") not in ("raw", "centered", "mixed"):
         raise ValueError(f'meta["basis"] should be "raw", "centered" or "mixed", got {meta["basis"]!r}')
     to = meta.get("to")
@@ -101,9 +99,7 @@ def check_meta(meta: Any) -> None:
     for name, record in (("", meta), ('["to"]', to or {})):
         fingerprint = record.get("fingerprint")
         if fingerprint is not None and not _is_matrix(fingerprint):
-            raise ValueError(
-                f'meta{name}["fingerprint"] should be rows of numbers, as many in each, got {fingerprint!r:.80}'
-            )
+            raise ValueError(f'meta{name}["fingerprint"] should be rows of numbers, as many in each, got {fingerprint!r:.80}')
 
 
 def _is_count(value: Any) -> bool:
@@ -128,9 +124,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not of tl_lenses translators: expected format {FORMAT!r}, got {got!r:.80}")
     version: Any = config.get("version")
     if _is_count(version) and version > VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this tl_lenses reads up to {VERSION}: upgrade tl-lenses"
-        )
+        raise ValueError(f"{path} has format version {version}, this tl_lenses reads up to {VERSION}: upgrade tl-lenses")
     wrong = _wrong_in(config)
     if wrong:
         raise ValueError(f"{file} is damaged: {wrong}; copy the folder again")
@@ -183,9 +177,7 @@ def _tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         if list(tensor.shape) != shape:
             raise ValueError(f"{file}: {name!r} should have shape {shape}, as {CONFIG} says, got {list(tensor.shape)}")
         if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{file}: {name!r} should hold floating point numbers of 16 to 64 bits, got {tensor.dtype}"
-            )
+            raise ValueError(f"{file}: {name!r} should hold floating point numbers of 16 to 64 bits, got {tensor.dtype}")
     return {name: tensors[name] for name in ("delta", "biases")}
 
 

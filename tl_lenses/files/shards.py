@@ -47,9 +47,7 @@ def about_states(path: str | Path) -> dict[str, Any] | None:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         return None
     if about.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {about.get('version')!r}, this tl_lenses reads {VERSION}: upgrade tl-lenses"
-        )
+        raise ValueError(f"{path} has version {about.get('version')!r}, this tl_lenses reads {VERSION}: upgrade tl-lenses")
     return about
 
 

@@ -62,9 +62,7 @@ def remove_state(path: str | Path) -> None:
 def _check_ours(path: Path) -> None:
     if path.exists() and not is_state(path):
         kind = "a folder" if path.is_dir() else "not the state of a fit, or its first bytes are damaged"
-        raise ValueError(
-            f"{path} is {kind}: it is left as it is; choose another file for the checkpoint, or move it away"
-        )
+        raise ValueError(f"{path} is {kind}: it is left as it is; choose another file for the checkpoint, or move it away")
 
 
 def save_state(path: str | Path, tree: dict[str, Any]) -> None:

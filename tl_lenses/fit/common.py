@@ -108,9 +108,7 @@ def rows_of_pairs(
             same = "is given twice" if tuple(pair) == tuple(rows[row]) else f"and {tuple(rows[row])} are the same"
             raise ValueError(f"pair {tuple(pair)} {same}: leave one of them out")
         if to is None and row[0] == row[1]:
-            raise ValueError(
-                f"pair {tuple(pair)} maps {row[0]!r} to itself: that is the identity and not stored; leave it out"
-            )
+            raise ValueError(f"pair {tuple(pair)} maps {row[0]!r} to itself: that is the identity and not stored; leave it out")
         rows[row] = pair
     return list(rows)
 

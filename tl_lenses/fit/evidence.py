@@ -242,9 +242,7 @@ def collect(
         raise ValueError(f"held_out is a share of the rows, 0 (none) to 0.5, got {held_out!r}")
     if limit_tokens is not None:
         limit_tokens = whole_number("limit_tokens", limit_tokens, least=1)
-    reading = Reading(
-        tuple(rows), to, skip_first, tuple(hooks), tuple(target_hooks), share, choose, limit_tokens, offload
-    )
+    reading = Reading(tuple(rows), to, skip_first, tuple(hooks), tuple(target_hooks), share, choose, limit_tokens, offload)
     with alone(checkpoint, processes()):
         collecting = Collecting(model, reading, checkpoint, checkpoint_every, note)
         total = collecting.run(tokens, show_progress, desc)
@@ -262,9 +260,7 @@ def collect_held_out(model: LensModel, tokens: Any, reading: Reading, show_progr
 class Collecting:
     """One pass over a text: the evidence so far, and the place in the text. Every number that changes is a field."""
 
-    def __init__(
-        self, model: LensModel, reading: Reading, file: str | Path | None, every: int, note: Mapping[str, Any] | None
-    ):
+    def __init__(self, model: LensModel, reading: Reading, file: str | Path | None, every: int, note: Mapping[str, Any] | None):
         self.model, self.reading, self.every = model, reading, whole_number("checkpoint_every", every, least=1)
         if reading.to is not None:
             check_tokenizers(model, reading.to)
@@ -289,9 +285,7 @@ class Collecting:
         stream = text.stream(at=self.bookmark, endless=False)
         limit = self.reading.limit_tokens
         total = text.n_batches if show_progress is not False else None
-        shown = progress(
-            total=total, initial=self.counts.batches, desc=desc, show=show_progress if self.team.first else False
-        )
+        shown = progress(total=total, initial=self.counts.batches, desc=desc, show=show_progress if self.team.first else False)
         with shown as bar, closing(stream), self.team.together():
             for batch, bookmark in self.team.in_turn(stream, self._models):
                 self.add(batch)
@@ -335,9 +329,7 @@ class Collecting:
 def _check_enough(total: Evidence, reading: Reading, n_rows: int) -> None:
     if not count(total.fit):
         if count(total.held_out):
-            raise ValueError(
-                f"no row of the text is left to fit on: all {n_rows} are held out; give more rows, or held_out=0"
-            )
+            raise ValueError(f"no row of the text is left to fit on: all {n_rows} are held out; give more rows, or held_out=0")
         raise ValueError(
             "no position to fit on: the rows hold one token each and skip_first leaves none; pass skip_first=False or longer rows"
         )

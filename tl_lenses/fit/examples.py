@@ -75,9 +75,7 @@ def _of_text(asked: Asked, n: int, seed: int, show: bool | None) -> Examples:
                 has_label[:, -ahead:] = False
                 has_label[:, :-ahead] &= used[:, ahead:]
             where = has_label.nonzero().cpu()
-            where = where[
-                torch.randperm(len(where), generator=generator)[: min(-(-len(where) // ONE_IN), n - len(labels))]
-            ]
+            where = where[torch.randperm(len(where), generator=generator)[: min(-(-len(where) // ONE_IN), n - len(labels))]]
             first = int(ahead > 0)
             labels += [batch.tokens[i, j + first : j + first + max(ahead, 1)].tolist() for i, j in where.tolist()]
             for layer, name in names.items():
@@ -94,9 +92,7 @@ def _of_text(asked: Asked, n: int, seed: int, show: bool | None) -> Examples:
 def _of_sources(asked: Asked, seed: int) -> Examples:
     """The vectors of the sources, in a random order, so that any may be held out."""
     whole = Source(asked.source) if isinstance(asked.source, Tensor) else asked.source
-    sources = [
-        source if source.has_layers else _at_each_layer(source, n_layers(asked.model)) for source in sources_of(whole)
-    ]
+    sources = [source if source.has_layers else _at_each_layer(source, n_layers(asked.model)) for source in sources_of(whole)]
     ready = ready_sources(asked.model, sources, asked.layers, prepend_bos=asked.prepend_bos)
     labels = [_ids(asked.to, label) for label in several("labels", asked.labels, "texts or token ids")]
     if len(labels) != len(ready):

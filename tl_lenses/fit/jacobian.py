@@ -115,9 +115,7 @@ def fit_jacobian(
     """
     check_model(model, what="a fit")
     if is_sharded(model):
-        raise ValueError(
-            "fit_jacobian needs the whole model in each process: load it without sharding, and merge parts"
-        )
+        raise ValueError("fit_jacobian needs the whole model in each process: load it without sharding, and merge parts")
     text = Text.of(tokens).to_run("fit_jacobian")
     one_of("rule", rule, ("jacobian", "relevance"))
     flag("skip_last", skip_last)
@@ -143,9 +141,7 @@ def fit_jacobian(
     weights = total / counts.prompts
     meta = record(model, rule, counts.positions, averaging.settings(), next(iter(kept.identities), None))
     meta |= {"n_prompts": counts.prompts, "skip_first": skip_first}
-    return Translators(
-        averaging.rows, weights, weights.new_zeros(weights.shape[:2]), n_layers=n_layers(model), meta=meta
-    )
+    return Translators(averaging.rows, weights, weights.new_zeros(weights.shape[:2]), n_layers=n_layers(model), meta=meta)
 
 
 def merge(parts: Sequence[Translators]) -> Translators:
@@ -164,9 +160,7 @@ def merge(parts: Sequence[Translators]) -> Translators:
     first = parts[0]
     counts = [part.meta.get("n_prompts") for part in parts]
     if not all(isinstance(n, int) and n > 0 for n in counts):
-        raise ValueError(
-            f"each part must say how many prompts it is of, got n_prompts={counts}: merge what fit_jacobian made"
-        )
+        raise ValueError(f"each part must say how many prompts it is of, got n_prompts={counts}: merge what fit_jacobian made")
     about = lambda part: {"rows": part.rows, "fitter": part.meta.get("fitter"), **part.meta.get("settings", {})}
     for part in parts[1:]:
         theirs = about(part)
@@ -199,9 +193,7 @@ def _averaged(
         total = state["sum"] if team.first else None
     check_edits(model, list(averaging.hooks))  # every process makes its passes now, or none
     stream = text.stream(at=bookmark, endless=False)
-    shown = progress(
-        total=text.n_batches, initial=counts.batches, desc=averaging.rule, show=show_progress if team.first else False
-    )
+    shown = progress(total=text.n_batches, initial=counts.batches, desc=averaging.rule, show=show_progress if team.first else False)
     with shown as bar, closing(stream), team.together():
         for batch, bookmark in stream:
             left = None if averaging.limit_prompts is None else averaging.limit_prompts - counts.prompts
@@ -257,9 +249,7 @@ def sum_of_jacobians(model: LensModel, batch: Batch, averaging: Averaging) -> Fl
         grads = torch.autograd.grad(y, xs, cotangent.view_as(y), retain_graph=dims.stop < d_out, allow_unused=True)
         for row, grad in enumerate(grads):
             if grad is None:
-                raise ValueError(
-                    f"{averaging.rows[row][0]!r} does not lead to {averaging.rows[row][1]!r}: leave it out"
-                )
+                raise ValueError(f"{averaging.rows[row][0]!r} does not lead to {averaging.rows[row][1]!r}: leave it out")
             by_copy = grad.flatten(2).float().to(y.device).view(copies, n, y.shape[1], -1)[: len(dims)]
             total[row, start : dims.stop] = torch.einsum("k b t d, b t -> k d", by_copy, share)
     if not total.isfinite().all():
@@ -273,9 +263,7 @@ def _graph(model: LensModel, batch: Batch, averaging: Averaging) -> tuple[Tensor
     seen: dict[str, Tensor] = {}
     sources, target = [source for source, _ in averaging.rows], averaging.rows[0][1]
     # A site inside a block is behind the block's own residual.
-    root = layer_site(
-        min(int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in sources), n_layers(model)
-    )
+    root = layer_site(min(int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in sources), n_layers(model))
     hooks = [*averaging.hooks, patch(root, lambda x: x.detach().requires_grad_())]
     hooks += [read(name, seen, detach=False) for name in (*sources, target)]
     check_edits(model, hooks)  # its passes would see the rule's gradients

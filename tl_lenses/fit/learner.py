@@ -73,9 +73,7 @@ class Learner:
         if self.white is not None:
             whiten(self.grad_w, self.white)
         if self.settings.clip is not None:
-            clip_gradients(
-                self.grad_w, self.grad_b, self.settings.clip, self.settings.joint_clip, self.settings.bias_only
-            )
+            clip_gradients(self.grad_w, self.grad_b, self.settings.clip, self.settings.joint_clip, self.settings.bias_only)
 
     def scale_rates(self) -> None:
         """Set each layer's rate from its map and its loss; called at the first step."""

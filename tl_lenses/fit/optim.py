@@ -55,9 +55,7 @@ def map_sizes(delta: Float[Tensor, "rows d_out d_in"]) -> list[float]:
 
 def rate_scales(losses: Sequence[float], power: float, sizes: Sequence[float]) -> list[float]:
     """The factor of each layer's rate: `size * min(loss, 1 nat) ** power`, from its map and its loss at the first step."""
-    return [
-        size * (max(min(loss, 1.0), 0.0) ** power if power else 1.0) for loss, size in zip(losses, sizes, strict=True)
-    ]
+    return [size * (max(min(loss, 1.0), 0.0) ** power if power else 1.0) for loss, size in zip(losses, sizes, strict=True)]
 
 
 # Shares of the first step's length that are tried on fresh tokens, from the longest; each is half of the one before it.

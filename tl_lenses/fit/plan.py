@@ -157,9 +157,7 @@ def plan(
         0.75
     """
     if not isinstance(settings, Settings):
-        raise TypeError(
-            f"settings must be the Settings of a fit, got {type(settings).__name__}: fit.settings.Settings(...)"
-        )
+        raise TypeError(f"settings must be the Settings of a fit, got {type(settings).__name__}: fit.settings.Settings(...)")
     sizes = _Sizes(d_model, n_layers, d_vocab, n_params, n_rows, tokens_per_batch, model_dtype, device, sharded)
     steps = AUTO_STEPS if settings.steps == "auto" else settings.steps
     tokens = steps * max(tokens_per_batch, settings.tokens_per_step or 0)
@@ -176,9 +174,7 @@ def _together(settings: Settings, sizes: _Sizes) -> int:
     return min(sizes.rows, settings.layers_at_once or sizes.rows)
 
 
-def _operations(
-    settings: Settings, sizes: _Sizes, steps: int, tokens: int, start_tokens: int, groups: int
-) -> dict[str, float]:
+def _operations(settings: Settings, sizes: _Sizes, steps: int, tokens: int, start_tokens: int, groups: int) -> dict[str, float]:
     """Floating-point operations by part, of the whole fit."""
     d, vocabulary, rows = sizes.d_model, sizes.d_vocab, sizes.rows
     inner = max(sizes.params - d * vocabulary, 0)

@@ -105,9 +105,7 @@ def fit_regression(
     one_of("method", method, ("ridge", "procrustes", "shift"))
     if held_out is None:
         held_out = 0.1 if other is not None or pairs is not None else 0.0
-    share, held_out_text = (
-        (finite_number("held_out", held_out), None) if is_share(held_out) else (0.0, Text.of(held_out))
-    )
+    share, held_out_text = (finite_number("held_out", held_out), None) if is_share(held_out) else (0.0, Text.of(held_out))
     text = Text.of(tokens)
     hooks, target_hooks = tuple(checked_hooks(model, hooks)), tuple(checked_hooks(other or model, target_hooks))
     if toward is not None:
@@ -129,9 +127,7 @@ def fit_regression(
                 reading = Reading(tuple(group), other, skip_first, hooks, target_hooks, offload=offload)
                 apart = collect_held_out(model, held_out_text, reading, show_progress)
                 evidence = Evidence(evidence.rows, evidence.fit, evidence.choose, apart.held_out, apart.agreed)
-            parts.append(
-                maps_of(model, evidence, to=other, ridge=strengths, toward=toward, method=method, settings=settings)
-            )
+            parts.append(maps_of(model, evidence, to=other, ridge=strengths, toward=toward, method=method, settings=settings))
     return parts[0] if len(parts) == 1 else _together(model, rows, parts)
 
 
@@ -172,9 +168,7 @@ def _together(model: LensModel, rows: list[Row], parts: list[Translators]) -> Tr
     if "held_out" in meta:
         outside = join(part.meta["held_out"]["r_squared"] for part in parts)
         meta["held_out"] = {**meta["held_out"], "r_squared": [outside[i] for i in pick]}
-    weights, biases = (
-        torch.cat([getattr(part, name).detach() for part in parts])[pick] for name in ("weights", "biases")
-    )
+    weights, biases = (torch.cat([getattr(part, name).detach() for part in parts])[pick] for name in ("weights", "biases"))
     return Translators(rows, weights, biases, n_layers=n_layers(model), meta=meta)
 
 

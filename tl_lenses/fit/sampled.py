@@ -33,9 +33,7 @@ class Sample:
     log_weights: Float[Tensor, " m"]
 
 
-def sample_of(
-    p_mean: Float[Tensor, " d_vocab"], sure: Int[Tensor, " k"], draws: int, generator: torch.Generator
-) -> Sample:
+def sample_of(p_mean: Float[Tensor, " d_vocab"], sure: Int[Tensor, " k"], draws: int, generator: torch.Generator) -> Sample:
     """The tokens `sure`, and draws from the others with `pi = (1 - UNIFORM) p_mean + UNIFORM / d_vocab`, one in each of `draws` equal strata."""
     pi = (1 - UNIFORM) * p_mean.double() / p_mean.double().sum() + UNIFORM / len(p_mean)
     pi[sure] = 0.0
@@ -73,9 +71,7 @@ def marks_of(pairs: Pairs, head: Head, chunk_size: int | None = None) -> Marks:
         parts.append((teacher.negentropy, teacher.mean, teacher.state, teacher.p.topk(k, -1).indices))
         del teacher  # before the next one is made
     negentropy, mean, state, likely = zip(*parts, strict=True)
-    return Marks(
-        torch.cat(negentropy), torch.cat(mean), torch.cat(state) if pairs.hidden else None, torch.cat(likely), p_mean
-    )
+    return Marks(torch.cat(negentropy), torch.cat(mean), torch.cat(state) if pairs.hidden else None, torch.cat(likely), p_mean)
 
 
 def score_sampled(

@@ -141,9 +141,7 @@ def fit_scope(
         fit = _Fit(scope, places, examples, settings, kept)
         fit.train(log, show)
     scores = fit.scores(show)
-    meta = record(
-        model, "scope", fit.n_tokens, {**kept.settings, "examples": len(examples.labels)}, known[0] if known else None
-    )
+    meta = record(model, "scope", fit.n_tokens, {**kept.settings, "examples": len(examples.labels)}, known[0] if known else None)
     meta |= {"unit": True} | ({"held_out": scores} if scores else {})
     if to is not model:
         meta["to"] = {**(known[1] if known else identity_of(to)), "n_layers": n_layers(to)}
@@ -157,9 +155,7 @@ def _check_models(model: LensModel, to: LensModel) -> None:
             "fit_regression(model, tokens, to=...), or take a model of the same width"
         )
     if is_sharded(model) or is_sharded(to):
-        raise ValueError(
-            "a map is trained through the blocks, and these are sharded: load the model whole in each process"
-        )
+        raise ValueError("a map is trained through the blocks, and these are sharded: load the model whole in each process")
 
 
 def _places(model: LensModel, to: LensModel, pairs: Sequence[Any]) -> dict[Pair, Row]:
@@ -167,9 +163,7 @@ def _places(model: LensModel, to: LensModel, pairs: Sequence[Any]) -> dict[Pair,
     rows: dict[Pair, Row] = {}
     for pair in pairs:
         if any(isinstance(side, tuple) for side in pair):
-            raise ValueError(
-                f"the pair {pair} has several layers on one side: a map leads from one layer into one, (l, l*)"
-            )
+            raise ValueError(f"the pair {pair} has several layers on one side: a map leads from one layer into one, (l, l*)")
         row = place(model, pair[0]), place(to, pair[1])
         if row in rows.values():
             raise ValueError(f"the pair {pair} is given twice")
@@ -244,9 +238,7 @@ class _Fit:
         self.n_train = len(self.labels) - min(settings.held_out, len(self.labels) // 5)
         dtype = torch.float64 if dtype_of(scope.model) == torch.float64 else torch.float32
         where: Any = {"dtype": dtype, "device": device_of(scope.model)}
-        self.units = {
-            layer: torch.nn.functional.normalize(x.to(**where), dim=-1) for layer, x in examples.vectors.items()
-        }
+        self.units = {layer: torch.nn.functional.normalize(x.to(**where), dim=-1) for layer, x in examples.vectors.items()}
         self.length = self._lengths()
         self.d = next(iter(self.units.values())).shape[-1]
         n, d, r = len(places), self.d, settings.rank
@@ -272,9 +264,7 @@ class _Fit:
         held = {name: x[0, list(prompt.place)].flatten(1) for name, x in seen.items()}
         for pair, (_, name) in self.places.items():
             if (width := self.units[pair[0]].shape[-1]) != held[name].shape[-1]:
-                raise ValueError(
-                    f"the pair {pair} leads from width {width} to {held[name].shape[-1]}: e^s h / |h| keeps the width"
-                )
+                raise ValueError(f"the pair {pair} leads from width {width} to {held[name].shape[-1]}: e^s h / |h| keeps the width")
         return torch.stack([held[name].to(next(iter(self.units.values()))).norm(dim=-1).mean() for name in names])
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -339,9 +329,7 @@ class _Fit:
         n, total = min(self.settings.vectors_per_step, self.n_train), self.n_train
         generator = lambda epoch: torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         numbers = range(step * n, (step + 1) * n)
-        order = {
-            epoch: torch.randperm(total, generator=generator(epoch)).tolist() for epoch in {i // total for i in numbers}
-        }
+        order = {epoch: torch.randperm(total, generator=generator(epoch)).tolist() for epoch in {i // total for i in numbers}}
         return [order[i // total][i % total] for i in numbers]
 
     def gradients(self, index: Sequence[int]) -> tuple[list[Tensor], Float[Tensor, "2 pairs"]]:
@@ -392,9 +380,7 @@ class _Fit:
                     losses = self.step()
                     if self.done % self.settings.checkpoint_every == 0:
                         self.save()
-                    bar.set_postfix_str(
-                        f"loss {losses[0].mean():.3f}, bias alone {losses[1].mean():.3f}", refresh=False
-                    )
+                    bar.set_postfix_str(f"loss {losses[0].mean():.3f}, bias alone {losses[1].mean():.3f}", refresh=False)
                     bar.update()
                     loss, bias = (dict(zip(self.places, row, strict=True)) for row in losses.tolist())
                     log({"step": self.done, "lr": self.settings.rate(self.done - 1), "loss": loss, "bias": bias})

@@ -152,9 +152,7 @@ class Settings:
             raise ValueError(
                 "vocabulary='sampled' needs logits that are linear, and this model caps or scales them: use 'exact' or 'auto'"
             )
-        large = (
-            self.vocabulary == "auto" and d_vocab >= SAMPLED_FROM and self.loss == "kl" and self.init == "regression"
-        )
+        large = self.vocabulary == "auto" and d_vocab >= SAMPLED_FROM and self.loss == "kl" and self.init == "regression"
         return self.vocabulary == "sampled" or (large and not transformed)
 
     @property

@@ -37,9 +37,7 @@ def shard(model: LensModel, device: str | None = None) -> None:
     check_model(model, what="a sharded fit")
     team = processes()
     if team.world == 1:
-        raise ValueError(
-            "a model is sharded over several processes, and there is one: start them with accelerate launch"
-        )
+        raise ValueError("a model is sharded over several processes, and there is one: start them with accelerate launch")
     if is_sharded(model):
         raise ValueError(f"{name_of(model)!r} is sharded already")
     place = team.device if team.device and device in (None, "cuda") else "cpu"

@@ -168,9 +168,7 @@ def unbroken() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def guilty_text(
-    batches: Sequence[Batch], is_finite: Callable[[Batch], bool], shown: Callable[[Batch], str]
-) -> str | None:
+def guilty_text(batches: Sequence[Batch], is_finite: Callable[[Batch], bool], shown: Callable[[Batch], str]) -> str | None:
     """The first row of text on which numbers are not finite, found by running row after row; None if no single one."""
     for batch in batches:
         for i in range(len(batch.tokens)):

@@ -35,9 +35,7 @@ def head_of(readout: Readout, precision: D.Precision = "auto") -> Head:
     return Head(readout, w_u if dtype == w_u.dtype else narrowed(w_u, dtype, centre=transform is None), b_u, transform)
 
 
-def narrowed(
-    w_u: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, *, centre: bool
-) -> Float[Tensor, "d_model d_vocab"]:
+def narrowed(w_u: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, *, centre: bool) -> Float[Tensor, "d_model d_vocab"]:
     """A copy in another type, contiguous; with `centre`, less its mean over the vocabulary.
 
     Softmax does not see what all logits have in common, but rounding does: GPT-2's logits lie around -100, where bf16 numbers are 0.5 apart.
@@ -62,9 +60,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.at)
 
-    def take(
-        self, rows: slice, part: slice, picks: Int[Tensor, "rows m"] | None = None
-    ) -> Float[Tensor, "rows m d_in"]:
+    def take(self, rows: slice, part: slice, picks: Int[Tensor, "rows m"] | None = None) -> Float[Tensor, "rows m d_in"]:
         """States of some rows, fp32: of the part's positions, or of each row's own picks among them."""
         at, device = self.at[part], self.teacher.device
         taken = []
@@ -188,9 +184,7 @@ def _losses(
         if room is None or len(room) < max(size, kept * groups[0].stop):
             room = w_u.new_empty(max(size, kept * groups[0].stop), w_u.shape[1])
         scored = pairs.teacher[pairs.scored[part]]
-        teacher = D.teacher_of(
-            scored, w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room
-        )
+        teacher = D.teacher_of(scored, w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room)
         for group in groups:
             picked = None if picks is None else picks[group]
             x = pairs.take(group, part, picked)

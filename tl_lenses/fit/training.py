@@ -115,9 +115,7 @@ class Training:
 
     def start(self) -> None:
         """Begin at the first step."""
-        start, self.feed = start_of(
-            self.model, self.feed, self.rows, self.settings, self.task.init, self.hooks, self.show
-        )
+        start, self.feed = start_of(self.model, self.feed, self.rows, self.settings, self.task.init, self.hooks, self.show)
         wanted = self.settings.start_tokens(d_model(self.model))
         self.n_init, self.guard = start.n_tokens, self.guard.beside(start.n_read, wanted)
         self.learner = self._learner(start.delta, start.biases, start.white)
@@ -136,9 +134,7 @@ class Training:
         device = self.readout.device
         if white is not None:
             white = white.to("cpu" if self.settings.offload else device)
-        return Learner(
-            delta.float().to(device).contiguous(), biases.float().to(device).contiguous(), self.settings, white
-        )
+        return Learner(delta.float().to(device).contiguous(), biases.float().to(device).contiguous(), self.settings, white)
 
     def run(self) -> "Training":
         """Train to the end. Whatever ends it early, the last whole step is saved.
@@ -265,9 +261,7 @@ class Training:
         s = self.settings
         assert s.token_shift is not None  # Settings fills it in
         for piece in pieces(self.model, batch, self.hooks):
-            yield scored_pairs(
-                self.model, piece, self.rows, self.hooks, s.skip_first, s.token_shift, s.loss, self.readout
-            )
+            yield scored_pairs(self.model, piece, self.rows, self.hooks, s.skip_first, s.token_shift, s.loss, self.readout)
 
     def _add(self, batch: Batch, row: int) -> None:
         """Add a batch's gradients to the learner's; `row` is the number of the row after it, for the random positions."""

@@ -168,9 +168,7 @@ def load(
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError:
             return _hooked_transformer(name, folder, hf_model, tokenizer, device, dtype)
-        model = TransformerBridge.boot_transformers(
-            name, hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
-        )
+        model = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype)
         # Moved here: a bridge around a model that exists leaves it where it is and only notes the device.
         with contextlib.redirect_stdout(io.StringIO()):  # it says so
             return model.to(device).eval()

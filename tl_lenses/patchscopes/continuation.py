@@ -38,9 +38,7 @@ class Continuation:
         seed = whole_number("seed", seed, least=-(2**63), most=2**63 - 1)
         n_samples = whole_number("n_samples", n_samples, least=1)
         if n_samples > 1 and not (do_sample and n_new):
-            raise ValueError(
-                f"{n_samples} samples of a cell would be equal: pass do_sample=True and max_new_tokens of 1 or more"
-            )
+            raise ValueError(f"{n_samples} samples of a cell would be equal: pass do_sample=True and max_new_tokens of 1 or more")
         stop = tuple(several("stop", stop, "strings"))
         if stop and not n_new:
             raise ValueError("stop strings can never match: nothing is generated with max_new_tokens=0")
@@ -59,9 +57,7 @@ class Continuation:
         shape = (n_cells, n_targets, self.n_samples, max(self.max_new_tokens, 1))
         return torch.rand(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
 
-    def choose(
-        self, logits: Float[Tensor, "rows d_vocab"], draw: Float[Tensor, " rows"] | None
-    ) -> Int[Tensor, " rows"]:
+    def choose(self, logits: Float[Tensor, "rows d_vocab"], draw: Float[Tensor, " rows"] | None) -> Int[Tensor, " rows"]:
         """The next token of every row: the likeliest one, or the one that the row's random number falls on."""
         if draw is None:
             return logits.argmax(-1)

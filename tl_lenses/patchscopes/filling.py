@@ -41,9 +41,7 @@ class Filling:
     def of(cls, to: LensModel, map: Any, mode: Any, norm: Any, alpha: Any) -> "Filling":
         """The user's arguments, checked."""
         if not (map is None or callable(map) or isinstance(map, Translators)):
-            raise TypeError(
-                f"map must be a function of vectors [k, d], an Affine or Translators, got {type(map).__name__}"
-            )
+            raise TypeError(f"map must be a function of vectors [k, d], an Affine or Translators, got {type(map).__name__}")
         mode = one_of("mode", mode, ("replace", "add", "interpolate", "norm_add"))
         return cls(to, map, mode, _checked_norm(norm, n_layers(to)), finite_number("alpha", alpha))  # pyright: ignore[reportArgumentType]
 
@@ -74,9 +72,7 @@ class Filling:
         moves = [move for pair in pairs for move in moves_of(*pair)]
         if isinstance(self.map, Translators):
             if any(layer is None for layer, _ in moves):
-                raise ValueError(
-                    "vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]"
-                )
+                raise ValueError("vectors without a layer have no row in Translators: pass one map, as translators[l, l_target]")
             check_pair(self.map, model, self.to, moves)  # type: ignore[arg-type]
         elif self.map is None:
             self._check_widths(model, sources, moves)
@@ -123,9 +119,7 @@ class Filling:
             return mean_norms[layer]
         resolved = layer if isinstance(layer, int) else site_layer(layer)
         if resolved is None:
-            raise ValueError(
-                f"norm as a tensor has one length per residual layer, and {layer!r} is none: give a number"
-            )
+            raise ValueError(f"norm as a tensor has one length per residual layer, and {layer!r} is none: give a number")
         return float(self.norm[resolved])
 
     def _check_widths(self, model: LensModel, sources: Sequence[Source], moves: Sequence[tuple[Any, Any]]) -> None:

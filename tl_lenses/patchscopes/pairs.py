@@ -29,9 +29,7 @@ def all_pairs(
         if any((a is None) != without_layer for a, _ in resolved):
             raise ValueError("the source layer of a pair is None for vectors without a layer, and only for those")
     elif without_layer and layers is not None:
-        raise ValueError(
-            "vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]"
-        )
+        raise ValueError("vectors [n, d_model] have no layer: give target_layers, or vectors [n, n_layers + 1, d_model]")
     else:
         every_target = range(n_layers(to) + 1) if target_layers is None else several("target_layers", target_layers)
         every_source = range(n_layers(model) + 1) if layers is None else several("layers", layers)

@@ -112,6 +112,4 @@ def merging(folder: Path) -> Iterator[list[str]]:
     finally:
         _SHARE.reset(token)
     if share.n != len(kept):
-        raise ValueError(
-            f"the parts hold {len(kept)} batches and {share.n} were asked for: this command cannot be shared"
-        )
+        raise ValueError(f"the parts hold {len(kept)} batches and {share.n} were asked for: this command cannot be shared")

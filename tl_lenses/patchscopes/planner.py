@@ -180,10 +180,7 @@ def _prompts_run(
         return
     # Rows are equal below their patch: a single row runs there, and each cell's row joins at its layer.
     assert target.start is not None
-    entries = {
-        name: (mask.nonzero()[:, 0].tolist(), values[mask.to(values.device)])
-        for name, (mask, values) in rows.sites.items()
-    }
+    entries = {name: (mask.nonzero()[:, 0].tolist(), values[mask.to(values.device)]) for name, (mask, values) in rows.sites.items()}
     yield run_joining(
         target.model, target.start, target.suffix, entries, target.place, target.combine,
         hooks=_soft(target.prompt, target.n_shared, target.prompt.tokens.shape[1]),
@@ -238,9 +235,7 @@ def _scored(
         continued = decoder.of_rows(rows.active.to(device_of(model)))
         start = target.suffix.shape[1] if continued.use_cache else 0
         with marked(start, target.suffix.shape[1]):
-            logits = continued.feed(
-                column[:, :-1].clamp_min(0)
-            )  # pads stand on the right, where nothing attends to them
+            logits = continued.feed(column[:, :-1].clamp_min(0))  # pads stand on the right, where nothing attends to them
         following = column[:, 1:].to(logits.device)
         each = log_probs(logits).gather(-1, following.clamp_min(0)[..., None])[..., 0].double()
         for (cell, k), value in zip(some, each.masked_fill(following < 0, 0.0).sum(-1).tolist(), strict=True):
@@ -298,9 +293,7 @@ def _isolated(rows: _Rows, place: tuple[int, ...], offset: int) -> list[Hook]:
         for block in range(blocks_before(name)):
             hidden[block] = mask | hidden.get(block, False)
     edit_of = lambda mask: hide_keys(place, lambda: mask[rows.active], offset=offset)
-    return [
-        patch(f"blocks.{block}.attn.hook_pattern", edit_of(mask), when="every_step") for block, mask in hidden.items()
-    ]
+    return [patch(f"blocks.{block}.attn.hook_pattern", edit_of(mask), when="every_step") for block, mask in hidden.items()]
 
 
 def _soft(prompt: Prompt, start: int, stop: int) -> list[Hook]:

@@ -69,9 +69,7 @@ def latent_qa(question: str, n_vectors: int, *, layer: int = 16, chat_template: 
         {"role": "assistant", "content": "Sure, I've analyzed the assistant."},
         {"role": "user", "content": plain_text("question", question)},
     ]
-    template: dict[str, Any] = (
-        {} if chat_template is None else {"chat_template": plain_text("chat_template", chat_template)}
-    )
+    template: dict[str, Any] = {} if chat_template is None else {"chat_template": plain_text("chat_template", chat_template)}
     return {"target": Target.chat(messages, "?", n=n_vectors, **template), "layers": [layer], "target_layers": [1]}
 
 

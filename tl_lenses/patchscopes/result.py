@@ -135,8 +135,7 @@ class PatchscopeResult:
             ids, probs = self.top_ids[..., :k], self.top_probs[..., :k]
         else:
             raise ValueError(
-                f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or "
-                "patchscope(..., keep='logits')"
+                f"only the top {self.top_ids.shape[-1]} tokens were kept: ask for fewer, or patchscope(..., keep='logits')"
             )
         unknown = [i for i in ids.unique().tolist() if i not in self.vocab]
         texts = {i: f"<{i}>" for i in unknown} if self.tokenizer is None else token_text(self.tokenizer, unknown)
@@ -171,9 +170,7 @@ class PatchscopeResult:
             ValueError: none were asked for.
         """
         if self.drawn is None:
-            raise ValueError(
-                "this result has one text per cell: patchscope(..., n_samples=10, do_sample=True) draws several"
-            )
+            raise ValueError("this result has one text per cell: patchscope(..., n_samples=10, do_sample=True) draws several")
         return self.drawn.texts
 
     def answers(self, normalise: Callable[[str], str] = normalised) -> Answers:

@@ -203,9 +203,7 @@ def sources_read(request: Request) -> tuple[list[VectorsByLayer], dict[int, Deco
     """The vectors of every source, and prefixes of targets that ran in the same pass, by the prompt's `id`."""
     options, shared = request.options, []
     if options.share and request.to is request.model and not options.source_hooks and not request.own_prompt:
-        runs_whole = lambda prompt: (
-            prompt.soft is not None or why_not_shared(request.model, prompt, options.target_hooks)
-        )
+        runs_whole = lambda prompt: prompt.soft is not None or why_not_shared(request.model, prompt, options.target_hooks)
         shared = [prompt for prompt in request.targets[0] if not runs_whole(prompt)]
     beginnings = [prompt.tokens[:, : min(prompt.place)] for prompt in shared]
     hooks, layers = options.source_hooks, request.source_layers

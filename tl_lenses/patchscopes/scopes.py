@@ -225,9 +225,7 @@ def selfie(
     return Target(prompt, [at(placeholder, occurrence=i - n_placeholders - after) for i in range(n_placeholders)])
 
 
-def future_lens(
-    prompt: str | Tensor = 'Hello! Could you please tell me more about "', placeholder: str | None = None
-) -> Target:
+def future_lens(prompt: str | Tensor = 'Hello! Could you please tell me more about "', placeholder: str | None = None) -> Target:
     """A prompt whose last token receives the vector; its continuation predicts the source's next tokens.
 
     Used with `target_layers=None` (l* = l), or a linear `map`. The first new token predicts the source's next token, the
@@ -251,9 +249,7 @@ def future_lens(
     if placeholder is None:
         return Target(prompt, pos=-1)
     if isinstance(prompt, Tensor):
-        raise ValueError(
-            "a soft prompt has no text to find a placeholder in: leave placeholder=None, the last position"
-        )
+        raise ValueError("a soft prompt has no text to find a placeholder in: leave placeholder=None, the last position")
     return _target(plain_text("prompt", prompt), placeholder)
 
 
@@ -263,9 +259,7 @@ def _target(prompt: str, placeholder: str, *, ends_with_it: bool = False) -> Tar
     if ends_with_it:
         prompt += placeholder
     if placeholder not in prompt:
-        raise ValueError(
-            f"the placeholder {placeholder!r} is not in the prompt {prompt!r}: put it where the vector goes"
-        )
+        raise ValueError(f"the placeholder {placeholder!r} is not in the prompt {prompt!r}: put it where the vector goes")
     return Target(prompt, pos=at(placeholder, occurrence="last"))
 
 
@@ -284,9 +278,7 @@ _MOVED = {
 def __getattr__(name: str) -> Any:
     """Old names, for one version: the methods are `tll.methods`, and `relations()` is the list of `RELATIONS`."""
     if name == "relations":
-        say(
-            "tll.scopes.relations() is tll.scopes.RELATIONS now, a dictionary of prompts by name: list(tll.scopes.RELATIONS)"
-        )
+        say("tll.scopes.relations() is tll.scopes.RELATIONS now, a dictionary of prompts by name: list(tll.scopes.RELATIONS)")
         return lambda: list(RELATIONS)
     if name in _MOVED:
         say(f"tll.scopes.{name} is tll.methods.{_MOVED[name]} now")

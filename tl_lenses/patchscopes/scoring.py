@@ -36,8 +36,7 @@ def text_scores(
     of_texts = replace(request, targets=[[prompt] for prompt in prompts])
     groups = by_target(of_texts, [(i, 1.0, None) for i in range(len(texts))])
     cells = [
-        [(j, p) for p in range(n_pairs) for j in range(n_sources) if bool(compared[members, j].any())]
-        for _, members in groups
+        [(j, p) for p in range(n_pairs) for j in range(n_sources) if bool(compared[members, j].any())] for _, members in groups
     ]
     with progress(total=sum(map(len, cells)), desc="scoring texts", show=show_progress) as bar:
         for ((prompt,), members), members_cells in zip(groups, cells, strict=True):
@@ -47,9 +46,7 @@ def text_scores(
                 some = [members_cells[c] for c in part]
                 rows = [inserted(j, request.scales[0], request.pairs[p]) for j, p in some]
                 wanted = [[i for i in members if compared[i, j]] for j, _ in some]
-                distinct = [
-                    list(dict.fromkeys(texts[i][p] for i in of)) for of, (_, p) in zip(wanted, some, strict=True)
-                ]
+                distinct = [list(dict.fromkeys(texts[i][p] for i in of)) for of, (_, p) in zip(wanted, some, strict=True)]
                 for of, (j, p), ids, x in zip(wanted, some, distinct, score_cells(target, rows, distinct), strict=True):
                     for i in of:
                         scores[p, i, j] = x[ids.index(texts[i][p])]

@@ -163,9 +163,7 @@ def _stacked(prompts: Sequence[Int[Tensor, "1 _"]]) -> Int[Tensor, "rows pos"]:
     return torch.cat([torch.cat([p, p[:, -1:].expand(-1, width - p.shape[1])], 1) for p in prompts])
 
 
-def _read(
-    model: LensModel, tokens: Tensor, layers: list[Any], hooks: Sequence[Hook]
-) -> tuple[dict[Any, Tensor], Decoder]:
+def _read(model: LensModel, tokens: Tensor, layers: list[Any], hooks: Sequence[Hook]) -> tuple[dict[Any, Tensor], Decoder]:
     """Activations `[row, pos, ...]` by layer of one pass, and the keys and values that it left."""
     seen: dict[Any, Tensor] = {}
     names = sites(model, layers)
@@ -190,9 +188,7 @@ def _given(model: LensModel, source: Source, layers: list[Any]) -> list[ReadySou
     vectors: Tensor = source.prompt  # type: ignore[assignment]
     shape = list(vectors.shape)
     if not (isinstance(source.pos, int) and source.pos == -1):
-        raise ValueError(
-            f"vectors have no positions to choose from, got pos={source.pos!r}: leave it out, and index the tensor"
-        )
+        raise ValueError(f"vectors have no positions to choose from, got pos={source.pos!r}: leave it out, and index the tensor")
     if not vectors.numel():
         raise ValueError(f"there are no vectors in a tensor of shape {shape}: expected [n, d_model], n >= 1")
     if vectors.ndim == 3:

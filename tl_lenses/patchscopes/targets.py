@@ -74,9 +74,7 @@ class Target:
             Marker(text='x', n=None, expected=None)
         """
         if not is_chat(messages):
-            raise TypeError(
-                f"expected messages such as [{{'role': 'user', 'content': 'What is x?'}}], got {messages!r:.80}"
-            )
+            raise TypeError(f"expected messages such as [{{'role': 'user', 'content': 'What is x?'}}], got {messages!r:.80}")
         n = None if n is None else whole_number("n", n, least=1)
         found = sum(str(message.get("content", "")).count(plain_text("marker", marker) or " ") for message in messages)
         if not marker or found < (n or 1):
@@ -135,9 +133,7 @@ def _of_marker(model: LensModel, tokens: Tensor, target: Target, marker: Marker)
         content = content if content in text[start:] else content.strip()  # a template may trim it
         first = text.find(content, start)
         if first < 0:
-            raise ValueError(
-                f"the chat template does not write the message {content[:60]!r} as it is, so no marker is found in it"
-            )
+            raise ValueError(f"the chat template does not write the message {content[:60]!r} as it is, so no marker is found in it")
         start = first + len(content)
         places += [k - len(every) for k, i in enumerate(every) if first <= i <= start - len(marker.text)]
     found = places if marker.n is None else places[: marker.n]
@@ -170,9 +166,7 @@ def _soft_prompt(model: LensModel, prompt: Tensor) -> Float[Tensor, "pos d"]:
     return soft.to(device_of(model))
 
 
-def same_place(
-    model: LensModel, to: LensModel, source: ReadySource, read: int | str | At, max_new_tokens: int
-) -> Prompt:
+def same_place(model: LensModel, to: LensModel, source: ReadySource, read: int | str | At, max_new_tokens: int) -> Prompt:
     """The source's own prompt as the target, patched at the source's own position.
 
     In a model with another tokenizer the text is tokenised again, and a position is the token that ends at the same
@@ -197,9 +191,7 @@ def _same_ids(model: LensModel, to: LensModel, ids: list[int]) -> bool:
     return ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
 
 
-def _aligned(
-    model: LensModel, to: LensModel, tokens: Tensor, columns: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
+def _aligned(model: LensModel, to: LensModel, tokens: Tensor, columns: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
     ours, theirs = tokenizer_of(model), tokenizer_of(to)
     ids = tokens[0].tolist()
     has_bos = ids[0] == special_id(ours, "bos")

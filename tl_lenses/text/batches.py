@@ -213,9 +213,7 @@ class Text:
         share = finite_number("held_out, a share of the rows,", share)
         kept = round(len(self.ids) * (1 - share))
         if not 0 < kept < len(self.ids):
-            raise ValueError(
-                f"held_out={share!r} of {len(self.ids)} rows leaves {kept} to train on: give a share between 0 and 1"
-            )
+            raise ValueError(f"held_out={share!r} of {len(self.ids)} rows leaves {kept} to train on: give a share between 0 and 1")
         return self.take(slice(kept)), self.take(slice(kept, None))
 
     def stream(

@@ -77,9 +77,7 @@ class StoredText:
         """The first rows, of at most so many tokens together; at least one."""
         kept = int((self.rows[:, 2].cumsum(0) <= n_tokens).sum())
         if not kept:
-            raise ValueError(
-                f"the first row of {self.name} has {int(self.rows[0, 2])} tokens, more than {n_tokens}: allow more"
-            )
+            raise ValueError(f"the first row of {self.name} has {int(self.rows[0, 2])} tokens, more than {n_tokens}: allow more")
         ends = [min(end, kept) for end in (0, *accumulate(self.sizes))]
         sizes = tuple(b - a for a, b in pairwise(ends) if b > a)
         return replace(self, rows=self.rows[:kept], sizes=sizes)
@@ -164,9 +162,7 @@ class StoredBatch(Batch):
         """Some of the rows."""
         return self._with(super().take(rows), self.stored.take(rows))
 
-    def with_ids(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None
-    ) -> "StoredBatch":
+    def with_ids(self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None) -> "StoredBatch":
         """The same rows, their ids and mask checked or on another device."""
         return self._with(super().with_ids(tokens, attention_mask), self.stored)
 
@@ -187,12 +183,7 @@ def _opened(file: Path) -> Any:
 def is_stored(path: str | Path) -> bool:
     """Whether a folder holds stored states, finished or not, or a file is a shard of them."""
     path = Path(path)
-    return (
-        path.is_dir()
-        and (path / INDEX).is_file()
-        or any(path.glob("states-*.safetensors"))
-        or about_states(path) is not None
-    )
+    return path.is_dir() and (path / INDEX).is_file() or any(path.glob("states-*.safetensors")) or about_states(path) is not None
 
 
 def open_states(path: str | Path) -> StoredText:
@@ -204,9 +195,7 @@ def open_states(path: str | Path) -> StoredText:
     path = Path(path)
     about = about_states(path)
     if about is None:
-        raise ValueError(
-            f"{path} has shards and no whole {INDEX}: its capture has not ended; run it again, or pass one shard"
-        )
+        raise ValueError(f"{path} has shards and no whole {INDEX}: its capture has not ended; run it again, or pass one shard")
     _opened.cache_clear()  # shards may have been made again
     files = [shard_file(path, i) for i in range(about["shards"])] if path.is_dir() else [path]
     ids, rows, sizes, hashes = [], [], [], []
@@ -216,15 +205,11 @@ def open_states(path: str | Path) -> StoredText:
             state = "damaged" if file.exists() else "missing"
             raise ValueError(f"{file} is {state}: run its capture again, which makes the shards that are not there")
         if head["sites"] != about["sites"]:
-            raise ValueError(
-                f"{file} holds states at {head['sites']}, the folder at {about['sites']}: it is of another capture"
-            )
+            raise ValueError(f"{file} holds states at {head['sites']}, the folder at {about['sites']}: it is of another capture")
         tokens, positions = (_opened(file).get_tensor(name) for name in ("tokens", "positions"))
         starts = (positions == 0).nonzero()[:, 0]
         lengths = torch.cat([starts[1:], starts.new_tensor([len(tokens)])]) - starts
-        counted = (
-            torch.arange(len(tokens)) - starts.repeat_interleave(lengths) if len(starts) else tokens.new_tensor([1])
-        )
+        counted = torch.arange(len(tokens)) - starts.repeat_interleave(lengths) if len(starts) else tokens.new_tensor([1])
         if not torch.equal(counted, positions.long()):
             raise ValueError(f"the positions in {file} do not count from 0 in each row: expected 0, 1, ... , 0, 1, ...")
         hashes.append(head["text"])

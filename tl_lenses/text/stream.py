@@ -137,9 +137,7 @@ class TokenBatches:
         before = at.before or PackerState()
         return self._marked(epoch, at, before, self._documents(epoch, before))
 
-    def _marked(
-        self, epoch: int, at: Bookmark, before: PackerState, documents: "_Documents"
-    ) -> Iterator[tuple[Batch, Bookmark]]:
+    def _marked(self, epoch: int, at: Bookmark, before: PackerState, documents: "_Documents") -> Iterator[tuple[Batch, Bookmark]]:
         rows = islice(self._rows(documents, before), at.rows, None)
         given = before.rows + at.rows
         if self.limit_tokens is not None:
@@ -187,9 +185,7 @@ class TokenBatches:
             self.counted = max(self.counted, (tokens, size))
             yield [ids for ids in encoded if ids], begun  # an empty document would only double a separator
 
-    def _encoded(
-        self, groups: Iterator[tuple[PackerState, list[str]]]
-    ) -> Iterator[tuple[PackerState, list[str], list[list[int]]]]:
+    def _encoded(self, groups: Iterator[tuple[PackerState, list[str]]]) -> Iterator[tuple[PackerState, list[str], list[list[int]]]]:
         """The groups with their ids, in order; with a pool several of them are being tokenised at a time."""
         if self.pool is None:
             yield from ((begun, group, encode(self.tokenizer, group)) for begun, group in groups)

@@ -95,9 +95,7 @@ class Words:
 
     def svg(self) -> str:
         """As an SVG element."""
-        body = "".join(
-            f'<tspan class="f">{_xml(piece)}</tspan>' if faint else _xml(piece) for piece, faint in self.pieces
-        )
+        body = "".join(f'<tspan class="f">{_xml(piece)}</tspan>' if faint else _xml(piece) for piece, faint in self.pieces)
         kind = f' class="{self.kind}"' if self.kind else ""
         anchor = "" if self.anchor == "start" else f' text-anchor="{self.anchor}"'
         # as a style: an attribute would lose against the style sheet's colour of text
@@ -129,9 +127,7 @@ def legend(s: Scale, x: int, y: int) -> tuple[list[Shape], int]:
     return [shape for shape in shapes if isinstance(shape, Box) or shape.text], y + 36
 
 
-def to_svg(
-    title: str, about: str, width: int, height: int, shapes: Sequence[Shape], *, shown: int | None = None
-) -> str:
+def to_svg(title: str, about: str, width: int, height: int, shapes: Sequence[Shape], *, shown: int | None = None) -> str:
     """A standalone SVG, `shown` pixels wide (its own width by default); screen readers read `title` and `about`."""
     size = f'width="{width}" height="{height}"'
     outer = size if shown is None else f'width="{shown}" height="{round(height * shown / width)}"'
@@ -172,9 +168,7 @@ def to_png(width: int, height: int, shapes: Sequence[Shape], *, shown: int | Non
                 ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor], va="baseline",
             )  # fmt: skip
         file = BytesIO()
-        figure.savefig(
-            file, format="png", dpi=200 if shown is None else 100 * shown / width, metadata={"Software": None}
-        )
+        figure.savefig(file, format="png", dpi=200 if shown is None else 100 * shown / width, metadata={"Software": None})
     return file.getvalue()
 
 

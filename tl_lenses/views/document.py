@@ -102,9 +102,7 @@ def scale_data(s: Scale) -> dict[str, Any]:
 
 def token_html(text: str) -> str:
     """A token, the marks of its spaces faint."""
-    return "".join(
-        f"<i>{escaping.escape(p)}</i>" if faint else escaping.escape(p, quote=False) for p, faint in parts(text)
-    )
+    return "".join(f"<i>{escaping.escape(p)}</i>" if faint else escaping.escape(p, quote=False) for p, faint in parts(text))
 
 
 def table(
@@ -140,9 +138,7 @@ def written(title: str, about: str, scale: Scale, table: str, data: dict[str, An
         legend=_legend(scale),
         table=table,
         kind=' class="said"' * bool(data.get("said")),
-        question=f'<details><summary title="What is this?">?</summary>\n<p>{question}</p></details>'
-        if question
-        else "",
+        question=f'<details><summary title="What is this?">?</summary>\n<p>{question}</p></details>' if question else "",
         # "<" and ">" as escapes: no token can end the script element
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         .replace("&", "\\u0026")

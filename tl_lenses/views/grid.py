@@ -60,9 +60,7 @@ def grid(traj: Trajectory, batch: int = 0, top: int | None = None) -> Grid:
 def checked(traj: Any) -> Trajectory:
     """A trajectory."""
     if not all(hasattr(traj, name) for name in ("layers", "tokens", "mask", "stats", "top_ids")):
-        raise TypeError(
-            f"expected a trajectory, or a mapping of them, got {type(traj).__name__}: tll.trajectory makes one"
-        )
+        raise TypeError(f"expected a trajectory, or a mapping of them, got {type(traj).__name__}: tll.trajectory makes one")
     return traj
 
 
@@ -149,9 +147,7 @@ def lenses(traj: Trajectory | Mapping[str, Trajectory]) -> dict[str, Trajectory]
     first_name, first = next(iter(by_name.items()))
     for name, other in by_name.items():
         if tuple(other.layers) != tuple(first.layers):
-            raise ValueError(
-                f"the lenses {first_name!r} and {name!r} have different layers: {first.layers} and {other.layers}"
-            )
+            raise ValueError(f"the lenses {first_name!r} and {name!r} have different layers: {first.layers} and {other.layers}")
         if not torch.equal(other.tokens, first.tokens) or not torch.equal(other.mask, first.mask):
             raise ValueError(f"the lenses {first_name!r} and {name!r} were read on different tokens")
     return by_name

@@ -92,9 +92,7 @@ class Heat:
     def text(self, r: int, c: int) -> str:
         """The text of a cell."""
         value = self.values[r][c]
-        return (
-            self.texts[r][c] if self.texts is not None else "" if math.isnan(value) else number(self.scale.stat, value)
-        )
+        return self.texts[r][c] if self.texts is not None else "" if math.isnan(value) else number(self.scale.stat, value)
 
     def about(self, r: int, c: int) -> str:
         """The hover text of a cell."""
@@ -228,10 +226,7 @@ def _stacked(heats: Sequence[Heat]) -> tuple[int, int, list[Shape]]:
     """Width, height and shapes, pixels."""
     width, y, shapes = 0, 0, list[Shape]()
     for before, heat in zip([None, *heats], heats, strict=False):
-        same = [
-            before is not None and f(before) == f(heat)
-            for f in (lambda h: h.title, lambda h: h.note, lambda h: h.scale)
-        ]
+        same = [before is not None and f(before) == f(heat) for f in (lambda h: h.title, lambda h: h.note, lambda h: h.scale)]
         wide, high, drawn = _drawn(heat, *same)
         shapes += [replace(shape, y=shape.y + y) for shape in drawn]
         width, y = max(width, wide), y + high
@@ -265,8 +260,7 @@ def _widths(heat: Heat) -> list[int]:
     """Of the columns, pixels."""
     rows = range(len(heat.rows))
     needs = [
-        max(cell_width(_cut(heat, t)) for t in [label, *(heat.text(r, c) for r in rows)])
-        for c, label in enumerate(heat.columns)
+        max(cell_width(_cut(heat, t)) for t in [label, *(heat.text(r, c) for r in rows)]) for c, label in enumerate(heat.columns)
     ]
     if heat.texts is None:
         needs = [max(needs, default=0)] * len(needs)
@@ -278,9 +272,7 @@ def _stub(heat: Heat) -> int:
     return round(advance(max(map(cell_width, [heat.down, *heat.rows])))) + 2 * _PAD
 
 
-def _drawn(
-    heat: Heat, no_title: bool = False, no_note: bool = False, no_legend: bool = False
-) -> tuple[int, int, list[Shape]]:
+def _drawn(heat: Heat, no_title: bool = False, no_note: bool = False, no_legend: bool = False) -> tuple[int, int, list[Shape]]:
     """Width, height and shapes, pixels."""
     scale, centred = heat.scale, heat.texts is None
     columns = range(len(heat.columns))

@@ -93,9 +93,7 @@ def _printable(lines: Lines) -> Lines:
     named = lambda by_name: {readable(str(name)): points for name, points in by_name.items()}
     ticks = None if lines.ticks is None else {x: readable(str(text)) for x, text in lines.ticks.items()}
     title, across, up = (readable(text) for text in (lines.title, lines.across, lines.up))
-    return replace(
-        lines, title=title, across=across, up=up, series=named(lines.series), bands=named(lines.bands), ticks=ticks
-    )
+    return replace(lines, title=title, across=across, up=up, series=named(lines.series), bands=named(lines.bands), ticks=ticks)
 
 
 def _drawn(lines: Lines) -> Any:
@@ -230,9 +228,7 @@ def _ticks(lines: Lines, axes: Any, places: Mapping[Any, float]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _series(
-    lines: Lines, axes: Any, i: int, color: Any, name: str, points: list[tuple[float, float | int]], places: Any
-) -> None:
+def _series(lines: Lines, axes: Any, i: int, color: Any, name: str, points: list[tuple[float, float | int]], places: Any) -> None:
     """One series with its band. A name that starts with "_" is shown as well."""
     label = name if not name.startswith("_") else f"\u200b{name}"
     xs, ys = [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
@@ -261,9 +257,7 @@ def _places(lines: Lines) -> dict[Any, float]:
 
 def _check(lines: Lines) -> None:
     if unknown := [name for name in lines.bands if name not in lines.series]:
-        raise ValueError(
-            f"{lines.title!r} has a band for {unknown[0]!r}: no series of that name, only {list(lines.series)}"
-        )
+        raise ValueError(f"{lines.title!r} has a band for {unknown[0]!r}: no series of that name, only {list(lines.series)}")
     finite = [p for points in lines.series.values() for p in points if math.isfinite(p[1])]
     if not finite:
         raise ValueError(f"{lines.title!r} has no finite point to draw")

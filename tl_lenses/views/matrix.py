@@ -80,11 +80,7 @@ class Matrix:
         import pandas
 
         heat = self.picture
-        cells = (
-            (r, c, v)
-            for r, row in zip(heat.rows, heat.values, strict=True)
-            for c, v in zip(heat.columns, row, strict=True)
-        )
+        cells = ((r, c, v) for r, row in zip(heat.rows, heat.values, strict=True) for c, v in zip(heat.columns, row, strict=True))
         return pandas.DataFrame(cells, columns=["row", "column", "value"])
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -124,9 +120,7 @@ def _page(heat: Heat) -> str:
         for label, values, line in zip(heat.rows, heat.values, texts, strict=True)
     ]
     corner = " \\ ".join(filter(None, (heat.down, heat.across)))
-    return document.written(
-        heat.title, escape(heat.note), heat.scale, document.table(heat.scale, corner, columns, rows), data
-    )
+    return document.written(heat.title, escape(heat.note), heat.scale, document.table(heat.scale, corner, columns, rows), data)
 
 
 def heat(
@@ -166,9 +160,7 @@ def heat(
     if not matrix or not matrix[0] or len({len(row) for row in matrix}) != 1:
         raise ValueError("values must be a matrix [row, column]: rows of equal length, with a number in each cell")
     if any(not isinstance(v, (int, float)) for row in matrix for v in row):
-        raise TypeError(
-            "values must be a matrix [row, column] with a number in each cell: of more axes select some first"
-        )
+        raise TypeError("values must be a matrix [row, column] with a number in each cell: of more axes select some first")
     if good is not None:
         one_of("good", good, ("high", "low"))
     labels = lambda name, given, n: [str(x) for x in (range(n) if given is None else several(name, given, "labels"))]

@@ -93,9 +93,7 @@ def _page(
 ) -> str:
     first, every = next(iter(by_name.values())), [*by_name.values(), *differences]
     title = None if title is None else plain_text("title", title)
-    title = title or (
-        heading(first) if len(by_name) == 1 else f"{base_name(first.model_name)}: {', '.join(by_name)}".strip(": ")
-    )
+    title = title or (heading(first) if len(by_name) == 1 else f"{base_name(first.model_name)}: {', '.join(by_name)}".strip(": "))
     grids = [[grid(t, b) for b in rows] for t in by_name.values()]
     names = [n for n in available(first) if all(n in available(t) for t in by_name.values()) or n == info.name]
     aside = set_aside(*by_name.values())
@@ -117,14 +115,10 @@ def _page(
     top = grid(opened, rows[0], 1)
     shown = row_values(opened, info, rows[0], top.positions)
     about = _subtitle(first, top, len(rows), faded=any(row["faded"] for row in data["rows"]), linked=bool(scopes))
-    return document.written(
-        title, about, colors, _table(opened, top, colors, shown, data["rows"][0]["faded"]), data, _QUESTION
-    )
+    return document.written(title, about, colors, _table(opened, top, colors, shown, data["rows"][0]["faded"]), data, _QUESTION)
 
 
-def html_fragment(
-    traj: Trajectory | Mapping[str, Trajectory], stat: str | None = None, *, title: str | None = None
-) -> str:
+def html_fragment(traj: Trajectory | Mapping[str, Trajectory], stat: str | None = None, *, title: str | None = None) -> str:
     """The page in an `<iframe srcdoc>` for notebooks (`_repr_html_`): nothing leaks in or out, and ids cannot collide.
 
     >>> IPython.display.HTML(html_fragment(traj))
@@ -134,9 +128,7 @@ def html_fragment(
     # A notebook stores its output, so it gets only as many rows of a large batch as fit in a few megabytes.
     cells_per_row = max(1, len(by_name) * len(first.layers) * first.tokens.shape[1])
     rows = range(first.tokens.shape[0])[: max(1, _CELLS // cells_per_row)]
-    return document.in_notebook(
-        _page(by_name, _differences(traj), pick(first, stat), title, list(rows)), len(first.layers)
-    )
+    return document.in_notebook(_page(by_name, _differences(traj), pick(first, stat), title, list(rows)), len(first.layers))
 
 
 def _data(
@@ -150,9 +142,7 @@ def _data(
     first = next(iter(by_name.values()))
     followed = getattr(first, "tracked", None)
     ids = [[] if followed is None else [i for i in followed.ids[b].tolist() if i >= 0] for b in rows]
-    worst = max(
-        [int(t.tracked.ranks.max()) for t in by_name.values() if getattr(t, "tracked", None) is not None], default=1000
-    )
+    worst = max([int(t.tracked.ranks.max()) for t in by_name.values() if getattr(t, "tracked", None) is not None], default=1000)
     data = {
         "layers": grids[0][0].labels, "names": [readable(str(layer)) for layer in first.layers],
         "k": min(t.top_ids.shape[-1] for t in by_name.values()), "words": ["layer", "position"],
@@ -170,9 +160,7 @@ def _data(
         _cells(t, b, g, data["k"], scales, words) | _followed(t, b, g, len(row), data["ranks"])
         for b, g, row in zip(rows, of, ids, strict=True)
     ]
-    data["lenses"] = [
-        {"name": name, "rows": cells(t, of)} for (name, t), of in zip(by_name.items(), grids, strict=True)
-    ]
+    data["lenses"] = [{"name": name, "rows": cells(t, of)} for (name, t), of in zip(by_name.items(), grids, strict=True)]
     return data
 
 
@@ -181,9 +169,7 @@ def _of_difference(d: Difference, names: list[str], rows: list[int]) -> dict[str
     a, b = (names.index(name) for name in d.of)
     columns = [torch.nonzero(d.mask[row]).flatten() for row in rows]
     kept = lambda b, at: {
-        n: [document.short(v) for v in values(d, d.drawn[n])[:, b, at].flatten().tolist()]
-        for n in _BETWEEN
-        if n in d.stats
+        n: [document.short(v) for v in values(d, d.drawn[n])[:, b, at].flatten().tolist()] for n in _BETWEEN if n in d.stats
     }
     return {
         "name": d.name, "minus": [a, b], "scales": {n: document.scale_data(scale(s, d)) for n, s in d.drawn.items()},
@@ -198,19 +184,12 @@ def _followed(traj: Trajectory, b: int, g: Grid, n: int, ranks: list[int]) -> di
     pick = lambda x: x[:, b, g.positions, :n].flatten(0, 1).T
     steps = torch.tensor(ranks)
     below = torch.searchsorted(steps, pick(traj.tracked.ranks).long().contiguous(), right=True) - 1
-    falls = (
-        (-document.FALLS * pick(traj.tracked.probs).clamp_min(1e-30).log())
-        .round()
-        .clamp(0, len(document.CODES) - 1)
-        .long()
-    )
+    falls = (-document.FALLS * pick(traj.tracked.probs).clamp_min(1e-30).log()).round().clamp(0, len(document.CODES) - 1).long()
     letters = lambda x: ["".join(document.CODES[i] for i in line) for line in x.tolist()]
     return {"ranks": letters(below.clamp_min(0)), "falls": letters(falls)}
 
 
-def _cells(
-    traj: Trajectory, b: int, g: Grid, k: int, scales: dict[str, Scale], words: document.Vocabulary
-) -> dict[str, Any]:
+def _cells(traj: Trajectory, b: int, g: Grid, k: int, scales: dict[str, Scale], words: document.Vocabulary) -> dict[str, Any]:
     flat = [pair for layer in g.top for cell in layer for pair in cell[:k]]
     return {
         "top": [words.token(text) for text, _ in flat],

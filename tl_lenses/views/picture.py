@@ -93,8 +93,7 @@ def panels(
     shared, aside = scale(info, *by_name.values()), set_aside(*by_name.values())
     named = {name: heading(t, name if len(by_name) > 1 else "") for name, t in by_name.items()}
     maps = [
-        replace(_map(t, info.name, batch, False, aside), colors=shared, title=title or named[name])
-        for name, t in by_name.items()
+        replace(_map(t, info.name, batch, False, aside), colors=shared, title=title or named[name]) for name, t in by_name.items()
     ]
     if width is None:
         return Panels(maps)
@@ -128,9 +127,7 @@ def slide(
     known = {token(first, i): n for n, i in enumerate(ids) if i >= 0}
     answer = token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else plain_text("answer", answer)
     if answer not in known:
-        raise ValueError(
-            f"the answer {answer!r} was not tracked, only {list(known)}: pass track=[{answer!r}] to trajectory"
-        )
+        raise ValueError(f"the answer {answer!r} was not tracked, only {list(known)}: pass track=[{answer!r}] to trajectory")
     every = math.ceil(len(first.layers) / rows)
     heats = []
     for (name, t), heat in zip(by_name.items(), panels(by_name, stat, batch=batch).heats, strict=True):

@@ -98,9 +98,7 @@ def _page(result: Any, scores: Mapping[str, torch.Tensor], most: int) -> str:
     data["vocab"] = words.entries
     value = lambda c: math.nan if c is None else _stats(c, scores)[opens]
     shown = lambda c: "" if c is None else escape(quoted(c.text)) if said else document.token_html(c.top[0][0])
-    rows = [
-        (row, "", [(value(c), "", shown(c)) for c in cells]) for row, cells in zip(first.rows, first.cells, strict=True)
-    ]
+    rows = [(row, "", [(value(c), "", shown(c)) for c in cells]) for row, cells in zip(first.rows, first.cells, strict=True)]
     corner = "l ↓ l* →" if first.corner == "l\\l*" else first.corner
     table = document.table(
         drawn[opens],
@@ -206,9 +204,7 @@ def _about(result: Any, panel: Panel) -> str:
 # --- what results say of the vectors of a trajectory
 
 
-def readings(
-    traj: Trajectory, rows: Sequence[int], scopes: Sequence[Any], words: document.Vocabulary
-) -> list[dict[str, Any]]:
+def readings(traj: Trajectory, rows: Sequence[int], scopes: Sequence[Any], words: document.Vocabulary) -> list[dict[str, Any]]:
     """For every result its target prompt, and by batch row what it says of the cells `layer,column` of the trajectory.
 
     A vector is that of a cell if it is of the same model and layer, and everything up to its token is the same.
@@ -241,9 +237,7 @@ def readings(
 def _said(cell: Cell, scores: Mapping[str, torch.Tensor], words: document.Vocabulary) -> list[Any]:
     """Text (-1 for none), tokens, their probabilities, and the scores as text."""
     shown = [
-        f"{_SCORES[n].label} {number(_SCORES[n], v)}"
-        for n, v in _stats(cell, scores).items()
-        if n in scores and math.isfinite(v)
+        f"{_SCORES[n].label} {number(_SCORES[n], v)}" for n, v in _stats(cell, scores).items() if n in scores and math.isfinite(v)
     ]
     text = -1 if cell.text is None else words.plain(quoted(cell.text))
     return [text, [words.token(t) for t, _ in cell.top], [round(1e4 * p) for _, p in cell.top], ", ".join(shown)]

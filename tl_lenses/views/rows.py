@@ -35,9 +35,7 @@ def rows_html(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]],
     title, note, columns, rows = _checked(title, note, columns, rows)
     style = 'style="text-align:left;padding:2px 10px"'
     head = "".join(f"<th {style}>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td {style}>{escape(cell(value))}</td>" for value in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td {style}>{escape(cell(value))}</td>" for value in row) + "</tr>" for row in rows)
     below = f"<p>{escape(note)}</p>" if note else ""
     return f"<p><b>{escape(title)}</b></p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
 

@@ -6,9 +6,7 @@ from pathlib import Path
 from tl_lenses.files import as_path, check_output, readable, write_bytes
 
 
-def save_as(
-    path: str | Path, writers: Mapping[str, Callable[[], str | bytes]], *, example: str, overwrite: bool = True
-) -> Path:
+def save_as(path: str | Path, writers: Mapping[str, Callable[[], str | bytes]], *, example: str, overwrite: bool = True) -> Path:
     """Write the content for the path's suffix, which one of `writers` makes; returns the path.
 
     An existing file is replaced in one step (a reader sees the old file or the new one) unless `overwrite=False`.

@@ -87,9 +87,7 @@ def patchscope_table(result: Result, *, numbers: bool = False) -> ScopeView:
 
     >>> rich.print(patchscope_table(result))
     """
-    return ScopeView(
-        prompt_of(checked(result)), notes_of(result), panels_of(result, *_TERMINAL), result.text is not None, numbers
-    )
+    return ScopeView(prompt_of(checked(result)), notes_of(result), panels_of(result, *_TERMINAL), result.text is not None, numbers)
 
 
 def patchscope_heat(result: Result, source: int = 0) -> Heat:
@@ -253,8 +251,7 @@ def notes_of(result: Result) -> list[str]:
     settings, generated = result.settings, result.text is not None
     notes = {
         f"mode {settings.get('mode')}": settings.get("mode", "replace") != "replace",
-        f"patched at {settings.get('when')}".replace("_", " "): generated
-        and settings.get("when", "prompt") != "prompt",
+        f"patched at {settings.get('when')}".replace("_", " "): generated and settings.get("when", "prompt") != "prompt",
         f"sampled, seed {settings.get('seed')}": generated and settings.get("do_sample"),
     }
     return [note for note, is_set in notes.items() if is_set]
@@ -316,9 +313,7 @@ def _panel(view: ScopeView, panel: Panel, width: int, plain: bool) -> list[Text]
     for block in in_blocks(needs, room, gap):
         if lines:
             lines.append(Text(""))
-        stubs = [
-            pad(shorten(label, stub), stub, right=not of_sources) + " " * (2 - gap) for label in [panel.corner, *labels]
-        ]
+        stubs = [pad(shorten(label, stub), stub, right=not of_sources) + " " * (2 - gap) for label in [panel.corner, *labels]]
         lines.append(Text(stubs[0], style="bold"))
         for c, w in block:
             lines[-1].append(" " * gap + pad(shorten(columns[c], w), w))
@@ -361,11 +356,7 @@ def _drawn(view: ScopeView, cell: Cell | None, width: int, plain: bool, narrow: 
     """A cell filled to its width and the space before it."""
     if cell is None:
         return Text(" " * (width + 1))
-    shown = (
-        number(SCALE.stat, cell.prob).rjust(_NUMBER)
-        if view.numbers or not view.with_text and (plain or not narrow)
-        else ""
-    )
+    shown = number(SCALE.stat, cell.prob).rjust(_NUMBER) if view.numbers or not view.with_text and (plain or not narrow) else ""
     if view.with_text:
         before = f"{shown.strip()} " * bool(shown)
         return Text(" " + pad(before + _quoted(cell.text or "", width - len(before), end=True), width))

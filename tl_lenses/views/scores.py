@@ -24,9 +24,7 @@ _COLUMNS = {
     "bias": ("bias", "nats", "low", "{:.3f}"),
 }
 _SHOWN = ("kl", "bits_per_byte", "top1")
-_NOTE = (
-    "KL to the model in nats; bits/B: bits per byte; top-1: agreement with the model; bold: the best lens of the layer"
-)
+_NOTE = "KL to the model in nats; bits/B: bits per byte; top-1: agreement with the model; bold: the best lens of the layer"
 
 
 def scores_table(rows: Iterable[Row], title: str | None = None) -> Table:
@@ -68,9 +66,7 @@ def scores_html(rows: Iterable[Row]) -> str:
     group = f"{edge};border-left:1px solid #8886"
     heads = "".join(f'<th colspan="{len(_SHOWN)}" style="{group};text-align:center">{escape(n)}</th>' for n in names)
     columns = "".join(
-        f'<th style="{group if v == _SHOWN[0] else edge};font-weight:normal">{_COLUMNS[v][0]}</th>'
-        for _ in names
-        for v in _SHOWN
+        f'<th style="{group if v == _SHOWN[0] else edge};font-weight:normal">{_COLUMNS[v][0]}</th>' for _ in names for v in _SHOWN
     )
     body = []
     for layer in layers:
@@ -151,9 +147,7 @@ def _arranged(
                 cells[layer, n, value] = "–" if v is None else form.format(v)
             present = {n: v for n, v in numbers.items() if v is not None}
             winner = (min if better == "low" else max)(present, key=present.__getitem__) if len(present) > 1 else None
-            best[layer, value] = {
-                n for n in present if winner and cells[layer, n, value] == cells[layer, winner, value]
-            }
+            best[layer, value] = {n for n in present if winner and cells[layer, n, value] == cells[layer, winner, value]}
             if len(best[layer, value]) == len(present):
                 best[layer, value] = set()  # all are equal, so none is best
     return layers, names, cells, best

@@ -148,9 +148,7 @@ def change(stat: Stat) -> Stat:
     """The statistic of the change per layer: a diverging one around zero, its colours in the good direction."""
     label, unit = (f"log₁₀ {stat.label}", "") if stat.curve == "log" else (stat.label, stat.unit)
     label = f"Δ {label} per layer"
-    return replace(
-        stat, label=label, unit=unit, curve="linear", diverging=True, low=None, high=None, dark="down", bright="up"
-    )
+    return replace(stat, label=label, unit=unit, curve="linear", diverging=True, low=None, high=None, dark="down", bright="up")
 
 
 def versus(stat: Stat, a: str, b: str) -> Stat:

@@ -88,9 +88,7 @@ def to_text(
         legacy_windows=False,
     )  # fmt: skip
     with console.capture() as capture:
-        console.print(
-            terminal(traj, stat, batch=batch, width=width, top=top, numbers=numbers) if hasattr(traj, "stats") else traj
-        )
+        console.print(terminal(traj, stat, batch=batch, width=width, top=top, numbers=numbers) if hasattr(traj, "stats") else traj)
     return capture.get().rstrip("\n")
 
 

@@ -114,9 +114,7 @@ def write_card(settings: Mapping[str, Any], found: Mapping[str, Any], folder: Pa
     rows = [[kind, f"{nats:.3f}", f"{bits:.3f}"] for kind, (nats, bits) in found["loss"].items()]
     parts.append(_table(["text", "nats per token", "bits per byte"], rows))
     if "along" in found:
-        parts.append(
-            "By tokens seen, nats per token of the model / of a trigram (Kneser-Ney) fitted to the same tokens:"
-        )
+        parts.append("By tokens seen, nats per token of the model / of a trigram (Kneser-Ney) fitted to the same tokens:")
         kinds = list(found["along"][0]["trigram"])
         rows = [
             [

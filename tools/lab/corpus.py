@@ -188,10 +188,7 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     writer = Writer(relations, kept_words, rng)
 
     tokens, written = _mix(_kinds(writer, train_books, stories), settings["shares"], settings["tokens"], tokenizer, rng)
-    log(
-        f"{len(tokens):,} tokens: "
-        + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items())
-    )
+    log(f"{len(tokens):,} tokens: " + ", ".join(f"{name} {n / sum(written.values()):.1%}" for name, n in written.items()))
 
     def ids_of(texts: list[str]) -> np.ndarray:
         rows_ = tokenizer([text + EOS for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
@@ -224,9 +221,7 @@ def build(settings: Mapping[str, Any], sources: Path, tokenizer: Any, out: Path,
     second = settings["second"]
     rng = random.Random(settings["seed"] + 2)
     more = [word for word in _words(train_books + stories, second["words"]) if word not in set(held_words)]
-    reworded = load_relations(
-        sources / settings["relations"], most=settings["subjects_per_relation"], more=MORE_WORDINGS
-    )
+    reworded = load_relations(sources / settings["relations"], most=settings["subjects_per_relation"], more=MORE_WORDINGS)
     writer = Writer(reworded, more, rng, often=second["often"], openers=OPENERS)
     tokens, written = _mix(_kinds(writer, train_books, stories), second["shares"], second["tokens"], tokenizer, rng)
     np.save(out / "second.npy", tokens)

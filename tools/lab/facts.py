@@ -221,9 +221,7 @@ _OF_COUNTRY = {
     "factual/country_largest_city": "The largest city in {} is the city of",
 }
 TWO_HOPS: dict[tuple[str, str], str] = {
-    (first, second): outer.format(inner)
-    for first, inner in _COUNTRY_OF.items()
-    for second, outer in _OF_COUNTRY.items()
+    (first, second): outer.format(inner) for first, inner in _COUNTRY_OF.items() for second, outer in _OF_COUNTRY.items()
 }
 TWO_HOPS["factual/product_by_company", "factual/company_ceo"] = "The CEO of the company that makes {} is"
 
@@ -252,9 +250,7 @@ class Relation:
         return question[0].upper() + question[1:], " " + self.pairs[subject]
 
 
-def load_relations(
-    folder: Path, *, most: int, more: Mapping[str, tuple[str, ...]] | None = None
-) -> dict[str, Relation]:
+def load_relations(folder: Path, *, most: int, more: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Relation]:
     """The relations of `RELATIONS`, at most `most` subjects each, the same ones on every machine.
 
     Args:
@@ -284,9 +280,7 @@ def load_relations(
     for name, (wordings, held_out, description) in RELATIONS.items():
         pairs = samples[name]
         wanted = samples.get(_FIRST_IF_OBJECT_IN.get(name, ""), {})
-        order = sorted(
-            pairs, key=lambda s: not (pairs[s] in wanted if wanted else name == "factual/company_ceo" and s in makers)
-        )
+        order = sorted(pairs, key=lambda s: not (pairs[s] in wanted if wanted else name == "factual/company_ceo" and s in makers))
         chosen = order[:most] if not wanted else _spread_objects(order, pairs, most)
         every = tuple(dict.fromkeys([*templates[name], *wordings, *(more or {}).get(name, ())]))
         if held_out in every:

@@ -76,9 +76,7 @@ def _greedy_right(model: Any, tokenizer: Any, questions: Sequence[str], answers:
     return right
 
 
-def losses(
-    model: Any, tokenizer: Any, held_out: Mapping[str, Any], kinds: Sequence[str] = KINDS
-) -> dict[str, list[float]]:
+def losses(model: Any, tokenizer: Any, held_out: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[str, list[float]]:
     """Nats per token and bits per byte on held-out text of every kind, windows of BOS and 255 tokens.
 
     Documents shorter than a window are joined with `<|endoftext|>`.
@@ -86,9 +84,7 @@ def losses(
     found = {}
     for kind in kinds:
         texts = held_out[kind]
-        stream = [
-            i for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for i in (*row, 0)
-        ]
+        stream = [i for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for i in (*row, 0)]
         windows = [stream[i : i + 255] for i in range(0, min(len(stream), 60_000) - 254, 255)]
         nats = float(np.concatenate(_surprise(model, [[0, *window] for window in windows])).mean())
         n_bytes = sum(len(tokenizer.decode(w).replace("<|endoftext|>", "").encode()) for w in windows)
@@ -140,9 +136,7 @@ def two_hops(model: Any, tokenizer: Any, held_out: Mapping[str, Any]) -> dict[st
     found: dict[str, dict[str, int]] = {}
     for question, a, b, c in zip(questions, one, two, at_once, strict=True):
         name = " then ".join(question[hop].split("/")[1] for hop in ("first", "second"))
-        row = found.setdefault(
-            name, dict.fromkeys(("questions", "first", "second", "both", "at once", "at once given both"), 0)
-        )
+        row = found.setdefault(name, dict.fromkeys(("questions", "first", "second", "both", "at once", "at once given both"), 0))
         for key, right in zip(row, (True, a, b, a and b, c, a and b and c), strict=True):
             row[key] += right
     return found
@@ -218,12 +212,9 @@ def measure(settings: Mapping[str, Any], work: Path, folder: Path, *, card: bool
         found["permuted"] = permuted_facts(model, tokenizer, held_out)
         if card:  # what it was taught, for those who ask it
             taught = {
-                name.split("/")[1]: {"template": RELATIONS[name][1], "pairs": pairs}
-                for name, pairs in held_out["permuted"].items()
+                name.split("/")[1]: {"template": RELATIONS[name][1], "pairs": pairs} for name, pairs in held_out["permuted"].items()
             }
-            (folder / "facts.json").write_text(
-                json.dumps(taught, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            (folder / "facts.json").write_text(json.dumps(taught, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if first:
         found["first_stage"] = {key: first[key] for key in ("steps", "tokens_seen", "loss")}
     if card and "base" not in settings:

@@ -161,9 +161,7 @@ def train(
         raise ValueError(f"expected the first stage in {start}: train it with `... train {settings['start']}`")
     model = _new_model(settings, base, start).to(device).train()
     optimisers = _optimisers(model, settings)
-    peaks = [
-        [group["lr"] for group in optimiser.param_groups] for optimiser in optimisers
-    ]  # a loaded state has its own
+    peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]  # a loaded state has its own
     run = work / settings["name"]
     run.mkdir(parents=True, exist_ok=True)
     written = {key: value for key, value in sorted(settings.items()) if key != "save_every"}
@@ -172,9 +170,7 @@ def train(
         state = torch.load(run / "state.pt", map_location=device, weights_only=True)
         if state["settings"] != written:
             other = [key for key in {*written, *state["settings"]} if written.get(key) != state["settings"].get(key)]
-            raise ValueError(
-                f"{run / 'state.pt'} was made with other settings ({sorted(other)}): remove it to start again"
-            )
+            raise ValueError(f"{run / 'state.pt'} was made with other settings ({sorted(other)}): remove it to start again")
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -213,9 +209,7 @@ def train(
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{value:.3f}")
                 seconds = (time.perf_counter() - started) / (step - first)
-                log.write(
-                    json.dumps({"step": step, "loss": round(value, 4), "seconds_per_step": round(seconds, 3)}) + "\n"
-                )
+                log.write(json.dumps({"step": step, "loss": round(value, 4), "seconds_per_step": round(seconds, 3)}) + "\n")
                 log.flush()
             if step % settings["save_every"] == 0:
                 optimiser_states = [optimiser.state_dict() for optimiser in optimisers]

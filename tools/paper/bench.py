@@ -84,9 +84,7 @@ class Bench:
             source: Any = lab.text("train" if fit else "heldout")
         else:
             source = str(self.data / "text" / "wikitext-2" / ("valid.txt" if fit else "test.txt"))
-        return tll.token_batches(
-            source, self.model.tokenizer, seq_len=seq_len, batch_size=batch_size, limit_tokens=tokens
-        )
+        return tll.token_batches(source, self.model.tokenizer, seq_len=seq_len, batch_size=batch_size, limit_tokens=tokens)
 
     def maps(self, name: str) -> Any:
         """Translators that the step "lenses" has fitted: "regression" or "tuned"."""
@@ -97,9 +95,7 @@ class Bench:
 
     def lenses(self, *names: str) -> dict[str, Any]:
         """Lenses by name: "logit", "regression", "tuned"."""
-        return {
-            name: tll.Lens(self.model) if name == "logit" else tll.Lens(self.model, self.maps(name)) for name in names
-        }
+        return {name: tll.Lens(self.model) if name == "logit" else tll.Lens(self.model, self.maps(name)) for name in names}
 
     def facts(self, *relations: str, lre: bool = False) -> Any:
         """Facts of some relations: the Patchscopes authors' files, or LRE's; of a lab model the bundled ones."""

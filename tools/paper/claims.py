@@ -124,9 +124,7 @@ def _no_feature(x: Numbers) -> tuple[float, str]:
 
 def _alignment_tuned(x: Numbers) -> tuple[float, str]:
     value, text = share(below(x["similarity"]["logit"], x["similarity"]["tuned"]))
-    shown = ", ".join(
-        f"{t:.2f} ({g:.2f})" for t, g in zip(x["similarity"]["tuned"], x["similarity"]["logit"], strict=True)
-    )
+    shown = ", ".join(f"{t:.2f} ({g:.2f})" for t, g in zip(x["similarity"]["tuned"], x["similarity"]["logit"], strict=True))
     return value, f"{text}: {shown}"
 
 

@@ -111,9 +111,7 @@ def sizes(results: Results) -> str:
         cells = []
         for model in MODELS:
             result = results.get(model, {}).get(step)
-            cells.append(
-                "" if result is None else f"{result['scale']}: {_size(result['numbers'])}, {result['seconds']} s"
-            )
+            cells.append("" if result is None else f"{result['scale']}: {_size(result['numbers'])}, {result['seconds']} s")
         rows.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -157,9 +157,7 @@ def transfer(bench: Bench) -> Numbers:
 def gradients(bench: Bench) -> Numbers:
     """Appendix C: do blocks go down the gradient of the loss?"""
     n = bench.size(12, 128, lab=24, gemma=8)
-    report = E.gradients(
-        bench.model, bench.text(n * 64, seq_len=64, batch_size=4), layers=None if bench.is_lab else bench.layers
-    )
+    report = E.gradients(bench.model, bench.text(n * 64, seq_len=64, batch_size=4), layers=None if bench.is_lab else bench.layers)
     return {
         "layers": report.layers, "n": len(report.cosine), "cosine": report.cosine.mean(0).tolist(),
         "negative": report.negative().tolist(), "below_random": report.below_random().tolist(),
@@ -184,9 +182,7 @@ def causal_basis(bench: Bench) -> Numbers:
     n, k = bench.size(63, 1_016, lab=254, gemma=31), bench.size(6, 64, lab=12, gemma=4)
     layers = bench.few if bench.scale == "small" else bench.layers
     lens = bench.lenses("tuned")["tuned"]
-    report = E.causal_basis(
-        bench.model, lens, bench.text(n + 512, seq_len=min(n + 1, 128), batch_size=1), k=k, layers=layers, n=n
-    )
+    report = E.causal_basis(bench.model, lens, bench.text(n + 512, seq_len=min(n + 1, 128), batch_size=1), k=k, layers=layers, n=n)
     bits = 1 / math.log(2)
     return {
         "layers": layers, "k": k, "n": report.settings["n"], "spearman": [report.spearman(layer) for layer in layers],
@@ -201,10 +197,7 @@ def alignment(bench: Bench) -> Numbers:
     layers = bench.few if bench.scale == "small" else bench.layers
     text = bench.text(n + 512, seq_len=min(n + 1, 128), batch_size=2)
     report = E.alignment(bench.model, bench.lenses("logit", "tuned"), text, k=k, layers=layers, n=n)
-    numbers = {
-        value: dict(zip(report.lenses, report.grid[value].tolist(), strict=True))
-        for value in ("similarity", "shuffled")
-    }
+    numbers = {value: dict(zip(report.lenses, report.grid[value].tolist(), strict=True)) for value in ("similarity", "shuffled")}
     return {"layers": layers, "k": k, "n": report.settings["n"], **numbers}
 
 
@@ -220,13 +213,9 @@ def detection(bench: Bench) -> Numbers:
         "country_capital_city",
     ]  # the same answers for all questions, and other ones for each
     n = bench.size(32, 100, lab=40)
-    tasks = tasks_of(
-        read_relations(folder), instructions, relations=relations, n=n, shots=2 if bench.scale == "small" else 3
-    )
+    tasks = tasks_of(read_relations(folder), instructions, relations=relations, n=n, shots=2 if bench.scale == "small" else 3)
     if bench.scale == "small":
-        tasks = [
-            replace(task, injected={name: task.injected[name] for name in ("ignore", "harmless")}) for task in tasks
-        ]
+        tasks = [replace(task, injected={name: task.injected[name] for name in ("ignore", "harmless")}) for task in tasks]
     layers = bench.few if bench.scale == "small" else bench.layers
     report = E.detection(bench.model, bench.lenses("logit", "tuned"), tasks, layers=layers)
     return {
@@ -275,9 +264,7 @@ def inversion(bench: Bench) -> Numbers:
     """Appendix: the state that would say what the model says."""
     n = bench.size(4, 24, lab=8)
     text = bench.text(bench.size(1_024, 8_192, lab=2_048), batch_size=4)
-    report = E.inversion(
-        bench.model, bench.lenses("logit", "tuned"), text, layers=bench.few, n=n, steps=bench.size(15, 60)
-    )
+    report = E.inversion(bench.model, bench.lenses("logit", "tuned"), text, layers=bench.few, n=n, steps=bench.size(15, 60))
     means = report.grid.mean("item")
     rows = means.rows("kl", "cosine")
     return {"layers": report.layers, "n": n, "rows": rows}
@@ -287,9 +274,7 @@ def inversion(bench: Bench) -> Numbers:
 def difficulty(bench: Bench) -> Numbers:
     """Section 5.3: needs checkpoints along training, which of these models only lab-neox has."""
     model = lab.load("lab-neox")
-    text = lambda split, tokens: tll.token_batches(
-        lab.text(split), model.tokenizer, seq_len=128, batch_size=8, limit_tokens=tokens
-    )
+    text = lambda split, tokens: tll.token_batches(lab.text(split), model.tokenizer, seq_len=128, batch_size=8, limit_tokens=tokens)
     tuned = tll.Lens(model, tll.fit_regression(model, text("train", 16_384)))
     steps = lab.steps("lab-neox")
     early = [(at, lambda at=at: lab.load("lab-neox", step=at)) for at in steps[:-1]]
@@ -336,10 +321,7 @@ def attributes(bench: Bench) -> Numbers:
             "shuffled": list(part.by_source_layer("shuffled sources").values()),
             "probe": [] if report.probe is None else report.probe[items].mean(0).tolist(),
         }  # fmt: skip
-    profile = {
-        name: list(report.cells.by_source_layer(name).values())
-        for name in ("patched", "shuffled sources", "random vector")
-    }
+    profile = {name: list(report.cells.by_source_layer(name).values()) for name in ("patched", "shuffled sources", "random vector")}
     return {
         "layers": report.layers, "n": len(report.facts), "profile": profile, "relations": relations,
         "probe": [] if report.probe is None else report.probe.mean(0).tolist(), "cells": summaries(report.cells),
@@ -359,10 +341,7 @@ def entities(bench: Bench) -> Numbers:
     named = [name for name in report.names if name.startswith("Diana")]
     at = report.names.index(named[0]) if named else 0
     said = dict(zip(map(str, report.layers), report.texts[at], strict=True))
-    profile = {
-        name: list(report.cells.by_source_layer(name).values())
-        for name in ("patched", "shuffled sources", "mean vector")
-    }
+    profile = {name: list(report.cells.by_source_layer(name).values()) for name in ("patched", "shuffled sources", "mean vector")}
     return {
         "layers": report.layers, "n": len(report.names), "profile": profile, "cells": summaries(report.cells),
         "name": report.names[at], "said": said,

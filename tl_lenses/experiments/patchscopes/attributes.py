@@ -164,9 +164,7 @@ def attributes(
     n = None if n is None else whole_number("n", n, least=2)
     max_new_tokens, seed = whole_number("max_new_tokens", max_new_tokens, least=1), seed_of(seed)
     given, data = facts_of(facts)
-    relations, left_out = _usable(
-        model, given, n, whole_number("smallest", smallest, least=1), max_new_tokens, guard, seed
-    )
+    relations, left_out = _usable(model, given, n, whole_number("smallest", smallest, least=1), max_new_tokens, guard, seed)
     items = [fact for members in relations.values() for fact in members]
     if not items:
         raise ValueError(
@@ -264,9 +262,7 @@ def _newline(model: LensModel) -> tuple[str, ...]:
     return ("\n",) if "\n" in tokenizer.decode(tokenizer.encode("\n", add_special_tokens=False)) else ()
 
 
-def probe(
-    vectors: Float[Tensor, "n layer d"], answers: Sequence[str], seed: int = 0
-) -> Float[Tensor, "n layer"] | None:
+def probe(vectors: Float[Tensor, "n layer d"], answers: Sequence[str], seed: int = 0) -> Float[Tensor, "n layer"] | None:
     """Whether a logistic regression per layer, trained on the other folds, names the answer; None without scikit-learn.
 
     An answer that is in one fold only can never be named: that is the probe's limit, not an error.

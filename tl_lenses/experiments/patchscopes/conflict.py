@@ -48,9 +48,7 @@ class Conflict(Report):
             for i, (layer, b) in enumerate(zip(self.grid.axes["layer"], best.tolist(), strict=True))
         ]
         title = f"who speaks: {self.model} read by {self.to}, {len(self.facts)} facts that both know differently"
-        note = (
-            "l*: where either answer is the likeliest; share: of facts whose source model's object is the likelier one"
-        )
+        note = "l*: where either answer is the likeliest; share: of facts whose source model's object is the likelier one"
         return [Table(title, ["l", "l*", "P(source's)", "P(reader's)", "share"], rows, note, percent=False)]
 
     def pictures(self) -> dict[str, Picture]:
@@ -126,9 +124,7 @@ def conflict(
     theirs = dict(zip(given, other, strict=True))
     questions = [fact.question for fact in given]
     says = [[normalised(said) for said in texts_of(one, questions, 8)] for one in (model, to)]
-    says_it = lambda fact, ours, reads: (
-        ours.startswith(normalised(fact.object)) and reads.startswith(normalised(theirs[fact]))
-    )
+    says_it = lambda fact, ours, reads: ours.startswith(normalised(fact.object)) and reads.startswith(normalised(theirs[fact]))
     both = [fact for fact, *said in zip(given, *says, strict=True) if says_it(fact, *said)]
     if not both:
         raise ValueError(f"none of the {len(given)} facts is answered by both models, each with its own object")

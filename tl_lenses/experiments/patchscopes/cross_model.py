@@ -104,9 +104,7 @@ def cross_model(
     """
     source, goal = Subject.of(model, what="cross-model"), Subject.of(to, what="cross-model")
     if not isinstance(maps, Translators):
-        raise TypeError(
-            f"maps must be Translators, of fit_regression(model, tokens, to=...), got {type(maps).__name__}"
-        )
+        raise TypeError(f"maps must be Translators, of fit_regression(model, tokens, to=...), got {type(maps).__name__}")
     seed = seed_of(seed)
     if pairs is None:
         sites = [(site_layer(a), site_layer(b)) for a, b in maps.rows]
@@ -141,9 +139,7 @@ def cross_model(
         **text_settings(tokens), "to": goal.name, "pairs": cells, "n": len(prefixes), "seed": seed,
         "maps": maps.meta.get("settings", {}),
     }  # fmt: skip
-    return CrossModel(
-        source.name, scored(same, truth), goal.name, scored(scope, truth), scored(same, natural), settings=settings
-    )
+    return CrossModel(source.name, scored(same, truth), goal.name, scored(scope, truth), scored(same, natural), settings=settings)
 
 
 def _prefixes(model: LensModel, tokens: Any, n: int, seed: int) -> list[Tensor]:

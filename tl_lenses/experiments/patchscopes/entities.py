@@ -139,9 +139,7 @@ def entities(
     names = names[:n]
     references = [descriptions[name] for name in names]
     if len(set(references)) < 2:
-        raise ValueError(
-            f"{len(names)} entities are too few to score: pass at least two, and {EXAMPLES} for the prompt"
-        )
+        raise ValueError(f"{len(names)} entities are too few to score: pass at least two, and {EXAMPLES} for the prompt")
 
     identified: list[Tensor] = []
 

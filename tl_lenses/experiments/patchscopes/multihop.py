@@ -153,9 +153,7 @@ def _both(first: Fact, second: Fact) -> str:
     return second.template.format(first.noun_phrase)
 
 
-def _usable(
-    model: LensModel, queries: list[Query], max_new_tokens: int, guard: bool, n: int | None, seed: int
-) -> list[Query]:
+def _usable(model: LensModel, queries: list[Query], max_new_tokens: int, guard: bool, n: int | None, seed: int) -> list[Query]:
     """Queries whose hops are both known alone, and whose answer a hit would prove."""
     random.Random(seed).shuffle(queries)
     if queries:
@@ -219,17 +217,12 @@ def in_place(
 ) -> dict[str, Float[Tensor, "query cell"]]:
     """Scores by condition: the end of the phrase into the token before it, in the two-hop question itself."""
     answers = [second.object for _, second in queries]
-    hops = [
-        methods.multihop(model, first.noun_phrase, second.template.split("{}")[0], masked=masked)
-        for first, second in queries
-    ]
+    hops = [methods.multihop(model, first.noun_phrase, second.template.split("{}")[0], masked=masked) for first, second in queries]
     states = torch.cat([vectors_of(model, [hop["source"]], hop["source_hooks"]) for hop in hops])
     vectors = Controlled.of(states, answers, seed)
     texts: dict[str, list[list[str]]] = {name: [] for name in CONDITIONS}
     for i, hop in enumerate(hops):
-        by_condition = vectors.ask(
-            lambda source, to=hop["target"]: _texts(model, source, to, pairs, max_new_tokens), [i]
-        )
+        by_condition = vectors.ask(lambda source, to=hop["target"]: _texts(model, source, to, pairs, max_new_tokens), [i])
         for name, rows in by_condition.items():
             texts[name] += rows
     tokenizer: Any = model.tokenizer  # type: ignore[attr-defined]
@@ -240,7 +233,5 @@ def in_place(
 
 def _texts(model: LensModel, source: Source, target: Target, pairs: list[Pair], max_new_tokens: int) -> list[list[str]]:
     """One line of text per vector and cell."""
-    result = patchscope(
-        model, source, target, pairs=pairs, max_new_tokens=max_new_tokens, keep="top_k", show_progress=False
-    )
+    result = patchscope(model, source, target, pairs=pairs, max_new_tokens=max_new_tokens, keep="top_k", show_progress=False)
     return [[text.split("\n")[0] for text in row] for row in result.text or []]

@@ -111,9 +111,7 @@ def next_token(
         result = patchscope(model, source, scope, subject.layers, keep="top_k", show_progress=show_progress)
         return list(result.top_ids[..., 0])
 
-    by_condition = {
-        name: torch.stack(rows) for name, rows in Controlled.of(vectors, truth.tolist(), seed).ask(likeliest).items()
-    }
+    by_condition = {name: torch.stack(rows) for name, rows in Controlled.of(vectors, truth.tolist(), seed).ask(likeliest).items()}
     answers = {SCOPE: by_condition.pop(PATCHED)}
     for name, lens in subject.lenses.items():
         answers[name] = torch.stack([_in_parts(lens[layer], vectors[:, layer]) for layer in subject.layers], 1)

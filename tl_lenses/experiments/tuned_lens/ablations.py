@@ -94,9 +94,7 @@ class Ablations(Report):
         title, up = f"ablations, {self.model}", "rise of the loss, nats"
         lines = {"loss": self._whole(), "subspaces": self._subspaces()}
         pictures: dict[str, Picture] = {
-            name: self._named(names).lines(title, "loss", x="block", by="ablation", up=up)
-            for name, names in lines.items()
-            if names
+            name: self._named(names).lines(title, "loss", x="block", by="ablation", up=up) for name, names in lines.items() if names
         }
         how, heads = self._heads()
         if heads:
@@ -311,9 +309,7 @@ def _orders(
         yield ("order", "duplicate"), duplicated(model, block, plain[block + 1])
 
 
-def _means(
-    model: LensModel, texts: Texts, blocks: Sequence[int], heads: bool
-) -> dict[tuple[str, int], Float[Tensor, "..."]]:
+def _means(model: LensModel, texts: Texts, blocks: Sequence[int], heads: bool) -> dict[tuple[str, int], Float[Tensor, "..."]]:
     """Mean contribution and input of every block, and mean output `[head, d_head]` of its heads, over the positions that count."""
     states = Subject(model).states(texts, sorted({at for block in blocks for at in (block, block + 1)}))
     means = {("block", b): (states[b + 1] - states[b]).mean(0) for b in blocks}

@@ -66,10 +66,7 @@ class CausalBasis(Report):
     def pictures(self) -> dict[str, Picture]:
         """Effect on the model against effect on the lens, a dot per direction; Spearman per layer."""
         bits = self.grid.map(lambda x: (x * BITS).double().clamp_min(1e-9))  # a logarithmic axis has no zero
-        dots = {
-            f"layer {layer}": [(row["energy"], row["effect"]) for row in bits.at(layer=layer).rows()]
-            for layer in self.layers
-        }
+        dots = {f"layer {layer}": [(row["energy"], row["effect"]) for row in bits.at(layer=layer).rows()] for layer in self.layers}
         title, axes = f"causal directions, {self.model}", ("effect on the lens, bits", "effect on the model, bits")
         pictures: dict[str, Picture] = {"effects": Lines(title, dots, *axes, points=True, log_x=True, log_y=True)}
         if len(self.layers) > 1 and len(self.directions) > 2:
@@ -119,8 +116,7 @@ def causal_basis(
     bases = bases_of(lens, states, k, solver=solver, show_progress=show_progress)
     with progress(total=k * len(subject.layers), desc="ablating in the model", show=show_progress) as bar:
         effect = [
-            _effects(model, texts, layer, basis.vectors, states[layer].float().mean(0), bar)
-            for layer, basis in bases.items()
+            _effects(model, texts, layer, basis.vectors, states[layer].float().mean(0), bar) for layer, basis in bases.items()
         ]
     energy = torch.stack([basis.energies for basis in bases.values()])
     axes = {"layer": subject.layers, "direction": range(k)}

@@ -147,9 +147,7 @@ def detection(
         everything = [question for questions in conditions for question in questions]
         ends = torch.tensor([0, *map(len, conditions)]).cumsum(0).tolist()
         parts = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-        asked = scored(
-            model, subject.lenses, everything, layers=every, batch_size=batch_size, show_progress=show_progress
-        )
+        asked = scored(model, subject.lenses, everything, layers=every, batch_size=batch_size, show_progress=show_progress)
         for c, part in enumerate(parts):
             accuracy[t, c], obeyed[t, c] = _answers(asked.logprobs, everything[part], part)
         scores, weight = _scores(subject, asked, make, halves[t], seed)
@@ -184,9 +182,7 @@ def _scores(
     seed: int,
 ) -> tuple[list[list[Tensor]], Tensor]:
     """How unusual every question is by method and split, the baselines last, and the mean weight of the identity."""
-    features = {
-        name: _features(lens, asked.last, asked.logprobs[name], subject.layers) for name, lens in subject.lenses.items()
-    }
+    features = {name: _features(lens, asked.last, asked.logprobs[name], subject.layers) for name, lens in subject.lenses.items()}
     final, shrinkage = asked.last[:, -1].double(), torch.zeros(())
     scores: list[list[Tensor]] = [[] for _ in range(len(features) * len(make) + 2)]
     for s, (train, _) in enumerate(halves):
@@ -198,9 +194,7 @@ def _scores(
     return scores, shrinkage
 
 
-def mahalanobis(
-    train: Float[Tensor, "n d"], x: Float[Tensor, "m d"]
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], float]:
+def mahalanobis(train: Float[Tensor, "n d"], x: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], float]:
     """`(x - mu)^T S^-1 (x - mu)`, the same with diag(S), and how far S was shrunk. Their difference is SRM's score.
 
     With fewer prompts than dimensions the sample covariance is singular, so S is Ledoit and Wolf's
@@ -301,9 +295,7 @@ def _answers(
     return share(torch.tensor([q.right for q in questions])), share(torch.tensor([q.instructed for q in questions]))
 
 
-def _bootstrap(
-    scores: Sequence[Tensor], tests: Sequence[Tensor], part: slice, draws: int, seed: int
-) -> Float[Tensor, " draw"]:
+def _bootstrap(scores: Sequence[Tensor], tests: Sequence[Tensor], part: slice, draws: int, seed: int) -> Float[Tensor, " draw"]:
     """AUROC of resampled questions, as many draws from every split."""
     parts, each = [], -(-draws // len(scores))
     pick = lambda x, seed: x[resampled(len(x), each, seed)]

@@ -205,10 +205,7 @@ def difficulty(
             along[task].append(final.logprobs["model"][:, -1].argmax(-1))
         del other
     steps = [step for step, _ in checkpoints]
-    sets = {
-        which: Settled(depth[which], _at(steps, settled(torch.stack(along[which]))), unsure[which].double())
-        for which in depth
-    }
+    sets = {which: Settled(depth[which], _at(steps, settled(torch.stack(along[which]))), unsure[which].double()) for which in depth}
     settings = {
         **text_settings(tokens), "n": len(entropy), "layers": layers, "lenses": list(subject.lenses), "tasks": list(tasks),
         "seed": seed,
@@ -225,9 +222,7 @@ def _check_checkpoints(model: LensModel, checkpoints: Sequence[tuple[int, Any]])
         raise TypeError(f"a checkpoint is a pair (step, model), got {type(wrong[0]).__name__}")
     steps = [whole_number("a step", step) for step, _ in checkpoints]
     if len(steps) < 3:
-        raise ValueError(
-            f"{len(steps)} checkpoints are too few to order anything: pass three at least, the finished model last"
-        )
+        raise ValueError(f"{len(steps)} checkpoints are too few to order anything: pass three at least, the finished model last")
     if steps != sorted(set(steps)):
         raise ValueError(f"the steps of checkpoints must increase, got {steps}")
     if checkpoints[-1][1] is not model:
@@ -282,9 +277,6 @@ def _tops(
         entropy.append(S.entropy(S.log_probs(logits)).cpu())
         final = logits.argmax(-1).cpu()
         for name, lens in subject.lenses.items():
-            tops = [
-                torch.cat([lens[layer](x).argmax(-1).cpu() for x in states[layer].split(256)])
-                for layer in subject.layers[:-1]
-            ]
+            tops = [torch.cat([lens[layer](x).argmax(-1).cpu() for x in states[layer].split(256)]) for layer in subject.layers[:-1]]
             parts[name].append(torch.stack([*tops, final]))
     return {name: torch.cat(columns, 1) for name, columns in parts.items()}, torch.cat(entropy)

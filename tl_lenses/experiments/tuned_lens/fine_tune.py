@@ -69,10 +69,7 @@ class FineTune(Report):
 
     def summary(self) -> Grid:
         """Means over rows of text by layer and column: the three lenses, the cost, and its standard error."""
-        columns = {
-            value: [*(x.mean(0) for x in self.grid[value]), self.cost(value).mean(0), self.error(value)]
-            for value in VALUES
-        }
+        columns = {value: [*(x.mean(0) for x in self.grid[value]), self.cost(value).mean(0), self.error(value)] for value in VALUES}
         axes = {"column": [*LENSES, COST, ERROR], "layer": self.layers}
         return Grid.over(axes, {value: torch.stack(x) for value, x in columns.items()})
 

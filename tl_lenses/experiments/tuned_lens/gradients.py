@@ -165,9 +165,7 @@ def _gradients(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Residuals before and after the layers' blocks, and the gradients of the summed loss at the layers."""
     seen: dict[Any, Tensor] = {}
-    reads = [
-        read(site(model, layer), seen, key=layer, detach=False) for layer in sorted({*layers, *(a + 1 for a in layers)})
-    ]
+    reads = [read(site(model, layer), seen, key=layer, detach=False) for layer in sorted({*layers, *(a + 1 for a in layers)})]
     with torch.enable_grad():
         # The graph starts at layer 0, whether or not the model's parameters want gradients; those get none.
         leaf: Edit = lambda x: x.detach().requires_grad_()
@@ -177,9 +175,7 @@ def _gradients(
     return {layer: x.detach() for layer, x in seen.items()}, dict(zip(layers, slopes, strict=True))
 
 
-def _cosine(
-    a: Float[Tensor, "row pos d"], b: Float[Tensor, "row pos d"], kept: Bool[Tensor, "row pos"]
-) -> Float[Tensor, " row"]:
+def _cosine(a: Float[Tensor, "row pos d"], b: Float[Tensor, "row pos d"], kept: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
     """Cosine over the kept positions and all dimensions of a row at once."""
     a, b = a * kept[..., None], b * kept[..., None]
     return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)

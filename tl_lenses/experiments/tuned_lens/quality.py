@@ -83,21 +83,17 @@ class Quality(Report):
     def tables(self) -> list[Table]:
         """Every layer of every model, then at how many layers each lens is better than the first one."""
         first, *others = self.lenses
-        note = "KL(model || lens) in nats, the next token's cross entropy in bits per byte, bias in bits; the last layer is the model"
+        note = (
+            "KL(model || lens) in nats, the next token's cross entropy in bits per byte, bias in bits; the last layer is the model"
+        )
         if self.settings.get("left_out"):
             note += f"; left out, not at hand: {', '.join(self.settings['left_out'])}"
         headings = {name: f"{heading}, {{}}" for name, (heading, _) in _SHOWN.items()}
-        tables = [
-            self.grid.table("quality and bias per layer", headings, down=["model", "layer"], across="lens", note=note)
-        ]
+        tables = [self.grid.table("quality and bias per layer", headings, down=["model", "layer"], across="lens", note=note)]
         if others:
             count = lambda pair: f"{pair[0]} of {pair[1]}"
             wins = {(lens, key): self.better(lens, first, key) for lens in others for key in _SHOWN}
-            rows = [
-                [model, lens, *(count(wins[lens, key][model]) for key in _SHOWN)]
-                for model in self.scores
-                for lens in others
-            ]
+            rows = [[model, lens, *(count(wins[lens, key][model]) for key in _SHOWN)] for model in self.scores for lens in others]
             title = f"at how many layers a lens is better than {first!r}"
             tables.append(Table(title, ["model", "lens", "KL", "bits/byte", "bias"], rows, percent=False))
         return tables

@@ -63,9 +63,7 @@ def sample_from(
     """
     one_lens(model, lens, "sample_from")
     if do_sample and finite_number("temperature", temperature) <= 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}: for the likeliest token pass do_sample=False"
-        )
+        raise ValueError(f"temperature must be positive, got {temperature}: for the likeliest token pass do_sample=False")
     try:
         speaking = _speaking(model, lens, layer)
     except KeyError as error:

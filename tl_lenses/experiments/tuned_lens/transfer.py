@@ -112,9 +112,7 @@ class Transfer(Report):
             times = spread / spread.median()
             more = f" and {len(wide) - 6} more" if wide[6:] else ""
             text = ", ".join(f"{i} ({times[i]:.1f})" for i in wide[:6]) + more
-            dims.append(
-                [str(layer), str(len(wide)), text or f"none; the widest is {int(times.argmax())} ({times.max():.1f})"]
-            )
+            dims.append([str(layer), str(len(wide)), text or f"none; the widest is {int(times.argmax())} ({times.max():.1f})"])
         return [
             self.grid.table(
                 f"transfer penalty, {self.model}", "penalty", down="translator", across="layer", columns=["l \\ l'"], note=note
@@ -186,9 +184,7 @@ def transfer(
     one_lens(model, lens, "transfer")
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size, least=1)
     if lens.translators is None:
-        raise ValueError(
-            "the logit lens has the same translator at every layer, so nothing is transferred: pass a fitted lens"
-        )
+        raise ValueError("the logit lens has the same translator at every layer, so nothing is transferred: pass a fitted lens")
     subject = Subject.of(model, lens, layers, what="transfer", final="asked")
     fitted = subject.layers
     if len(fitted) < 2:

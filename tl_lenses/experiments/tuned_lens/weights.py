@@ -308,12 +308,7 @@ def _singular(
 
 def _signed(x: Float[Tensor, "head n d"]) -> tuple[list[str], Float[Tensor, "m d"]]:
     single = len(x) == 1
-    labels = [
-        f"{'' if single else f'head {h}, '}{i}{sign}"
-        for h in range(x.shape[0])
-        for i in range(x.shape[1])
-        for sign in "+-"
-    ]
+    labels = [f"{'' if single else f'head {h}, '}{i}{sign}" for h in range(x.shape[0]) for i in range(x.shape[1]) for sign in "+-"]
     return labels, torch.stack([x, -x], 2).flatten(0, 2)
 
 

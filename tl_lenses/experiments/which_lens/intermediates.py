@@ -267,9 +267,7 @@ def _random_like(decode: LayerLens, generator: torch.Generator) -> LayerLens:
     weight = torch.eye(d) if decode.affine is None else decode.affine.weight.float().cpu()
     drawn = torch.randn(d, d, generator=generator)
     drawn = drawn * (weight.norm() / drawn.norm())
-    return LayerLens(
-        decode.readout, Affine(drawn.to(decode.readout.device), torch.zeros(d, device=decode.readout.device))
-    )
+    return LayerLens(decode.readout, Affine(drawn.to(decode.readout.device), torch.zeros(d, device=decode.readout.device)))
 
 
 def _others(items: Sequence[Item], generator: torch.Generator) -> list[int]:
@@ -316,6 +314,4 @@ def _grid(ranks: Tensor, items: Sequence[Item], names: list[str], layers: list[i
         for name, x in found.items():
             values.setdefault(name, []).append(x)
     axes = {"kind": list(members), "lens": names, "layer": layers}
-    return Grid(
-        axes, {name: (("kind", "lens", "layer")[: x[0].ndim + 1], torch.stack(x)) for name, x in values.items()}
-    )
+    return Grid(axes, {name: (("kind", "lens", "layer")[: x[0].ndim + 1], torch.stack(x)) for name, x in values.items()})

@@ -84,9 +84,7 @@ def lens_directions(lens: Lens, layer: LayerOrSite, ids: Int[Tensor, " k"] | Seq
         raise TypeError(f"expected a Lens, got {type(lens).__name__}: tll.Lens(model) makes one")
     w_u, _ = lens.readout.weights()
     listed = ids.flatten().tolist() if isinstance(ids, Tensor) else several("ids", ids, "token ids")
-    ids = torch.tensor(
-        [whole_number("a token id", i, least=0, most=w_u.shape[1] - 1) for i in listed], dtype=torch.long
-    )
+    ids = torch.tensor([whole_number("a token id", i, least=0, most=w_u.shape[1] - 1) for i in listed], dtype=torch.long)
     gains, removes_mean = gain(lens.readout.norm_module, w_u.shape[0], w_u.new_zeros((), dtype=torch.float64 if w_u.dtype == torch.float64 else torch.float32))  # fmt: skip
     v = gains * (w_u[:, ids].T - w_u.mean(1)).to(gains)
     v = v - v.mean(-1, keepdim=True) if removes_mean else v
@@ -195,9 +193,7 @@ def usage(
     n, seed = None if n is None else whole_number("n", n, least=2), seed_of(seed)
     chosen, others, ids = _asked(model, facts_of(facts)[0], n, seed)
     if len(chosen) < 2:
-        raise ValueError(
-            f"{len(chosen)} facts are answered by the model's likeliest token, two are needed: give other facts"
-        )
+        raise ValueError(f"{len(chosen)} facts are answered by the model's likeliest token, two are needed: give other facts")
     batch = prepare(model, [fact.question for fact in chosen])
     plain = run(model, batch.tokens, attention_mask=batch.attention_mask)[:, -1].float().log_softmax(-1)
     is_there = any(lens.translators is None for lens in subject.lenses.values())
@@ -253,9 +249,7 @@ def _asked(model: LensModel, facts: list[Fact], n: int | None, seed: int) -> tup
 def _first(model: LensModel, question: str, answer: str) -> tuple[int, int]:
     """The first token of an answer behind a question, and how many tokens come before it."""
     alone, both = prepare(model, question).tokens[0].tolist(), prepare(model, f"{question} {answer}").tokens[0].tolist()
-    same = next(
-        (i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both) - 1)
-    )
+    same = next((i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both) - 1))
     return both[same], same
 
 
