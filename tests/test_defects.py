@@ -299,7 +299,7 @@ def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch
         (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=-1), "at least 0"),
         (dict(source=S(PROMPT), target=T(TARGET), stop=["a"]), "can never match: nothing is generated"),
         (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=2, stop=[""]), "empty stop string"),
-        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=2, stop="abc"), r"write \['abc'\]"),
+        (dict(source=S(PROMPT), target=T(TARGET), max_new_tokens=2, stop="abc"), r"pass stop=\['abc'\]"),
         (dict(source=S(PROMPT), target=T(TARGET), norm="big"), "norm must be"),
         (dict(source=S(PROMPT), target=T(TARGET), batch_size=0), "batch_size must be"),
         (dict(source=S(PROMPT), target=T(TARGET), temperature=0.0), "temperature must be positive"),

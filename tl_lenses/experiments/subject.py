@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from tl_lenses.tokens import Batch, bos_text, next_tokens, used_positions
 
 Layers = Iterable[LayerOrSite] | None  # None for all
 Lenses = Lens | Mapping[str, Lens]  # one, or several by name
+NONE: Mapping[str, Lens] = MappingProxyType({})  # of an experiment that reads through none; a user's None is refused
 # Is layer n_layers, the final residual, among the layers: by default, if it is asked for, or never (no block follows it)?
 Final = Literal["default", "asked", "never"]
 Positions = Bool[Tensor, "batch pos"] | tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
@@ -135,7 +137,7 @@ class Subject:
 
     @staticmethod
     def of(
-        model: LensModel, lenses: Lenses | None = None, layers: Layers = None,
+        model: LensModel, lenses: Lenses = NONE, layers: Layers = None,
         *, what: str = "an experiment", final: Final = "default", every: bool = False,
     ) -> "Subject":  # fmt: skip
         """The one check of the model, the lenses and the layers of an experiment, before anything runs.
@@ -149,7 +151,7 @@ class Subject:
         [0, 8]
         """
         check_model(model, what=what)
-        named = {} if lenses is None else lenses_of(model, lenses, what)
+        named = {} if lenses is NONE else lenses_of(model, lenses, what)
         layers = None if layers is None else several("layers", layers)
         resolved = layers_of(layers, n_layers(model), final=final)
         missing = {layer: name for name, lens in named.items() for layer in resolved if layer not in lens.layers}

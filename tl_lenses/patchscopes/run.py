@@ -173,7 +173,7 @@ def run(request: Request, *, show_progress: bool | None = None) -> PatchscopeRes
                     top[number], ids[number] = (said.top_ids[row], said.top_probs[row]), said.ids[row]
                 if said.logits is not None:
                     logits = torch.empty(len(cells), said.logits.shape[-1]) if logits is None else logits
-                    logits[numbers] = said.logits
+                    logits[numbers] = said.logits.to(logits)  # fp32, of a model in half precision too
                 bar.update(len(numbers))
     in_order = range(len(cells))
     return _result(request, axis, logits, [top[i] for i in in_order], [ids[i] for i in in_order], list(notes))
