@@ -16,6 +16,7 @@ import zoo
 
 import tl_lenses as tll
 import tl_lenses.fit.learner
+import tl_lenses.fit.optim
 import tl_lenses.fit.training
 from tl_lenses import files
 from tl_lenses.fit import state
@@ -80,7 +81,7 @@ def _dies_at(moment):
         (os, "link"),
         (tl_lenses.fit.training, "scored_pairs"),
         (tl_lenses.fit.learner, "optimizer_step"),
-        (torch.optim.Muon, "step"),
+        (tl_lenses.fit.optim.Muon, "step"),
         (torch.optim.AdamW, "step"),
         (tl_lenses.fit.training, "random_state"),
     ):

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_lenses.affine import base
+from tl_lenses.divergence import has_bfloat16
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.whiten import whitened_step
 
@@ -33,7 +34,46 @@ def _of_layer(matrix: nn.Parameter, bias: nn.Parameter, settings: Settings) -> l
     if not settings.muon:
         return [adam(groups)]
     options: Any = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(groups[:1], momentum=momentum, **common, **options), adam(groups[1:])]
+    return [Muon(groups[:1], momentum=momentum, **common, **options), adam(groups[1:])]
+
+
+class Muon(torch.optim.Muon):
+    """torch's, of one matrix. Where bf16 products would be emulated they are fp32 ones of the same bf16 numbers, rounded to bf16.
+
+    Source: `torch.optim._muon` (torch 2.13) for the equations; docs/log.md of 2026-11-29 for what emulation costs.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Nesterov momentum, orthogonalised; its length is that of an AdamW step ("match_rms_adamw")."""
+        (group,) = self.param_groups
+        (matrix,) = group["params"]
+        if closure is not None or matrix.grad is None or has_bfloat16(matrix.device):
+            return super().step(closure)
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        buffer = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+        step = _orthogonal(matrix.grad.lerp(buffer, group["momentum"]), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        length = group["lr"] * 0.2 * max(matrix.shape) ** 0.5
+        matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-length)
+        return None
+
+
+def _orthogonal(
+    x: Float[Tensor, "d_out d_in"], coefficients: Sequence[float], n_steps: int, eps: float
+) -> Float[Tensor, "d_out d_in"]:
+    """Newton-Schulz, `X <- a X + (b A + c A^2) X` with `A = X X^T`, every matrix rounded to bf16."""
+    (a, b, c), tall = coefficients, x.shape[0] > x.shape[1]
+    rounded = lambda x: x.bfloat16().float()
+    x = x.bfloat16()
+    x = x.div_(x.norm().clamp(min=eps)).float()
+    x = x.mT if tall else x
+    for _ in range(n_steps):
+        gram = rounded(x @ x.mT)
+        update = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
+        x = rounded(torch.addmm(x, update, x, beta=a))
+    return x.mT if tall else x
 
 
 def map_sizes(delta: Float[Tensor, "rows d_out d_in"]) -> list[float]:
