@@ -318,7 +318,7 @@ def test_help_gives_examples_and_is_light():
         done = run(command, "--help")
         assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
     assert run().stdout == run("--help").stdout
-    heavy = "assert not {'transformer_lens', 'transformers', 'datasets', 'plotly'} & set(sys.modules)"
+    heavy = "assert not {'transformer_lens', 'transformers', 'datasets', 'plotly', 'tl_lenses.experiments', 'tl_lenses.views'} & set(sys.modules)"
     code = f"import sys; from typer.testing import CliRunner; from tl_lenses.cli import app; CliRunner().invoke(app, ['--help']); {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(tll.__file__).parents[1])
 

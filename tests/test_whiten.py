@@ -86,9 +86,9 @@ def test_without_bf16_hardware_muon_steps_as_torch_does(shape, monkeypatch):
     monkeypatch.setattr("tl_lenses.fit.optim.has_bfloat16", lambda device: False)
     generator = torch.Generator().manual_seed(0)
     begin = torch.randn(shape, generator=generator)
-    options = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    options = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
     ours, theirs = (torch.nn.Parameter(begin.clone()) for _ in range(2))
-    steppers = Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    steppers = Muon([ours], **options), torch.optim.Muon([theirs], nesterov=True, adjust_lr_fn="match_rms_adamw", **options)
     for _ in range(3):
         ours.grad = torch.randn(shape, generator=generator)
         theirs.grad = ours.grad.clone()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Bytes of one [positions, d_vocab] fp32 buffer. Up to nine are alive at a time; measured in benchmarks/trajectory.py.
 CHUNK_BYTES = 6 * 2**20
-# Bytes of comparisons of some rows with several tokens.
+# Bytes of comparisons of rows with tokens at a time.
 RANK_BYTES = 2 * 2**20
 # Neighbours in the vocabulary of which only the largest is compared with others, to find the likeliest tokens.
 GROUP = 64
@@ -110,29 +110,31 @@ def tv(logp: Float[Tensor, "*pos d_vocab"], logq: Float[Tensor, "*pos d_vocab"])
 
 def target_logprob(logp: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Float[Tensor, "*pos"]:
     """`log p(target)`, NaN where the target is -1."""
-    picked = logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
-    return torch.where(targets >= 0, picked, torch.nan)
+    return target_logprobs(logp, targets[..., None])[..., 0]
 
 
-def rank(
-    logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"], room: Float[Tensor, "*pos d_vocab"] | None = None
-) -> Int[Tensor, "*pos"]:  # fmt: skip
-    """1 for the top token; ties count strictly larger logits. -1 where the target is -1. `room` is overwritten."""
-    picked = logits.gather(-1, targets.clamp_min(0)[..., None])
-    # Ones in fp32, exact up to 2^24 tokens: a sum of booleans takes three times as long.
-    room = torch.empty_like(logits, dtype=torch.float32) if room is None else room
-    larger = torch.gt(logits, picked, out=room).sum(-1)
-    return torch.where(targets >= 0, larger.long() + 1, -1)
+def target_logprobs(logp: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos k"]) -> Float[Tensor, "*pos k"]:
+    """`log p` of several tokens of each row, NaN where one is -1."""
+    return torch.where(targets >= 0, logp.gather(-1, targets.clamp_min(0)), torch.nan)
+
+
+def rank(logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) -> Int[Tensor, "*pos"]:
+    """1 for the top token; ties count strictly larger logits. -1 where the target is -1."""
+    return ranks(logits.flatten(0, -2), targets.reshape(-1, 1), Rooms()).view(targets.shape)
 
 
 def ranks(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n k"], rooms: Rooms) -> Int[Tensor, "n k"]:
-    """`rank` of several tokens of each row, which stays in the processor's cache while it is compared with all of them."""
+    """`rank` of several tokens of each row, which stays in the processor's cache while it is compared with them: no more numbers than `logits` has."""
     (n, d_vocab), k = logits.shape, targets.shape[1]
     picked = logits.gather(1, targets.clamp_min(0))
     larger = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    for part in evenly(n, max(1, RANK_BYTES // (4 * k * d_vocab))) if k else ():
-        room = rooms.rows("larger", part.stop - part.start, k * d_vocab, torch.float32, logits.device)
-        torch.sum(torch.gt(logits[part, None], picked[part, :, None], out=room.view(-1, k, d_vocab)), -1, out=larger[part])
+    most = max(1, min(n, RANK_BYTES // (4 * d_vocab)))
+    # Ones in fp32, exact up to 2^24 tokens: a sum of booleans takes three times as long.
+    room = rooms.rows("larger", most, d_vocab, torch.float32, logits.device)
+    for some in evenly(k, most):
+        for part in evenly(n, most // (some.stop - some.start)):
+            of = picked[part, some, None]
+            torch.sum(torch.gt(logits[part, None], of, out=room[: of.numel()].view(*of.shape[:2], -1)), -1, out=larger[part, some])
     return torch.where(targets >= 0, larger.long() + 1, -1)
 
 

@@ -428,16 +428,18 @@ class _Table:
     ) -> None:  # fmt: skip
         """The numbers of some positions; `ids` are targets, anti-targets and tokens to follow, `score` calibrates log-probabilities, if it does."""
         part, (target, other, followed) = chunk.part, ids
+        scored = torch.cat([target[:, None], followed], 1)
         for i, by_name in chunk.logits.items():
             distributions: dict[str, tuple[Tensor, Tensor]] = {}
             for name, logits in by_name.items():
                 logp, p = distributions[name] = chunk.distribution(logits, name)
                 put, calibrated, room = self.stats[name], score(name, i, logp), chunk.rooms.like("room", logits)
                 order = logits if calibrated is None else calibrated
-                put["rank"][i, part] = S.rank(order, target, room).cpu()
                 put["entropy"][i, part] = S.entropy(logp, p, room).cpu()
                 put["kl"][i, part] = S.kl(chunk.logp, logp, chunk.p, room).float().cpu()
-                of_target = S.target_logprob(logp, target)
+                ranks, logprobs = S.ranks(order, scored, chunk.rooms), S.target_logprobs(logp, scored)
+                put["rank"][i, part], self.ranks[name][i, part] = ranks[:, 0].cpu(), ranks[:, 1:].int().cpu()
+                self.probs[name][i, part], of_target = logprobs[:, 1:].exp().cpu(), logprobs[:, 0]
                 put["target_logprob"][i, part] = of_target.cpu()
                 put["cross_entropy"][i, part] = -of_target.cpu()
                 if "score" in put:
@@ -448,9 +450,6 @@ class _Table:
                 best, _ = S.largest(logp if calibrated is None else calibrated, self.top_ids[name].shape[-1])
                 self.top_ids[name][i, part] = best.cpu()
                 self.top_probs[name][i, part] = logp.gather(-1, best).exp().cpu()
-                self.ranks[name][i, part] = S.ranks(order, followed, chunk.rooms).int().cpu()
-                of_followed = logp.gather(1, followed.clamp_min(0)).exp()
-                self.probs[name][i, part] = torch.where(followed >= 0, of_followed, torch.nan).cpu()
             for a, b in combinations(distributions, 2):
                 (logp, p), (logq, q) = distributions[a], distributions[b]
                 both = S.pairwise(p, q, logp, logq)

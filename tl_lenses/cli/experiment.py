@@ -18,7 +18,6 @@ from tl_lenses.cli.inputs import data_source, lens_names, load_model, parse_laye
 from tl_lenses.cli.messages import say
 from tl_lenses.cli.options import Device, DType, Dtype
 from tl_lenses.cli.parts import Shard, parse_shard, sharing
-from tl_lenses.experiments.subject import layers_of
 from tl_lenses.files import check_output
 
 
@@ -132,6 +131,8 @@ def command(
             loaded = load_model(model, device, dtype.value)
             asked = parse_layers(layers, loaded.cfg.n_layers + 1)
             if asked is not None:  # before anything is fitted
+                from tl_lenses.experiments.subject import layers_of
+
                 asked = layers_of(asked, loaded.cfg.n_layers)
             how_many = usual if n is None else n
             made = Run(loaded, model.startswith("lab-"), asked, how_many, seed, device, dtype.value, **given)

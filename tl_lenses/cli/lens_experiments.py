@@ -7,13 +7,10 @@ import torch
 import typer
 
 import tl_lenses as tll
-from tl_lenses import experiments, lab
+from tl_lenses import lab
 from tl_lenses.cli.experiment import Data, K, Lenses, Run, command, read_text
 from tl_lenses.cli.inputs import row_length
 from tl_lenses.cli.options import SEQ_LEN
-from tl_lenses.experiments.basis import bases_of
-from tl_lenses.experiments.injections import RELATIONS, read_instructions, read_relations, tasks_of, zero_shot
-from tl_lenses.experiments.subject import Subject, text_settings
 from tl_lenses.model import device_of, dtype_of, name_of
 
 # What a lens is fitted on where none is given.
@@ -70,7 +67,7 @@ def quality(
 
     def measured(model: Any = None, layers: Any = None) -> Any:
         lenses, text = _lenses(run, *LENSES, model=model), run.text(tokens=run.n, model=model)
-        return experiments.quality(model or run.model, lenses, text, layers=layers)
+        return tll.experiments.quality(model or run.model, lenses, text, layers=layers)
 
     report, missing = measured(layers=run.layers), []
     others = [] if to is None else [run.load(to)]
@@ -87,7 +84,7 @@ def quality(
 def transfer(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     """Does the lens of one layer read another?"""
     single_lens = _single(run, "transfer", "tuned")
-    return experiments.transfer(run.model, single_lens, run.text(tokens=run.n), layers=run.layers)
+    return tll.experiments.transfer(run.model, single_lens, run.text(tokens=run.n), layers=run.layers)
 
 
 @command("fine-tune", n="tokens", usual=4096)
@@ -101,24 +98,26 @@ def fine_tune(
     tuned = _beside(run, "lab-gpt2-tuned") if to is None else run.load(to)
     base, fitted = _single(run, "fine-tune", "tuned"), _lenses(run, "tuned", model=tuned)["tuned"]
     text = run.text(tokens=run.n, model=tuned)
-    return experiments.fine_tune(tuned, base.translators, fitted.translators, text, layers=run.layers)
+    return tll.experiments.fine_tune(tuned, base.translators, fitted.translators, text, layers=run.layers)
 
 
 @command("gradients", n="sequences", usual=64)
 def gradients(run: Run, data: Data = None) -> Any:
     """Do blocks go down the gradient of the loss?"""
     text = run.text(tokens=run.n * row_length(run.model))
-    return experiments.gradients(run.model, text, layers=run.layers, seed=run.seed)
+    return tll.experiments.gradients(run.model, text, layers=run.layers, seed=run.seed)
 
 
 @command("sampling", n="prompts", usual=32)
 def sampling(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     """What would the model write from layer l?"""
+    from tl_lenses.experiments.subject import text_settings
+
     # Prompts are the starts of rows of text; as many tokens again and more are added.
     text = run.text(tokens=run.n * 16, seq_len=16)
     prompts = torch.cat([batch.tokens for batch in text])
     lenses = _lenses(run, "logit", "tuned")
-    report = experiments.sampling(run.model, lenses, prompts, layers=run.layers, max_new_tokens=32, seed=run.seed)
+    report = tll.experiments.sampling(run.model, lenses, prompts, layers=run.layers, max_new_tokens=32, seed=run.seed)
     return _noted(report, **text_settings(text))
 
 
@@ -133,19 +132,22 @@ def _to_ablate(run: Run) -> Any:
 def causal_basis(run: Run, data: Data = None, lens: Lenses = None, k: K = None) -> Any:
     """Which directions matter to a lens, and to the model as well?"""
     lens_of_one, k = _single(run, "causal-basis", "tuned"), run.directions(k, 16)
-    return experiments.causal_basis(run.model, lens_of_one, _to_ablate(run), k=k, layers=run.layers, n=run.n)
+    return tll.experiments.causal_basis(run.model, lens_of_one, _to_ablate(run), k=k, layers=run.layers, n=run.n)
 
 
 @command("alignment", n="positions", usual=ABLATED_TOKENS)
 def alignment(run: Run, data: Data = None, lens: Lenses = None, k: K = None) -> Any:
     """Does a lens respond to an intervention as the model does?"""
     lenses, k = _lenses(run, "logit", "tuned"), run.directions(k, 8)
-    return experiments.alignment(run.model, lenses, _to_ablate(run), k=k, layers=run.layers, n=run.n, seed=run.seed)
+    return tll.experiments.alignment(run.model, lenses, _to_ablate(run), k=k, layers=run.layers, n=run.n, seed=run.seed)
 
 
 @command("ablations", n="positions", usual=ABLATED_TOKENS)
 def ablations(run: Run, data: Data = None, lens: Lenses = None, k: K = None) -> Any:
     """What is a block, a head, a subspace or the order of blocks worth?"""
+    from tl_lenses.experiments.basis import bases_of
+    from tl_lenses.experiments.subject import Subject
+
     single_lens, k = _single(run, "ablations", "regression"), run.directions(k, 8)
     text = _to_ablate(run)
     subject = Subject.of(run.model, layers=run.layers, what="ablations", final="never")
@@ -158,7 +160,7 @@ def ablations(run: Run, data: Data = None, lens: Lenses = None, k: K = None) -> 
         "1 causal direction": {layer: v[0] for layer, v in bases.items()}, f"{k} causal directions": bases,
         f"{k} random directions": drawn,
     }  # fmt: skip
-    return experiments.ablations(run.model, text, subspaces=spaces, layers=run.layers, n=run.n, seed=run.seed)
+    return tll.experiments.ablations(run.model, text, subspaces=spaces, layers=run.layers, n=run.n, seed=run.seed)
 
 
 # --- detection, difficulty, weights, inversion
@@ -178,6 +180,8 @@ Checkpoints = Annotated[
 
 
 def _read_tasks(data: str | None, lens: Any, **_: Any) -> dict[str, Any]:
+    from tl_lenses.experiments.injections import read_instructions
+
     read_instructions(data)
     return {**read_text(None, lens), "data": data or "lab"}
 
@@ -185,13 +189,15 @@ def _read_tasks(data: str | None, lens: Any, **_: Any) -> dict[str, Any]:
 @command("detection", n="prompts of a task", usual=60, read=_read_tasks)
 def detection(run: Run, data: Tasks = None, lens: Lenses = None) -> Any:
     """Does a trajectory give an injected prompt away?"""
+    from tl_lenses.experiments.injections import RELATIONS, read_instructions, read_relations, tasks_of
+
     source, instructions = read_instructions(data)
     facts = read_relations(data)
     known = [name for name in RELATIONS if any(fact.relation == name for fact in facts)]
     relations = known[:4] or list(dict.fromkeys(fact.relation for fact in facts))
     tasks = tasks_of(facts, instructions, relations=relations, n=run.n, seed=run.seed)
     lenses = _lenses(replace(run, data="lab"), "logit", "tuned")
-    report = experiments.detection(run.model, lenses, tasks, layers=run.layers, seed=run.seed)
+    report = tll.experiments.detection(run.model, lenses, tasks, layers=run.layers, seed=run.seed)
     return _noted(report, source=source)
 
 
@@ -211,9 +217,11 @@ def difficulty(
     run: Run, data: Data = None, questions: Questions = None, lens: Lenses = None, checkpoint: Checkpoints = None
 ) -> Any:
     """Is what settles late in the layers learned late in training?"""
+    from tl_lenses.experiments.injections import read_relations, zero_shot
+
     asked = zero_shot(read_relations(questions), n=min(run.n, 60), seed=run.seed)
     lenses, text = _lenses(run, "logit", "tuned"), run.text(tokens=run.n + run.n // 8 + 256)
-    report = experiments.difficulty(
+    report = tll.experiments.difficulty(
         run.model, lenses, text, _checkpoints(run, checkpoint or ()), questions=asked, layers=run.layers, n=run.n, seed=run.seed,
     )  # fmt: skip
     return _noted(report, questions=questions or "bundled facts")
@@ -242,7 +250,7 @@ def weights(
     for batch in run.text(fit=True, tokens=2**17):
         counts += torch.bincount(batch.tokens.flatten(), minlength=len(counts))
     among = (counts > 1).nonzero()[:, 0]  # tokens that were never seen would fill the lists
-    return experiments.weights(
+    return tll.experiments.weights(
         run.model, lenses, layers=run.layers, among=among, directions=directions, columns=run.n, seed=run.seed
     )
 
@@ -252,7 +260,7 @@ def inversion(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     """Which state would say this?"""
     lenses, depth = _lenses(run, "logit", "tuned"), run.model.cfg.n_layers
     layers = run.layers or sorted({*range(0, depth, max(1, depth // 4)), depth})
-    return experiments.inversion(run.model, lenses, run.text(tokens=8192), layers=layers, n=run.n, seed=run.seed)
+    return tll.experiments.inversion(run.model, lenses, run.text(tokens=8192), layers=layers, n=run.n, seed=run.seed)
 
 
 # --- which lens to believe
@@ -270,21 +278,23 @@ def intermediates(
 ) -> Any:
     """Does a lens read what the model thinks of and does not say?"""
     said = 0 if items is None else 1  # the lab models say the first hop aloud
-    return experiments.intermediates(run.model, _lenses(run, *LENSES), items, layers=run.layers, said=said, n=run.n, seed=run.seed)
+    return tll.experiments.intermediates(
+        run.model, _lenses(run, *LENSES), items, layers=run.layers, said=said, n=run.n, seed=run.seed
+    )
 
 
 @command("usage", n="facts", usual=24)
 def usage(run: Run, data: Data = None, lens: Lenses = None) -> Any:
     """Does the model use what a lens reads? Swaps and ablations along its directions."""
     lenses = _lenses(run, "regression", "tuned")
-    return experiments.usage(run.model, lenses, layers=run.layers, n=run.n, seed=run.seed)
+    return tll.experiments.usage(run.model, lenses, layers=run.layers, n=run.n, seed=run.seed)
 
 
 def _read_compared(data: str | None, lens: Any, items: str | None, facts: str | None, **_: Any) -> dict[str, Any]:
     if items is not None:  # a file that is not there is refused at once
-        experiments.read_items(items)
+        tll.experiments.read_items(items)
     if facts not in (None, "bundled"):
-        experiments.read_facts(facts)
+        tll.experiments.read_facts(facts)
     return read_text(data, lens)
 
 
@@ -304,6 +314,6 @@ def compare(
     """Which lens should I believe? All lenses beside each other and beside controls; a sentence per band of layers."""
     lenses = _lenses(run, *LENSES)
     facts = "bundled" if facts is None and run.is_lab else facts
-    asked = None if facts is None else experiments.read_facts(None if facts == "bundled" else facts)
+    asked = None if facts is None else tll.experiments.read_facts(None if facts == "bundled" else facts)
     text = run.text(tokens=run.n)
-    return experiments.compare(run.model, lenses, text, items=items, facts=asked, layers=run.layers, seed=run.seed)
+    return tll.experiments.compare(run.model, lenses, text, items=items, facts=asked, layers=run.layers, seed=run.seed)

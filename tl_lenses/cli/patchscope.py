@@ -10,10 +10,8 @@ import tl_lenses as tll
 from tl_lenses.cli import inputs, options
 from tl_lenses.cli.messages import say
 from tl_lenses.cli.parts import Shard, parse_shard, sharing
-from tl_lenses.experiments.facts import read_facts
 from tl_lenses.patchscopes import Source, Target, scopes
 from tl_lenses.sites import at
-from tl_lenses.views import patchscope_table, to_text
 
 FILES = (".json", ".csv", ".svg", ".png", ".html")
 
@@ -86,7 +84,7 @@ def patchscope(
     with sharing(shard, save):
         asked = ask([*own, *others])
     result = _of_first(asked, len(own)) if others else asked
-    say(to_text(patchscope_table(result, numbers=numbers)))
+    say(tll.views.to_text(tll.views.patchscope_table(result, numbers=numbers)))
     found = tll.faithfulness(asked) if faithful or against else None
     if found is not None:
         say(str(found))
@@ -109,7 +107,9 @@ def _others(prompts: list[str], place: int | str, against: list[str] | None) -> 
     """The sources that readings are told from, where they are not told from each other."""
     if len(prompts) > 1 and not against:
         return []
-    others = against or list(dict.fromkeys(fact.subject for fact in read_facts() if fact.subject not in prompts))[:10]
+    others = (
+        against or list(dict.fromkeys(fact.subject for fact in tll.experiments.read_facts() if fact.subject not in prompts))[:10]
+    )
     return [Source(text, place if isinstance(place, int) else -1) for text in others]
 
 

@@ -9,7 +9,6 @@ import typer
 import tl_lenses as tll
 from tl_lenses.cli import inputs, options
 from tl_lenses.cli.messages import say
-from tl_lenses.views import STATS, difference, to_text
 
 PICTURES = (".html", ".svg", ".png", ".csv", ".json")
 
@@ -46,8 +45,8 @@ def show(
 
     Example: tl-lenses show "The capital of France is" --lens my-lens --save heat.html
     """
-    if stat is not None and stat not in STATS:
-        raise ValueError(f"no statistic {stat!r}: choose from {', '.join(STATS)}")
+    if stat is not None and stat not in tll.views.STATS:
+        raise ValueError(f"no statistic {stat!r}: choose from {', '.join(tll.views.STATS)}")
     if stat == "logprob_diff" and anti_target is None:
         raise ValueError("logprob_diff needs --anti-target, the token that the target is compared with")
     folders = inputs.lens_names(lens)
@@ -72,10 +71,10 @@ def show(
     if last is not None:
         by_name = {name: _last(trajectory, last) for name, trajectory in trajectories.items()}
         trajectories = replace(trajectories, by_name=by_name)
-    drawn = list(trajectories.values()) if pair is None else [difference(trajectories, pair)]
+    drawn = list(trajectories.values()) if pair is None else [tll.views.difference(trajectories, pair)]
     for row in range(len(prompts)):
         for trajectory in drawn:
-            say(to_text(trajectory, stat, batch=row, numbers=numbers))
+            say(tll.views.to_text(trajectory, stat, batch=row, numbers=numbers))
     if save is not None:
         shown = next(iter(trajectories.values())) if len(trajectories) == 1 else trajectories
         shown.save(save, stat=stat, diff=pair, width=width, answer=answer)

@@ -33,19 +33,21 @@ def _of_layer(matrix: nn.Parameter, bias: nn.Parameter, settings: Settings) -> l
     adam = lambda groups: torch.optim.AdamW(groups, betas=(momentum, 0.999), **common)
     if not settings.muon:
         return [adam(groups)]
-    options: Any = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-    return [Muon(groups[:1], momentum=momentum, **common, **options), adam(groups[1:])]
+    return [Muon(groups[:1], momentum=momentum, **common), adam(groups[1:])]
 
 
 class Muon(torch.optim.Muon):
-    """torch's, of one matrix. Where bf16 products would be emulated they are fp32 ones of the same bf16 numbers, rounded to bf16.
+    """torch's, of one matrix, in steps as long as AdamW's. Where bf16 products would be emulated they are fp32 ones of the same bf16 numbers, rounded to bf16.
 
     Source: `torch.optim._muon` (torch 2.13) for the equations; docs/log.md of 2026-11-29 for what emulation costs.
     """
 
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(groups, nesterov=True, adjust_lr_fn="match_rms_adamw", **options)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Nesterov momentum, orthogonalised; its length is that of an AdamW step ("match_rms_adamw")."""
+        """Nesterov momentum, orthogonalised."""
         (group,) = self.param_groups
         (matrix,) = group["params"]
         if closure is not None or matrix.grad is None or has_bfloat16(matrix.device):

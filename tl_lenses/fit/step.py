@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_lenses import divergence as D
+from tl_lenses import stats as S
 from tl_lenses.fit.common import states
 from tl_lenses.hooks import Hook
 from tl_lenses.model import LensModel, device_of, hooked, prepared
@@ -171,7 +172,7 @@ def _losses(
     subsample: float = 1.0, seed: int = 0, exact: bool = True,
 ) -> Float[Tensor, " rows"]:  # fmt: skip
     """The losses, and with `grads` their gradients, added to these."""
-    losses, room, w_u = torch.zeros(len(delta), device=delta.device), None, head.w_u
+    losses, rooms, w_u = torch.zeros(len(delta), device=delta.device), S.Rooms(), head.w_u
     generator = torch.Generator().manual_seed(seed % 2**63)
     wide = torch.float64 if w_u.dtype == torch.float64 else torch.float32
     for part, groups in D.tiles(len(delta), len(pairs), w_u.shape[1], w_u.dtype, w_u.device, chunk_size, subsample):
@@ -181,8 +182,7 @@ def _losses(
             kept = max(1, round(subsample * size))
             order = torch.rand(len(delta), size, generator=generator).argsort(-1)
             picks = order[:, :kept].to(pairs.teacher.device)
-        if room is None or len(room) < max(size, kept * groups[0].stop):
-            room = w_u.new_empty(max(size, kept * groups[0].stop), w_u.shape[1])
+        room = rooms.rows("logits", max(size, kept * groups[0].stop), w_u.shape[1], w_u.dtype, w_u.device)
         scored = pairs.teacher[pairs.scored[part]]
         teacher = D.teacher_of(scored, w_u, head.b_u, head.transform, wide=wide, hidden=pairs.hidden, exact=exact, room=room)
         for group in groups:
