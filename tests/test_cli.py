@@ -113,25 +113,10 @@ def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted
     done = run("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
     assert done.exit_code == 1 and "b=" in done.stderr  # the name ends at the first equals sign
     done = run(
-        "eval",
-        "--model",
-        model,
-        "--lens",
-        f"mine={fitted}",
-        "--data",
-        data,
-        "--layers",
-        "1,-1",
-        "--output",
-        tmp_path / "s.csv",
+        "eval", "--model", model, "--lens", f"mine={fitted}", "--data", data, "--layers", "1,-1", "--output", tmp_path / "s.csv"
     )
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
-    assert [(row["lens"], row["layer"]) for row in rows] == [
-        ("logit", "1"),
-        ("logit", "3"),
-        ("mine", "1"),
-        ("mine", "3"),
-    ]
+    assert [(row["lens"], row["layer"]) for row in rows] == [("logit", "1"), ("logit", "3"), ("mine", "1"), ("mine", "3")]
 
 
 def test_show_prints_and_saves(model, fitted, tmp_path):
@@ -366,36 +351,14 @@ def test_fit_scope_saves_a_map_for_patchscope(model, data, tmp_path):
     output = tmp_path / "map"
     settings = ("--model", model, "--scope", "the king of x is", "--layers", "1", "--target-layers", "0,2")
     done = run(
-        "fit-scope",
-        *settings,
-        "--data",
-        data,
-        "--output",
-        output,
-        "--steps",
-        3,
-        "--labels",
-        2,
-        "--seq-len",
-        16,
-        "--rank",
-        1,
+        "fit-scope", *settings, "--data", data, "--output", output, "--steps", 3, "--labels", 2, "--seq-len", 16, "--rank", 1
     )
     assert done.exit_code == 0 and "unfitted" in done.stdout and f"--map {output}" in done.stdout, done.stderr
     maps = tll.Translators.load(output)
     assert maps.pairs == ((1, 0), (1, 2)) and maps.meta["settings"]["steps"] == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["map"]
     said = run(
-        "patchscope",
-        "the cat sat",
-        "--model",
-        model,
-        "--scope",
-        "the king of x is",
-        "--map",
-        output,
-        "--save",
-        tmp_path / "a.json",
+        "patchscope", "the cat sat", "--model", model, "--scope", "the king of x is", "--map", output, "--save", tmp_path / "a.json"
     )
     assert said.exit_code == 0, said.stderr
     loaded = tll.load_model(model)
@@ -425,19 +388,7 @@ def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
     for word in ("token identity", "logit lens", "reg", "oracle", "held-out", "shuffled sources", "unpatched"):
         assert word in done.stdout
     assert {"result.json", "result.csv", "heat.svg"} <= {file.name for file in (tmp_path / "a").iterdir()}
-    same = (
-        "experiment",
-        "next-token",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--n",
-        8,
-        "--layers",
-        "1,-1",
-        "--markdown",
-    )
+    same = ("experiment", "next-token", "--model", model, "--data", data, "--n", 8, "--layers", "1,-1", "--markdown")
     done = run(*same, "--output", tmp_path / "a")
     assert done.exit_code == 0 and "| layer | token identity |" in done.stdout, done.stderr
     done = run(
@@ -454,15 +405,7 @@ def test_recommend_says_which_lens_for_which_question(model, data, fitted, tmp_p
     asked = "recommend", "--model", model, "--data", data, "--lens", f"own={fitted}", "--layers", "0,2", "--n", 400
     done = run(*asked, "--items", tmp_path / "lens-eval-own.json", "--output", tmp_path / "a")
     assert done.exit_code == 0 and done.stderr == "", done.stderr
-    for word in (
-        "unigram",
-        "bits per byte",
-        "multiply-adds",
-        "early, layer 0",
-        "middle, layer 2",
-        "unspoken",
-        "random map",
-    ):
+    for word in ("unigram", "bits per byte", "multiply-adds", "early, layer 0", "middle, layer 2", "unspoken", "random map"):
         assert word in done.stdout, word
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert {row["lens"] for row in result["rows"]} == {"logit", "own", "unigram"}
@@ -618,19 +561,7 @@ def test_a_large_fit_is_planned_grouped_and_restarted(model, data, tmp_path, mon
 
 
 def test_a_dry_run_says_memory_tokens_and_minutes_and_writes_nothing(model, data, tmp_path):
-    command = (
-        "fit",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--batch-size",
-        4,
-        "--seq-len",
-        32,
-        "--output",
-        tmp_path / "lens",
-    )
+    command = ("fit", "--model", model, "--data", data, "--batch-size", 4, "--seq-len", 32, "--output", tmp_path / "lens")
     for more, expected in (
         (("--steps", 4), "on this machine: start "),
         (("--steps", "auto", "--held-out", data), "250 steps of "),
@@ -744,10 +675,7 @@ def test_signals_are_ctrl_c_while_fitting_and_an_ignored_one_stays(name):
         pytest.skip("these tests run under nohup")
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        for handler in (
-            signal.default_int_handler,
-            signal.SIG_IGN,
-        ):  # a shell starts what runs in the background with the second
+        for handler in (signal.default_int_handler, signal.SIG_IGN):  # a shell starts what runs in the background with the second
             signal.signal(signal.SIGINT, handler)
             with pytest.raises(KeyboardInterrupt), saved_when_terminated():
                 os.kill(os.getpid(), number)
@@ -887,11 +815,7 @@ def test_a_lens_of_another_model(fitted):
 
 @pytest.mark.parametrize(
     "layers,message",
-    [
-        ("99", "no layer 99"),
-        ("blocks.9.hook_resid_pre", "no hook 'blocks.9.hook_resid_pre'"),
-        ("7:9", "selects nothing"),
-    ],
+    [("99", "no layer 99"), ("blocks.9.hook_resid_pre", "no hook 'blocks.9.hook_resid_pre'"), ("7:9", "selects nothing")],
 )
 def test_layers_that_are_not_there(model, layers, message):
     assert message in refused("show", "the cat", "--model", model, "--layers", layers)
@@ -938,11 +862,7 @@ def test_usage_errors_leave_with_2(tmp_path):
     ],
 )
 def test_nothing_and_zero_are_not_the_default(tmp_path, more, message):
-    commands = [
-        ("eval",),
-        ("fit", "--output", tmp_path / "x"),
-        ("fit", "--method", "regression", "--output", tmp_path / "x"),
-    ]
+    commands = [("eval",), ("fit", "--output", tmp_path / "x"), ("fit", "--method", "regression", "--output", tmp_path / "x")]
     for command in commands:
         assert message in refused(*command, "--model", "lab-gpt2-small", "--data", "lab", *more)
     assert not list(tmp_path.iterdir())

@@ -235,10 +235,7 @@ def test_a_round_trip_keeps_pairs_controls_and_models(maps, tmp_path):
 def test_hooks_and_masks_reach_both_models(maps):
     fit = lambda **k: tll.fit_regression(small(), TOKENS, to=big(), pairs=[(3, 4)], **k)
     plain = fit()
-    source, target = (
-        fit(hooks=[tll.patch(1, edits.scale(0.5))]),
-        fit(target_hooks=[tll.patch(1, edits.scale(0.5))]),
-    )
+    source, target = (fit(hooks=[tll.patch(1, edits.scale(0.5))]), fit(target_hooks=[tll.patch(1, edits.scale(0.5))]))
     assert not torch.allclose(plain.weights, source.weights, atol=1e-2)
     assert not torch.allclose(plain.weights, target.weights, atol=1e-2)
     with torch.no_grad():
@@ -306,10 +303,7 @@ CASES = {
         dict(tokens=TOKENS[:1], held_out=0),
         "11 tokens are fewer than a covariance of width 16",
     ),  # fmt: skip
-    "one held-out token": (
-        dict(tokens=TOKENS[:9, :2]),
-        "one held-out token has no variance to explain: give more text",
-    ),
+    "one held-out token": (dict(tokens=TOKENS[:9, :2]), "one held-out token has no variance to explain: give more text"),
     "no strength": (dict(ridge=[]), "an empty list of ridge strengths"),
     "few rows for several strengths": (dict(tokens=TOKENS[:9], ridge=[0.1, 1.0]), "at least 10 rows of text"),
     "an identity between widths": (dict(toward="identity"), "needs equal widths, got 16 -> 32: use toward='zero'"),

@@ -477,12 +477,7 @@ def test_numbers_out_of_range(tokenizer, message, kwargs):
 
 def test_too_little_text_for_one_row(tokenizer):
     n = len(encode(tokenizer, "the cat"))
-    refused(
-        f"the source holds {n} tokens: too few for 1 row of seq_len 50. Pass more text",
-        ["the cat"],
-        tokenizer,
-        seq_len=50,
-    )
+    refused(f"the source holds {n} tokens: too few for 1 row of seq_len 50. Pass more text", ["the cat"], tokenizer, seq_len=50)
     refused("the source holds 0 tokens", [], tokenizer)
 
 
@@ -701,11 +696,7 @@ def test_an_iterator_gives_one_pass():
         (ValueError, "tokens has no 'input_ids', only \\['ids'\\]", {"ids": IDS}),
         (ValueError, "tokens is empty: there was no batch", []),
         (ValueError, "tokens should have shape .* got \\(1, 10, 3\\)", IDS[None]),
-        (
-            ValueError,
-            "attention_mask of tokens should be a tensor of shape \\(10, 3\\), got \\(3,\\)",
-            Batch(IDS, MASK[0]),
-        ),
+        (ValueError, "attention_mask of tokens should be a tensor of shape \\(10, 3\\), got \\(3,\\)", Batch(IDS, MASK[0])),
         (ValueError, "shape \\(10, 3\\), got list", Batch(IDS, MASK.tolist())),
         (ValueError, "1 at real tokens and 0 at pads; got other values", Batch(IDS, IDS)),
     ],

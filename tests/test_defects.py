@@ -187,10 +187,7 @@ def test_soft_prompts_are_embeddings(model):
     by_soft = tll.patchscope(model, tll.Source(PROMPT), soft, **options)
     torch.testing.assert_close(by_soft.logits, by_ids.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        by_soft.logits,
-        tll.patchscope(model, tll.Source(PROMPT), soft, **options, share=False).logits,
-        atol=1e-4,
-        rtol=0,
+        by_soft.logits, tll.patchscope(model, tll.Source(PROMPT), soft, **options, share=False).logits, atol=1e-4, rtol=0
     )
     with pytest.raises(ValueError, match=r"expected a soft prompt \[pos, d_model=32\], got \[4, 16\]"):
         tll.patchscope(model, tll.Source(PROMPT), tll.Target(torch.zeros(4, 16)))

@@ -370,10 +370,7 @@ def test_a_text_that_one_process_cannot_read_ends_all(sharded, tmp_path):
     for work in (tuned, held_out, regression):
         start = time.perf_counter()
         errors = [rank["error"] for rank in launch(2, work, tmp_path)]
-        assert errors[1] == "OSError: the disk is gone" and "the disk is gone (in process 1 of 2)" in errors[0], (
-            work,
-            errors,
-        )
+        assert errors[1] == "OSError: the disk is gone" and "the disk is gone (in process 1 of 2)" in errors[0], (work, errors)
         assert time.perf_counter() - start < 30
 
 

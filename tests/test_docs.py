@@ -110,12 +110,7 @@ def test_what_a_page_shows_is_compared_with_what_is_printed():
     assert sum(output is not None for page in PAGES for *_, output in blocks(page, run=True)) > 30
     table = "layer  KL\n──────\n 4  ·Tokyo  0.78\n"
     assert same_output(table, "layer KL\n────\n  4 ·Tokyo 0.77")
-    for other in (
-        "layer KL\n────\n 4 ·Tokyo 0.70",
-        "layer KL\n────\n 4 ·Paris 0.78",
-        "layer KL\n────\n 5 ·Tokyo 0.78",
-        "",
-    ):
+    for other in ("layer KL\n────\n 4 ·Tokyo 0.70", "layer KL\n────\n 4 ·Paris 0.78", "layer KL\n────\n 5 ·Tokyo 0.78", ""):
         assert not same_output(table, other)
 
 

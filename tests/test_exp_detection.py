@@ -60,10 +60,7 @@ def test_auroc_and_spearman_against_their_definitions():
 def test_states_that_are_not_finite_are_refused_and_the_layer_is_named(words):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     overflow = lambda x, hook=None: torch.full_like(x, torch.inf)
-    with (
-        tll.hooks.installed(model, [(tll.site(model, 2), overflow)]),
-        pytest.raises(ValueError, match="layer 2 has values"),
-    ):
+    with tll.hooks.installed(model, [(tll.site(model, 2), overflow)]), pytest.raises(ValueError, match="layer 2 has values"):
         scored(model, {"logit": tll.Lens(model)}, questions(words=words), layers=[0, 2])
 
 
@@ -235,10 +232,7 @@ def test_the_command_takes_a_folder(model, tmp_path):
     from tl_lenses.cli.lens_experiments import detection as command
 
     (tmp_path / "text_attack_test.json").write_text(json.dumps({"a": ["Sing."]}))
-    relation = {
-        "prompt_templates": ["{} is"],
-        "samples": [{"subject": f"s{i}", "object": "ab"[i % 2]} for i in range(40)],
-    }
+    relation = {"prompt_templates": ["{} is"], "samples": [{"subject": f"s{i}", "object": "ab"[i % 2]} for i in range(40)]}
     (tmp_path / "lre-relations").mkdir()
     (tmp_path / "lre-relations" / "r.json").write_text(json.dumps(relation))
     maps = tll.fit_regression(model, zoo.tokens(20, 12))

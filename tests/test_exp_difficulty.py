@@ -101,23 +101,14 @@ def test_correlations_of_planted_depths(tmp_path):
 
 def test_bad_input_is_refused_before_a_pass(model, monkeypatch):
     lenses, tokens, good = {"logit": tll.Lens(model)}, zoo.tokens(4, 10), [(i, model) for i in range(3)]
-    small, far = (
-        SimpleNamespace(hook_dict={}, cfg=SimpleNamespace(d_vocab=7)),
-        tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1])),
-    )
+    small, far = (SimpleNamespace(hook_dict={}, cfg=SimpleNamespace(d_vocab=7)), tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1])))
     monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
     for kwargs, message in (
-        (
-            {"checkpoints": [(0, small), *good[1:]]},
-            r"checkpoint 0 has another vocabulary \(7 tokens, the finished model 320\)",
-        ),
+        ({"checkpoints": [(0, small), *good[1:]]}, r"checkpoint 0 has another vocabulary \(7 tokens, the finished model 320\)"),
         ({"checkpoints": good[:2]}, "2 checkpoints are too few"),
         ({"checkpoints": [good[1], good[0], good[2]]}, "must increase"),
         ({"checkpoints": [*good[:2], (5, lambda: model)]}, "must be the finished model itself"),
-        (
-            {"lenses": {"far": far}},
-            "lens 'far' was made for another model object",
-        ),
+        ({"lenses": {"far": far}}, "lens 'far' was made for another model object"),
         ({"layers": [4]}, r"no layer 4: this model has layers 0\.\.3"),
         ({"tokens": zoo.tokens(1, 4)}, "gives 3 positions, too few"),
     ):

@@ -58,10 +58,7 @@ def test_the_check_fails_on_a_broken_copy(model, maps, monkeypatch, step):
 def test_a_layer_that_is_twice_another_one(model, maps):
     """h_2 := 2 h_1 and W_2 := W_1 / 2: the covariances are alike, and a translator errs on the other layer by its factor alone."""
     seen = {}
-    double = [
-        tll.read(1, seen),
-        tll.patch(2, lambda x: 2 * seen[1]),
-    ]
+    double = [tll.read(1, seen), tll.patch(2, lambda x: 2 * seen[1])]
     weights, biases = maps.weights.clone(), maps.biases.clone()
     weights[2], biases[:] = weights[1] / 2, 0.0
     by_hand = tll.Translators(maps.rows, weights, biases, n_layers=3, meta=maps.meta)

@@ -147,10 +147,7 @@ def test_bad_input_is_refused(model):
         ({"among": torch.arange(3)}, "among has 3 tokens: pass 10 or more"),
         ({"embeddings": "W_Q"}, "embeddings must be 'W_E', 'W_U' or a matrix"),
         ({"embeddings": torch.ones(7, 3)}, "embeddings have 7 rows"),
-        (
-            {"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}},
-            "lens 'far' was made for another model object",
-        ),
+        ({"lenses": {"far": tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[1]))}}, "lens 'far' was made for another model object"),
     ):
         with pytest.raises(ValueError, match=message):
             weights(model, **{"lenses": lenses, **kwargs})

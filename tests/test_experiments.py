@@ -14,17 +14,7 @@ import zoo
 
 import tl_lenses as tll
 from tl_lenses import experiments as E
-from tl_lenses.experiments import (
-    Fact,
-    attributes,
-    common,
-    cross_model,
-    entities,
-    facts,
-    multihop,
-    next_token,
-    read_facts,
-)
+from tl_lenses.experiments import Fact, attributes, common, cross_model, entities, facts, multihop, next_token, read_facts
 from tl_lenses.experiments.common import MEAN, PATCHED, RANDOM, SHUFFLED, UNPATCHED, Cells, Result, others, random_like
 from tl_lenses.experiments.patchscopes.attributes import probe
 from tl_lenses.experiments.patchscopes.entities import clipped, read_descriptions
@@ -132,10 +122,7 @@ def test_layers_and_numbers_are_checked_before_anything_runs(model, experiment):
         experiment(model, n=1)
     with pytest.raises(TypeError, match="max_new_tokens must be a whole number, got True"):
         experiment(model, max_new_tokens=True)
-    with (
-        pytest.warns(DeprecationWarning, match="is called n now"),
-        pytest.raises(ValueError, match="at least 2, got 0"),
-    ):
+    with pytest.warns(DeprecationWarning, match="is called n now"), pytest.raises(ValueError, match="at least 2, got 0"):
         experiment(model, limit=0)
 
 

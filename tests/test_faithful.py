@@ -215,10 +215,7 @@ def test_what_cannot_be_asked_is_left_out_and_said():
     found = tll.faithfulness(same)
     assert set(found.settings["left_out"]) == in_words and set(found.scores) == {"vector", *CONTROLS} - in_words
     spans = tll.patchscope(
-        model,
-        [tll.Source("the cat sat", [1, 2]), tll.Source("a dog", [-1])],
-        tll.Target("a cat sat", [1, 2]),
-        layers=[1],
+        model, [tll.Source("the cat sat", [1, 2]), tll.Source("a dog", [-1])], tll.Target("a cat sat", [1, 2]), layers=[1]
     )
     assert "mean vector" in tll.faithfulness(spans).settings["left_out"]
 

@@ -414,12 +414,7 @@ def test_temporary_files_of_killed_writes_are_removed_and_those_of_others_stay(t
     child.wait()
     of_this_process = f".tl_lenses.{files.atomic.host()}.{os.getpid()}.abcdefgh"
     elsewhere = ".tl_lenses.another-machine.1.abcdefgh"
-    for name in (
-        of_this_process,
-        elsewhere,
-        ".tl_lenses.notes",
-        f".tl_lenses.{files.atomic.host()}.{child.pid}.abcdefgh",
-    ):
+    for name in (of_this_process, elsewhere, ".tl_lenses.notes", f".tl_lenses.{files.atomic.host()}.{child.pid}.abcdefgh"):
         (tmp_path / name).write_text("x")
     files.write_bytes(tmp_path / "a", b"")
     assert sorted(os.listdir(tmp_path)) == sorted([of_this_process, elsewhere, ".tl_lenses.notes", "a"])

@@ -154,12 +154,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_maps(tmp_path, error):
     assert set(entries[0]["loss"]) == set(entries[0]["bias"]) == {(1, 1), (2, 0)}
     assert torch.equal(rest.weights, whole.weights) and torch.equal(rest.biases, whole.biases)
     assert rest.meta["held_out"] == whole.meta["held_out"] and rest.meta["tokens_seen"] == whole.meta["tokens_seen"] == 30
-    for change in (
-        dict(rank=2),
-        dict(rank=1, labels=1),
-        dict(rank=1, target=tll.Target("a x", 2)),
-        dict(rank=1, note={"a": 1}),
-    ):
+    for change in (dict(rank=2), dict(rank=1, labels=1), dict(rank=1, target=tll.Target("a x", 2)), dict(rank=1, note={"a": 1})):
         with pytest.raises(ValueError, match="was made with"):
             fitted(model, checkpoint=file, **change)
 
@@ -186,12 +181,7 @@ def test_labels_of_a_text_are_its_tokens(model):
 
 def test_sources_with_words_of_the_user(model):
     words = [" a", " the cat", " a mat"] * 4
-    sources = [
-        "the cat",
-        tll.Source("the dog ran", pos=1),
-        tll.Source(torch.ones(32)),
-        tll.Source(torch.ones(4, 32).cumsum(0)),
-    ]
+    sources = ["the cat", tll.Source("the dog ran", pos=1), tll.Source(torch.ones(32)), tll.Source(torch.ones(4, 32).cumsum(0))]
     sources += [f"the {'x' * i} ran" for i in range(5)]
     maps = fitted(model, source=sources, labels=words, held_out=2)
     assert maps.meta["held_out"]["vectors"] == 2 and maps.meta["settings"]["examples"] == 12

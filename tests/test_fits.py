@@ -386,10 +386,7 @@ def test_refusals(unchecked):
         (dict(tokens=iter([tokens])), "one pass"),
         (dict(tokens=zoo.tokens(8, 1), init="identity"), "no position to train on"),
         (dict(tokens="text.txt"), "not token ids"),
-        (
-            dict(init_tokens=10, tokens=zoo.tokens(1, 8)),
-            r"7 tokens are fewer than a covariance of width 32 needs \(at least 33\)",
-        ),
+        (dict(init_tokens=10, tokens=zoo.tokens(1, 8)), r"7 tokens are fewer than a covariance of width 32 needs \(at least 33\)"),
     ]
     for kwargs, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -499,10 +496,7 @@ def test_a_step_count_of_any_integer_type_ends(unchecked):
 # --- checkpoints of another model or text, and disks that are full
 
 
-FITS = {
-    "tuned": dict(steps=2, init="identity", checkpoint_every=1),
-    "regression": dict(checkpoint_every=1),
-}
+FITS = {"tuned": dict(steps=2, init="identity", checkpoint_every=1), "regression": dict(checkpoint_every=1)}
 
 
 @each_fitter

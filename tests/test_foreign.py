@@ -118,18 +118,9 @@ def test_another_unembedding_is_refused_and_one_that_may_be_folded_is_said(tmp_p
     [
         (lambda s, c: s.pop("1.weight"), r"missing are \['1.weight'\]"),
         (lambda s, c: s.update({"9.bias": torch.zeros(D)}), r"\['9.bias'\] are too many"),
-        (
-            lambda s, c: s.update({"0.weight": torch.zeros(4, 4)}),
-            r"0.weight has shape \[4, 4\], and config.json says width",
-        ),
-        (
-            lambda s, c: s.update({"0.weight": torch.full((D, D), torch.inf).half()}),
-            "not finite .float16 holds numbers to 65,504",
-        ),
-        (
-            lambda s, c: s.update({"0.weight": torch.zeros(D, D, dtype=torch.long)}),
-            "should hold floating point numbers",
-        ),
+        (lambda s, c: s.update({"0.weight": torch.zeros(4, 4)}), r"0.weight has shape \[4, 4\], and config.json says width"),
+        (lambda s, c: s.update({"0.weight": torch.full((D, D), torch.inf).half()}), "not finite .float16 holds numbers to 65,504"),
+        (lambda s, c: s.update({"0.weight": torch.zeros(D, D, dtype=torch.long)}), "should hold floating point numbers"),
         (lambda s, c: c.pop("num_hidden_layers"), "config.json is not of tuned-lens: KeyError"),
         (lambda s, c: c.update(d_model="wide"), "config.json is not of tuned-lens: ValueError"),
     ],
@@ -262,11 +253,7 @@ def test_a_format_is_told_by_what_is_in_the_file_and_not_by_its_name(tmp_path):
         ({0: torch.eye(D), 1: torch.eye(4)}, {}, "says d_model 32 and has matrices of"),
         (None, {"source_layers": [0, 1, 2]}, r"says source_layers \[0, 1, 2\] and has matrices of \[0, 1\]"),
         ({}, {}, "holds no matrix"),
-        (
-            None,
-            {"metadata": {"n_layers": 9, "target_layer": 8}},
-            "of a model with 9 layers, and n_layers=3 was asked for",
-        ),
+        (None, {"metadata": {"n_layers": 9, "target_layer": 8}}, "of a model with 9 layers, and n_layers=3 was asked for"),
     ],
 )
 def test_a_damaged_jacobian_lens_is_refused_with_its_reason(tmp_path, matrices, more, message):

@@ -122,10 +122,7 @@ def test_a_random_patch_changes_logits_from_its_position_on_and_none_before_it(m
 
 def patched_sites(model):
     """Every residual layer, and two other sites."""
-    return [tll.site(model, i) for i in range(model.cfg.n_layers + 1)] + [
-        "blocks.1.hook_attn_out",
-        "blocks.0.attn.hook_z",
-    ]
+    return [tll.site(model, i) for i in range(model.cfg.n_layers + 1)] + ["blocks.1.hook_attn_out", "blocks.0.attn.hook_z"]
 
 
 @torch.no_grad()

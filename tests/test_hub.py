@@ -87,9 +87,7 @@ class _Hub(BaseHTTPRequestHandler):
             name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
             self.repositories.setdefault(name, {})
             return self._answer(
-                200,
-                json.dumps({"url": f"http://{self.headers['Host']}/{name}"}).encode(),
-                Content_Type="application/json",
+                200, json.dumps({"url": f"http://{self.headers['Host']}/{name}"}).encode(), Content_Type="application/json"
             )
         if self.path == "/api/validate-yaml":
             return self._answer(200, b'{"errors": [], "warnings": []}', Content_Type="application/json")
@@ -103,11 +101,7 @@ class _Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.repositories[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        told = {
-            "success": True,
-            "commitOid": COMMIT,
-            "commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}",
-        }
+        told = {"success": True, "commitOid": COMMIT, "commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"}
         return self._answer(200, json.dumps(told).encode(), Content_Type="application/json")
 
 

@@ -39,11 +39,7 @@ FLOORS: list[list[str]] = [
 ]
 # Inside a folder the same; files of one floor do not import each other.
 ROOMS: dict[str, list[list[str]]] = {
-    "files": [
-        ["atomic", "plain", "text"],
-        ["lock", "maps", "shards", "states", "tables"],
-        ["export", "foreign", "hub"],
-    ],
+    "files": [["atomic", "plain", "text"], ["lock", "maps", "shards", "states", "tables"], ["export", "foreign", "hub"]],
     "text": [["sources", "stored"], ["stream"], ["batches"]],
     "fit": [
         ["common", "guard", "settings", "stop", "team", "whiten"],
@@ -92,18 +88,7 @@ ROOMS: dict[str, list[list[str]]] = {
         ["commands"],
     ],
 }
-MATHEMATICS = {
-    "moments",
-    "stats",
-    "edits",
-    "affine",
-    "aitchison",
-    "translators",
-    "divergence",
-    "solve",
-    "layers",
-    "numerics",
-}
+MATHEMATICS = {"moments", "stats", "edits", "affine", "aitchison", "translators", "divergence", "solve", "layers", "numerics"}
 LIGHT = {"torch", "einops", "jaxtyping"}
 
 

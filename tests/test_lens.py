@@ -146,10 +146,7 @@ def test_a_fitted_lens_reads_what_was_fitted():
 
 def test_states_of_another_width_are_refused():
     model = zoo.build("gpt2", zoo.KINDS[0])
-    for lens, shape in (
-        (tll.Lens(model), (2, 16)),
-        (tll.Lens(model, _random(model)), (2, 15)),
-    ):  # 2 x 16 may be two heads
+    for lens, shape in ((tll.Lens(model), (2, 16)), (tll.Lens(model, _random(model)), (2, 15))):  # 2 x 16 may be two heads
         with pytest.raises(ValueError, match=rf"width 32.*, got \[2, {shape[1]}\]"):
             lens[1](torch.zeros(shape))
 

@@ -28,11 +28,7 @@ def test_they_are_mean_and_spread_of_log_probabilities(model):
     usual = tll.marginals(model, {"fit": lens, "logit": tll.Lens(model)}, TOKENS.split(4), show_progress=False)
     assert usual.n == 6 * 13 and set(usual.mean) == {(n, i) for n in ("fit", "logit") for i in range(3)}
     logp = whole(model, lens, TOKENS, 1)[:, 1:].flatten(0, 1)
-    for name, expected in (
-        ("mean", logp.mean(0)),
-        ("sd", logp.std(0, correction=0)),
-        ("log_marginal", logp.exp().mean(0).log()),
-    ):
+    for name, expected in (("mean", logp.mean(0)), ("sd", logp.std(0, correction=0)), ("log_marginal", logp.exp().mean(0).log())):
         torch.testing.assert_close(getattr(usual, name)["fit", 1].double(), expected, atol=1e-4, rtol=1e-4)
     z = usual.score("fit", 1, logp)  # on the rows that they are from
     assert float(z.mean(0).abs().max()) < 1e-3 and float((z.std(0, correction=0) - 1).abs().max()) < 1e-3

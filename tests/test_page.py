@@ -104,10 +104,7 @@ def test_a_difference_is_a_minus_b_with_a_better_at_the_bright_end():
     there = ranks[0] > 0
     assert torch.allclose(d.stats["rank"][there], (ranks[0].log10() - ranks[1].log10())[there])
     lower = views.heat_map(d, "kl").scale
-    assert [lower.color(v) for v in (-9.0, 9.0)] == [
-        DIVERGING[-1],
-        DIVERGING[0],
-    ] and lower.stat.bright == "tuned better"
+    assert [lower.color(v) for v in (-9.0, 9.0)] == [DIVERGING[-1], DIVERGING[0]] and lower.stat.bright == "tuned better"
     assert "tuned − logit" in views.to_text(d, color=False, width=90)
     with pytest.raises(ValueError, match="a difference needs two of the lenses"):
         views.difference(trajs, ("tuned", "tuned"))
@@ -186,8 +183,7 @@ def test_bright_is_good():
 
 
 @pytest.mark.parametrize(
-    ("values", "match"),
-    [([], "a matrix"), ([[]], "a matrix"), ([[1.0], [1.0, 2.0]], "a matrix"), (torch.zeros(2, 2, 2), "values")],
+    ("values", "match"), [([], "a matrix"), ([[]], "a matrix"), ([[1.0], [1.0, 2.0]], "a matrix"), (torch.zeros(2, 2, 2), "values")]
 )
 def test_no_matrix_is_refused(values, match):
     with pytest.raises((TypeError, ValueError), match=match):
@@ -199,10 +195,7 @@ def test_no_matrix_is_refused(values, match):
 
 def said(traj, **how):
     """A result of patchscopes of the last two tokens of a fake trajectory's prompt, at layers 0 and 2."""
-    made, ids = (
-        scope(["all but one", "all"], pairs=[(0, 1), (2, 1)], model=traj.model_name, **how),
-        traj.tokens[0].tolist(),
-    )
+    made, ids = (scope(["all but one", "all"], pairs=[(0, 1), (2, 1)], model=traj.model_name, **how), traj.tokens[0].tolist())
     prompt = lambda n: SimpleNamespace(ids=ids[:n], texts=[f"<{i}>" for i in ids[:n]], at=(n - 1,))
     into = SimpleNamespace(ids=[1, 2, 3], texts=["What is", " x", "?"], at=(1,))
     return SimpleNamespace(**vars(made), source_prompts=[prompt(len(ids) - 1), prompt(len(ids))], target_prompts=[into])

@@ -15,8 +15,7 @@ from tl_lenses import views
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra `dev` brings")
 BROWSER = os.environ.get("TL_LENSES_BROWSER") or next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chrome-headless-shell", "chromium", "google-chrome"))),
-    None,
+    filter(None, map(shutil.which, ("chromium-headless-shell", "chrome-headless-shell", "chromium", "google-chrome"))), None
 )
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium-headless-shell")
 
@@ -236,10 +235,7 @@ def test_the_page_of_a_patchscope_works(opened):
     for key in ("ArrowDown", "Enter"):
         page.keyboard.press(key)
     panel = page.locator("#panel")
-    assert panel.locator(".where").all_inner_texts() == [
-        "l → l*: 0 → 1, source all",
-        "vector of <1><2><3><4>",
-    ]
+    assert panel.locator(".where").all_inner_texts() == ["l → l*: 0 → 1, source all", "vector of <1><2><3><4>"]
     assert panel.locator(".said").first.inner_text() == '" Tokyo 10↵and"'
     assert panel.locator("mark").all_inner_texts() == ["<4>"] and panel.locator("figure").count() == 1
     assert cell(page, 0, 0).get_attribute("data-v") == "0.80"

@@ -39,12 +39,7 @@ def _direct(model, source, i, layer, target, j, target_layer, f=lambda v: v):
 
 def test_every_cell_equals_the_direct_computation(model):
     result = tll.patchscope(
-        model,
-        tll.Source(PROMPT, pos=3),
-        tll.Target(TARGET, pos=-2),
-        layers=range(4),
-        target_layers=[0, 2, 3],
-        batch_size=5,
+        model, tll.Source(PROMPT, pos=3), tll.Target(TARGET, pos=-2), layers=range(4), target_layers=[0, 2, 3], batch_size=5
     )
     assert result.pairs == [(a, b) for a in range(4) for b in (0, 2, 3)] and result.logits.shape == (1, 12, 320)
     for c, (a, b) in enumerate(result.pairs):

@@ -187,11 +187,7 @@ def cells(svg):
 
 def test_a_diverging_heat_map_is_neutral_at_zero():
     svg = Heat("t", ["r"], ["a", "b", "c"], [[-1.0, 0.0, 1.0]], "", "", diverging=True).svg()
-    assert list(cells(svg).items()) == [
-        ("r, a: -1.000", "#b35806"),
-        ("r, b: 0.000", "#f7f7f7"),
-        ("r, c: 1.000", "#542788"),
-    ]
+    assert list(cells(svg).items()) == [("r, a: -1.000", "#b35806"), ("r, b: 0.000", "#f7f7f7"), ("r, c: 1.000", "#542788")]
 
 
 def test_a_heat_map_says_what_its_colours_mean_and_what_lies_beyond():

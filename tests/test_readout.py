@@ -111,11 +111,7 @@ def test_residuals_that_are_wider_than_the_model():
     bridge, plain = zoo.boot(config, torch.bfloat16)
     seen = {}
     with torch.no_grad():
-        tll.run(
-            bridge,
-            TOKENS,
-            [*tll.Lens(bridge).hooks(seen, layers=[-1]), tll.read("blocks.2.hook_resid_post", seen, key="x")],
-        )
+        tll.run(bridge, TOKENS, [*tll.Lens(bridge).hooks(seen, layers=[-1]), tll.read("blocks.2.hook_resid_post", seen, key="x")])
         assert torch.equal(seen[3], plain(TOKENS).logits) and seen["x"].dtype == torch.float32
 
 
@@ -133,11 +129,7 @@ def test_hooks_of_others_do_not_see_the_comparison(monkeypatch):
 def test_check_compares_with_the_plain_model():
     """TransformerLens folds norms into experts that gpt-oss then reads without its gains: its own check cannot see that."""
     config = transformers.GptOssConfig(
-        **zoo._LLAMA | dict(num_hidden_layers=2),
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=16,
+        **zoo._LLAMA | dict(num_hidden_layers=2), head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
     )
     bridge, plain = zoo.boot(config)
     named = lambda report: {c.name: c for c in report.checks}["the model is the plain Hugging Face model (log-probabilities)"]

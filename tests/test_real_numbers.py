@@ -53,10 +53,7 @@ def test_a_step_that_has_its_result_is_kept_and_the_larger_scale_wins(tmp_path):
             file.write_text(json.dumps(result))
     (tmp_path / "night" / "gemma3-270m" / "quality.json").unlink()
     by_model = real_numbers.collected(tmp_path)
-    assert {model: steps["quality"]["numbers"] for model, steps in by_model.items()} == {
-        "lab-gpt2": 2.0,
-        "gemma3-270m": 1.0,
-    }
+    assert {model: steps["quality"]["numbers"] for model, steps in by_model.items()} == {"lab-gpt2": 2.0, "gemma3-270m": 1.0}
 
 
 def test_a_smaller_scale_does_not_replace_a_larger_one(tmp_path, monkeypatch):
@@ -127,11 +124,7 @@ def test_states_and_next_words_of_prefixes_and_maps_between_their_ends(monkeypat
 
 def test_a_map_that_is_there_is_found():
     x = torch.randn(64, 5, dtype=torch.float64)
-    mean_x, mean_y, w = (
-        torch.randn(5, dtype=torch.float64),
-        torch.randn(3, dtype=torch.float64),
-        torch.randn(5, 3).double(),
-    )
+    mean_x, mean_y, w = (torch.randn(5, dtype=torch.float64), torch.randn(3, dtype=torch.float64), torch.randn(5, 3).double())
     expected = (x - mean_x) @ w + mean_y
     assert torch.allclose(pairs._mapped((mean_x, mean_y, w), x), expected)
     right = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])

@@ -102,10 +102,6 @@ def test_calibration_in_closed_form(unchecked):
     sure = torch.rand(20000, generator=generator)
     right = torch.rand(20000, generator=generator)
     assert tll.calibration(right < sure, sure).ece < 0.015 < 0.2 < tll.calibration(right < 0.5, sure).ece
-    for wrong in (
-        {"hits": [1, 2], "confidence": [1, 1]},
-        {"hits": [1], "confidence": [1.5]},
-        {"hits": [], "confidence": []},
-    ):
+    for wrong in ({"hits": [1, 2], "confidence": [1, 1]}, {"hits": [1], "confidence": [1.5]}, {"hits": [], "confidence": []}):
         with pytest.raises(ValueError):
             tll.calibration(**wrong)

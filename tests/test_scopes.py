@@ -229,10 +229,7 @@ def test_the_two_lenses_as_patchscopes_of_the_general_kind(model):
     prompt, translators = tll.Source(PROMPT), _random(model)
     logit = tll.patchscope(model, prompt, layers=[1], target_layers=[-1])
     tuned = tll.patchscope(model, prompt, layers=[1], target_layers=[-1], map=translators)
-    hooks = (
-        methods.logit_lens(model, PROMPT, 1),
-        methods.tuned_lens(model, PROMPT, translators, 1),
-    )
+    hooks = (methods.logit_lens(model, PROMPT, 1), methods.tuned_lens(model, PROMPT, translators, 1))
     for result, pairs in zip((logit, tuned), hooks, strict=True):
         assert torch.allclose(result.logits[0, 0], tll.run(model, PROMPT, pairs)[0, -1], atol=1e-4)
 
@@ -474,8 +471,7 @@ def test_a_seam_inside_a_token_is_refused(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [f"scopes.{name}" for name in scopes.__all__ if name != "RELATIONS"] + [f"methods.{name}" for name in methods.__all__],
+    "name", [f"scopes.{name}" for name in scopes.__all__ if name != "RELATIONS"] + [f"methods.{name}" for name in methods.__all__]
 )
 def test_every_scope_and_method_names_its_source(name):
     module, _, function = name.partition(".")

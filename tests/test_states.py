@@ -79,9 +79,7 @@ def test_the_text_is_not_run_again(tmp_path, monkeypatch):
     longest = []
     run = tl_lenses.decode.run
     monkeypatch.setattr(
-        tl_lenses.decode,
-        "run",
-        lambda model, tokens, *a, **k: (longest.append(len(tokens)), run(model, tokens, *a, **k))[1],
+        tl_lenses.decode, "run", lambda model, tokens, *a, **k: (longest.append(len(tokens)), run(model, tokens, *a, **k))[1]
     )
     tll.fit_tuned(model, folder, steps=9, tokens_per_step=100, layers=[1, 2])  # more than two passes
     tll.fit_regression(model, folder, layers=[1, 2])

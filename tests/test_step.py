@@ -337,10 +337,7 @@ def test_refusals_of_the_loss(unchecked):
 
 def test_refusals_of_the_fit(unchecked):
     model = zoo.build("gpt2", KIND)
-    for kwargs, message in (
-        (dict(precision="int8"), "precision must be"),
-        (dict(subsample=0.0), "subsample is a share"),
-    ):
+    for kwargs, message in ((dict(precision="int8"), "precision must be"), (dict(subsample=0.0), "subsample is a share")):
         with pytest.raises(ValueError, match=message):
             tll.fit_tuned(model, zoo.tokens(4, 8), steps=1, init="identity", **kwargs)
 
@@ -370,15 +367,7 @@ def test_the_best_translators_on_held_out_text_are_the_result():
     tokens = zoo.tokens(40, 16)
     log = []
     got = tll.fit_tuned(
-        model,
-        tokens[:32],
-        steps=40,
-        lr=0.3,
-        init_tokens=600,
-        held_out=tokens[32:],
-        held_out_every=4,
-        patience=3,
-        log=log,
+        model, tokens[:32], steps=40, lr=0.3, init_tokens=600, held_out=tokens[32:], held_out_every=4, patience=3, log=log
     )
     seen = [list(entry["held_out"].values()) for entry in log if "held_out" in entry]
     assert len(log) < 40 and len(seen) >= 3  # such a rate makes it worse, so it ends early

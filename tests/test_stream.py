@@ -153,10 +153,7 @@ def test_a_stream_of_datasets_is_not_read_from_its_start():
                 yield {"text": LONG[i]}
 
     make = lambda: token_batches(
-        datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]}),
-        TOKENIZER,
-        seq_len=33,
-        batch_size=3,
+        datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]}), TOKENIZER, seq_len=33, batch_size=3
     )
     whole = list(Text.of(make()).stream(endless=False))
     _, position = whole[-2]

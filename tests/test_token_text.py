@@ -9,12 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tl_lenses.token_text import token_text
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
-LINES = [
-    "the cat sat on the mat\n",
-    "the café — naïve 日本語 \n\n",
-    "  two  spaces 🙂",
-    "Ġ and ▁ and ## are letters here",
-]
+LINES = ["the cat sat on the mat\n", "the café — naïve 日本語 \n\n", "  two  spaces 🙂", "Ġ and ▁ and ## are letters here"]
 
 
 def text_of(tokenizer, piece):

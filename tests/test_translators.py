@@ -19,10 +19,7 @@ def _random(n_rows=3, d=5, n_layers=3, **meta):
 def _data(n=400, d=6, rows=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, n, d, generator=g, dtype=torch.float64) @ torch.randn(rows, d, d, generator=g, dtype=torch.float64) + 3
-    w, b = (
-        torch.randn(rows, d, d, generator=g, dtype=torch.float64),
-        torch.randn(rows, d, generator=g, dtype=torch.float64),
-    )
+    w, b = (torch.randn(rows, d, d, generator=g, dtype=torch.float64), torch.randn(rows, d, generator=g, dtype=torch.float64))
     return x, w, b
 
 
@@ -180,10 +177,7 @@ def test_ridge_equals_its_definition_for_all_strengths():
     x, w, b = _data()
     y = x @ w.mT + b[:, None] + torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     m = moments(x, y)
-    for toward, t in (
-        ("identity", torch.eye(6, dtype=torch.float64)),
-        ("zero", torch.zeros(6, 6, dtype=torch.float64)),
-    ):
+    for toward, t in (("identity", torch.eye(6, dtype=torch.float64)), ("zero", torch.zeros(6, 6, dtype=torch.float64))):
         for strength, (weight, bias) in zip((0.0, 0.1, 10.0), solve.ridge_path(m, (0.0, 0.1, 10.0), toward), strict=True):
             c, cross = m.xx / m.n, m.yx / m.n
             k = strength * c.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

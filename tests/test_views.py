@@ -539,13 +539,7 @@ def test_scales_bright_is_good():
 def test_a_difference_has_zero_in_the_middle_and_says_what_is_cut():
     """In the page, in pictures, in the terminal and in plotly, whichever side the outliers are on."""
     for stat in (change(STATS["kl"]), versus(STATS["kl"], "a", "b"), versus(STATS["max_prob"], "a", "b")):
-        for values in (
-            [0.0],
-            [0.0, 0.0],
-            [-1.0, 3.0],
-            [*map(float, range(10)), -500.0],
-            [*map(float, range(-9, 1)), 500.0],
-        ):
+        for values in ([0.0], [0.0, 0.0], [-1.0, 3.0], [*map(float, range(10)), -500.0], [*map(float, range(-9, 1)), 500.0]):
             s = scale_of(stat, values)
             assert s.low == -s.high < 0 and s.position(0.0) == 0.5 and s.color(0.0) == DIVERGING[4], (stat.name, values)
             dark, middle, bright = s.labels()

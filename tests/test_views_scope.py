@@ -246,12 +246,7 @@ def test_scores_stand_beside_the_texts():
     data = data_of(views.patchscope_html(found))
     stats = data["lenses"][0]["rows"][0]["stats"]
     assert data["stat"] == "specificity" and data["stats"]["own_rank"]["flip"] and data["numbers"]
-    assert stats["specificity"] == [1.5, None, -2, None] and stats["own_rank"] == [
-        1,
-        None,
-        7,
-        None,
-    ]  # of the first source alone
+    assert stats["specificity"] == [1.5, None, -2, None] and stats["own_rank"] == [1, None, 7, None]  # of the first source alone
 
 
 def test_user_text_is_harmless():

@@ -53,7 +53,7 @@ _IMPOSSIBLE: list[tuple[str, tuple[str, ...], tuple[int, int], tuple[int, int], 
         (3, 0),
         (4, 0),
         "HookedTransformer 3.x reads partial_rotary_factor, which transformers 5 moved into rope_parameters",
-    ),
+    )
 ]
 
 
@@ -80,13 +80,7 @@ def _gptneo() -> Any:
 
 def _gptj() -> Any:
     return transformers.GPTJConfig(
-        **_TOKENS,
-        n_positions=N_CTX,
-        n_embd=D_MODEL,
-        n_layer=N_LAYERS,
-        n_head=N_HEADS,
-        rotary_dim=4,
-        tie_word_embeddings=False,
+        **_TOKENS, n_positions=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, rotary_dim=4, tie_word_embeddings=False
     )
 
 
@@ -437,12 +431,7 @@ def _tokenizer_folder() -> str:
     folder = tempfile.mkdtemp(prefix="tiny_tokenizer_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=N_CTX,
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=N_CTX
     ).save_pretrained(folder)
     return folder
 
