@@ -50,3 +50,21 @@ def models_once(monkeypatch):
     from tl_lenses import loading
 
     monkeypatch.setattr(loading, "load_model", functools.partial(_loaded, loading.load_model))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The tiny GPT-2 that most tests take; a file that wants another model, or several, has its own."""
+    import zoo
+
+    return zoo.build("gpt2", zoo.FEW_KINDS[0])
+
+
+@pytest.fixture(scope="module")
+def maps(model):
+    """A regression lens of it, fitted once a file."""
+    import zoo
+
+    import tl_lenses as tll
+
+    return tll.fit_regression(model, zoo.tokens(60, 12))

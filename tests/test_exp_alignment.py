@@ -28,11 +28,6 @@ def affine():
     return model, tll.Lens(model, tll.Translators(rows, weights, biases, n_layers=model.cfg.n_layers))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
 def test_an_affine_model_responds_as_its_exact_lens(affine):
     model, lens = affine
     result = A.alignment(model, {"logit": tll.Lens(model), "exact": lens}, TOKENS, k=2, skip_first=False)

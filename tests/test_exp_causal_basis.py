@@ -16,11 +16,6 @@ RANDOM = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(4, zoo.D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
 def unit(seed, n=1):
     x = torch.linalg.qr(torch.randn(D, n, generator=torch.Generator().manual_seed(seed))).Q.T
     return x[0] if n == 1 else x

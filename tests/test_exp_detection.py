@@ -18,11 +18,6 @@ from tl_lenses.experiments.choices import Question, continuations, scored
 # The module, which the function of the same name hides.
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
 def questions(n=4, words=(" cat", " the dog"), repeat=1):
     prompts = ["the", "the cat sat", "a bird sang in the", "said the king to his"]
     return [Question(prompts[i % 4] * repeat, tuple(words), i % 2, "t", i) for i in range(n)]

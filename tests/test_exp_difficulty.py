@@ -13,11 +13,6 @@ from tl_lenses.experiments.choices import Question, scored
 from tl_lenses.experiments.tuned_lens.difficulty import ENTROPY, TOKENS, Difficulty, Settled, settled
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
 def exact_from(linear, layer):
     """A lens that is exact from a layer on, and before it says the same of every state."""
     maps, d = zoo.truth(linear), linear.cfg.d_model

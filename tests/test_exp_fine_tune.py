@@ -15,16 +15,6 @@ module = import_module("tl_lenses.experiments.tuned_lens.fine_tune")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
-def maps(model):
-    return tll.fit_regression(model, zoo.tokens(60, 12))
-
-
-@pytest.fixture(scope="module")
 def moved(maps):
     """Translators that say they are of a model whose readout behaves differently, with other maps."""
     generator = torch.Generator().manual_seed(0)

@@ -13,11 +13,6 @@ from tl_lenses.numerics import minimise
 
 
 @pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
 def maps(model):
     return tll.fit_regression(model, zoo.tokens(40, 24))
 

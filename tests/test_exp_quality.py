@@ -12,11 +12,6 @@ from tl_lenses.experiments import quality
 
 
 @pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
 def lenses(model):
     return {"logit": tll.Lens(model), "regression": tll.Lens(model, tll.fit_regression(model, zoo.tokens(60, 12)))}
 

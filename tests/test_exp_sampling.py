@@ -12,16 +12,6 @@ from tl_lenses.experiments import sample_from, sampling
 module = import_module("tl_lenses.experiments.tuned_lens.sampling")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
-def maps(model):
-    return tll.fit_regression(model, zoo.tokens(60, 12))
-
-
 def of(report, value, lens):
     """The numbers of one lens, layers first."""
     return report.grid.at(lens=lens)[value]
@@ -119,7 +109,7 @@ def test_interventions_run_first(model, maps):
     assert torch.equal(changed[:, 6], lens[1](seen[1])[:, 0].argmax(-1))
     plain = sample_from(model, lens, 1, tokens, 4, do_sample=False, stop_at_eos=False)
     assert not torch.equal(changed, plain)
-    assert not any(p._forward_hooks for p in model.hook_dict.values())
+    assert zoo.n_hooks(model) == 0
 
 
 def test_the_numbers_of_the_report_by_hand(model, maps):

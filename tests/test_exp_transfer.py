@@ -13,16 +13,6 @@ from tl_lenses.numerics import spearman
 module = import_module("tl_lenses.experiments.tuned_lens.transfer")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
-def maps(model):
-    return tll.fit_regression(model, zoo.tokens(60, 12))
-
-
 def check_by_hand(model, maps):
     tokens, lens = zoo.tokens(5, 10, seed=7), tll.Lens(model, maps)
     report = transfer(model, lens, tokens)

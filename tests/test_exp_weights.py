@@ -15,45 +15,50 @@ from tl_lenses.numerics import gain
 few = {"columns": 12, "directions": 3, "n_random": 40, "k": 5, "show_progress": False}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
 # --- norms and scores
 
 
 @pytest.mark.parametrize("d", [8, 7])
-def test_the_gain_of_a_norm_is_found(d):
-    layer = torch.nn.LayerNorm(d)
-    rms = torch.nn.RMSNorm(d)
-    for norm, removes in ((layer, True), (rms, False)):
-        torch.nn.init.normal_(norm.weight)
-        gains, mean = gain(norm, d, norm.weight)
-        assert torch.allclose(gains, norm.weight, atol=1e-3) and mean is removes
-    torch.nn.init.normal_(layer.bias)
-    assert torch.allclose(gain(layer, d, layer.weight)[0], layer.weight, atol=1e-3)
-    assert gain(None, d, layer.weight)[0].eq(1).all()
+@pytest.mark.parametrize("kind,removes", [(torch.nn.LayerNorm, True), (torch.nn.RMSNorm, False)])
+def test_the_gain_of_a_norm_is_found(kind, removes, d):
+    norm = kind(d)
+    torch.nn.init.normal_(norm.weight)
+    gains, mean = gain(norm, d, norm.weight)
+    assert torch.allclose(gains, norm.weight, atol=1e-3) and mean is removes
 
 
-def test_coherence_of_equal_and_of_orthogonal_tokens():
+def test_a_bias_is_no_part_of_the_gain():
+    norm = torch.nn.LayerNorm(8)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    assert torch.allclose(gain(norm, 8, norm.weight)[0], norm.weight, atol=1e-3)
+
+
+def test_without_a_norm_the_gain_is_one():
+    assert gain(None, 8, torch.zeros(8))[0].eq(1).all()
+
+
+def test_coherence_is_the_mean_cosine_over_pairs():
     table = torch.eye(6)
     table[1] = table[0]
     assert coherence(table, torch.tensor([[0, 1], [0, 2]])).tolist() == [1.0, 0.0]
     x = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    ids = torch.tensor([[0, 2, 5]])
     want = (x[0] @ x[2] + x[0] @ x[5] + x[2] @ x[5]) / 3
-    assert float(coherence(x, ids)[0]) == pytest.approx(float(want), abs=1e-6)
+    assert float(coherence(x, torch.tensor([[0, 2, 5]]))[0]) == pytest.approx(float(want), abs=1e-6)
 
 
-def test_singular_vectors_of_a_product():
-    a, b = (torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    u, v = module._singular(a, b, 3)
+def test_singular_vectors_are_those_of_the_whole_product():
+    """What a head reads and what it writes for that, in pairs whose signs fit together."""
+    linear = zoo.affine_model()
+    lens, kinds = tll.Lens(linear), ["OV in", "OV out"]
+    report = weights(linear, {"logit": lens}, kinds=kinds, layers=[1], directions=3, k=5, n_random=2, show_progress=False)
+    ids = {reading.kind: reading.ids.view(-1, 3, 2, 5) for reading in report.readings if reading.kind in kinds}
     for head in range(2):
-        left, s, right = torch.linalg.svd(a[head] @ b[head].T)
-        assert torch.allclose((u[head] @ left[:, :3]).abs(), torch.eye(3), atol=1e-4)
-        assert torch.allclose((v[head] @ right[:3].T).abs(), torch.eye(3), atol=1e-4)
-        assert torch.allclose(((u[head] @ (a[head] @ b[head].T)) * v[head]).sum(-1), s[:3], rtol=1e-3)  # signs fit together
+        u, _, vh = torch.linalg.svd(linear.W_V[1, head] @ linear.W_O[1, head])
+        for i in range(3):
+            x = torch.stack([u[:, i], -u[:, i]]), torch.stack([vh[i], -vh[i]])
+            want = torch.cat([tokens_of(lens, layer, y.detach(), 5) for layer, y in zip((1, 2), x, strict=True)], 1)
+            got = torch.cat([ids[kind][head, i] for kind in kinds], 1)
+            assert sorted(got.tolist()) == sorted(want.tolist())
 
 
 # --- readings
@@ -116,22 +121,33 @@ def test_layers_of_what_reads_and_writes(model):
         weights(model, {"x": at(1)}, kinds=["OV out"], layers=[1], **few)
 
 
-def test_the_result_prints_draws_and_saves(model, tmp_path):
-    report = weights(model, {"logit": tll.Lens(model), "same": tll.Lens(model)}, **few)
+@pytest.fixture(scope="module")
+def report(model):
+    return weights(model, {"logit": tll.Lens(model), "same": tll.Lens(model)}, **few)
+
+
+def test_equal_lenses_read_alike(report):
+    assert report.summary("logit", "OV in") == report.summary("same", "OV in")
+
+
+def test_random_weights_are_as_coherent_as_random_vectors(report):
+    mean, low, high, above = report.summary("logit", RANDOM)
+    assert low < mean < high and above == pytest.approx(0.05, abs=0.03)
+
+
+def test_embeddings_may_be_given(model, report):
+    given = weights(model, {"logit": tll.Lens(model)}, embeddings=model.W_E.detach(), kinds=["OV in"], **few)
+    assert torch.equal(given.scores("logit", "OV in"), report.scores("logit", "OV in"))
+
+
+def test_the_result_has_its_table_figure_and_frame(report, tmp_path):
     text = report.markdown()
     for word in (*KINDS, RANDOM, "most coherent, logit", "above"):
         assert word in text
-    assert report.summary("logit", "OV in") == report.summary("same", "OV in")
-    # random weights are as coherent as random vectors
-    mean, low, high, above = report.summary("logit", RANDOM)
-    assert low < mean < high and above == pytest.approx(0.05, abs=0.03)
-    folder = report.save(tmp_path / "a")
-    assert (folder / "coherence.svg").exists()
-    n = 3 * (len(few) and 4 * 4 * 3 * 2 + 2 * 3 * 2 + 2 * 12 + 40)
-    assert len(report.to_frame()) == 2 * n
+    assert (report.save(tmp_path / "a") / "coherence.svg").exists()
+    vectors = 3 * (4 * 4 * 3 * 2 + 2 * 3 * 2 + 2 * 12 + 40)
+    assert len(report.to_frame()) == 2 * vectors
     assert all(a <= b for a, b in pairwise(r.block for r in report.readings))
-    given = weights(model, {"logit": tll.Lens(model)}, embeddings=model.W_E.detach(), kinds=["OV in"], **few)
-    assert torch.equal(given.scores("logit", "OV in"), report.scores("logit", "OV in"))
 
 
 def test_bad_input_is_refused(model):

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses.experiments import Item, comparison, intermediates, lens_directions, read_items, readout_angle, usage
@@ -31,7 +30,7 @@ def model():
 
 @functools.cache
 def found():
-    lenses = {"logit": tll.Lens(model()), "random fit": tll.Lens(model(), _random(model()))}
+    lenses = {"logit": tll.Lens(model()), "random fit": tll.Lens(model(), zoo.random_maps(model()))}
     return intermediates(model(), lenses, ITEMS, said=0, k_max=50, show_progress=False)
 
 
@@ -96,7 +95,7 @@ def test_items_are_read_from_the_published_files(tmp_path):
 def test_directions_are_the_gradients_of_a_lens(arch, kind):
     """At a held scale: of a logit beside the mean over the vocabulary, up to that scale."""
     small = zoo.build(arch, kind)
-    lens, x = tll.Lens(small, _random(small)), torch.randn(small.cfg.d_model).requires_grad_()
+    lens, x = tll.Lens(small, zoo.random_maps(small)), torch.randn(small.cfg.d_model).requires_grad_()
     ids = torch.tensor([5, 9])
     with Linearised("detached"):
         hidden = lens[1].hidden(x)
@@ -172,7 +171,7 @@ def test_swaps_move_answers_and_random_ones_do_not():
 
 
 def test_the_comparison_has_the_numbers_of_evaluate_and_the_unigram_guess():
-    tokens, lenses = zoo.tokens(6, 12), {"logit": tll.Lens(model()), "fit": tll.Lens(model(), _random(model()))}
+    tokens, lenses = zoo.tokens(6, 12), {"logit": tll.Lens(model()), "fit": tll.Lens(model(), zoo.random_maps(model()))}
     report = tll.compare(model(), lenses, tokens, show_progress=False)
     scores = tll.evaluate(model(), lenses, tokens, layers=range(3), show_progress=False)
     for row in report.rows():
@@ -192,7 +191,7 @@ def test_the_comparison_has_the_numbers_of_evaluate_and_the_unigram_guess():
 
 def test_every_number_has_the_interval_of_its_kind():
     """Means over positions by resampled rows, what is no mean by a jackknife over groups of rows, against loops over whole distributions."""
-    tokens, lens, seen = zoo.tokens(20, 12), tll.Lens(model(), _random(model())), {}
+    tokens, lens, seen = zoo.tokens(20, 12), tll.Lens(model(), zoo.random_maps(model())), {}
     report = tll.compare(model(), lens, tokens, layers=[1], seed=3, show_progress=False)
     row, unigram = report.rows()
     logits = tll.run(model(), tokens, [tll.read(1, seen)])[:, 1:]
@@ -244,7 +243,7 @@ def test_what_a_comparison_keeps_does_not_grow_with_the_text(monkeypatch):
 
 
 def test_a_comparison_does_not_depend_on_batches_and_reads_a_text_once_given(tmp_path):
-    tokens, lens = zoo.tokens(9, 12), tll.Lens(model(), _random(model()))
+    tokens, lens = zoo.tokens(9, 12), tll.Lens(model(), zoo.random_maps(model()))
     asked = lambda text: tll.compare(model(), lens, text, layers=[1], show_progress=False).rows()
     whole = asked(tokens)
     tll.capture(model(), tokens, [1], tmp_path / "states", dtype="float32", show_progress=False)
@@ -267,7 +266,7 @@ def test_the_calibration_error_is_that_of_a_naive_loop():
 
 def test_sentences_name_a_lens_only_where_it_beats_its_control():
     tokens, good = zoo.tokens(20, 16), tll.fit_regression(model(), zoo.tokens(60, 16, seed=5))
-    far = _random(model())
+    far = zoo.random_maps(model())
     far.biases.data *= 1000  # says the same token everywhere
     bad = tll.compare(model(), {"far": tll.Lens(model(), far)}, tokens, layers=[0], show_progress=False)
     assert all("none beats the unigram guess" in text for text in bad.sentences())

@@ -21,11 +21,6 @@ from tl_lenses.experiments.patchscopes.entities import clipped, read_description
 
 
 @pytest.fixture(scope="module")
-def model():
-    return zoo.build("gpt2", zoo.FEW_KINDS[0])
-
-
-@pytest.fixture(scope="module")
 def lab():
     return tll.lab.load()
 

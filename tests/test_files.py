@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses import files
@@ -19,7 +18,7 @@ from tl_lenses.identity import basis_of, fingerprint
 @pytest.fixture
 def saved(tmp_path):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    t = _random(model, basis=basis_of(model), fingerprint=fingerprint(model), fitter="tuned", model="tiny")
+    t = zoo.random_maps(model, basis=basis_of(model), fingerprint=fingerprint(model), fitter="tuned", model="tiny")
     t.save(tmp_path / "lens")
     return t, tmp_path / "lens"
 
@@ -48,7 +47,7 @@ def test_existing_folders_are_not_overwritten_in_silence(saved):
     t, path = saved
     with pytest.raises(ValueError, match="exists and is not empty: choose another folder or pass overwrite=True"):
         t.save(path)
-    other = _random(zoo.build("gpt2", zoo.FEW_KINDS[0]), seed=9)
+    other = zoo.random_maps(zoo.build("gpt2", zoo.FEW_KINDS[0]), seed=9)
     other.save(path, overwrite=True)
     assert torch.equal(tll.Translators.load(path).delta, other.delta)
     assert sorted(os.listdir(path.parent)) == ["lens"]  # no temporary folder is left

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses import edits, solve
@@ -47,15 +46,11 @@ def _fitted(name, kind):
     model = zoo.affine_model(kind)
     before = {
         "gradients": [(p.requires_grad, p.grad) for p in model.parameters()],
-        "hooks": _n_hooks(model),
+        "hooks": zoo.n_hooks(model),
         "weights": [p.detach().clone() for p in model.parameters()],
     }
     maps = FITTERS[name][0](model, ONE_TOKEN, skip_first=False)
     return model, maps, before
-
-
-def _n_hooks(model):
-    return sum(len(p._forward_hooks) for p in model.hook_dict.values())
 
 
 each_fitter = pytest.mark.parametrize("name", FITTERS)
@@ -94,7 +89,7 @@ def test_a_fit_leaves_gradients_alone(name, kind):
 @each_fitter
 def test_a_fit_leaves_no_hook(name, kind):
     model, _, before = _fitted(name, kind)
-    assert _n_hooks(model) == before["hooks"]
+    assert zoo.n_hooks(model) == before["hooks"]
 
 
 @each_kind
@@ -267,7 +262,7 @@ def test_one_sgd_step_is_the_gradient(arch, loss):
     model = zoo.build(arch, zoo.FEW_KINDS[0])
     n = model.cfg.n_layers
     tokens = zoo.tokens(3, 12)
-    start = _random(model)
+    start = zoo.random_maps(model)
     if n != 3:
         start = start.select([0, 1, 2])
     grad_w, grad_b = _naive_gradient(model, start.select([0, 1, 2]), tokens, loss)
@@ -312,7 +307,7 @@ def test_translators_are_a_start():
 
 def test_decay_pulls_to_the_identity():
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    start = _random(model)
+    start = zoo.random_maps(model)
     settings = dict(steps=1, init=start, optimizer="sgd", lr=0.1, momentum=0.0, clip=None)
     with_decay, without = (tll.fit_tuned(model, zoo.tokens(4, 8), weight_decay=d, **settings) for d in (0.5, 0.0))
     assert torch.allclose(with_decay.delta, without.delta - 0.1 * 0.5 * start.delta, atol=1e-6)

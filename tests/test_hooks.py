@@ -21,10 +21,6 @@ def model(request):
     return zoo.build("gpt2", request.param)
 
 
-def _hooks_on(model):
-    return sum(len(p._forward_hooks) for p in {id(p): p for p in model.hook_dict.values()}.values())
-
-
 # --- sites
 
 
@@ -212,10 +208,10 @@ REFUSALS = {
 
 @pytest.mark.parametrize("error,message,hook", REFUSALS.values(), ids=REFUSALS)
 def test_refusals(model, unchecked, error, message, hook):
-    plain, count = model(TOKENS), _hooks_on(model)
+    plain, count = model(TOKENS), zoo.n_hooks(model)
     with pytest.raises(error, match=message):
         tll.run(model, TOKENS, [tll.patch(1, edits.scale(1.0)), hook()])
-    assert _hooks_on(model) == count
+    assert zoo.n_hooks(model) == count
     assert torch.equal(model(TOKENS), plain)
 
 
@@ -340,10 +336,10 @@ def test_a_position_after_the_prompt_is_refused_in_generation(model):
 
 
 def test_installed_removes_on_error(model):
-    count = _hooks_on(model)
+    count = zoo.n_hooks(model)
     with pytest.raises(KeyError), installed(model, [tll.read(0, {})]):
         raise KeyError
-    assert _hooks_on(model) == count
+    assert zoo.n_hooks(model) == count
 
 
 # --- positions

@@ -13,14 +13,6 @@ from tl_lenses.unembed import Readout
 TOKENS = zoo.tokens(2, 10)
 
 
-def _random(model, /, seed=0, scale=0.3, **meta):
-    n, d = model.cfg.n_layers, model.cfg.d_model
-    g = torch.Generator().manual_seed(seed)
-    rows = [(tll.site(model, i), tll.site(model, n)) for i in range(n)]
-    weights = torch.eye(d) + scale * torch.randn(n, d, d, generator=g) / d**0.5
-    return Translators(rows, weights, torch.randn(n, d, generator=g), n_layers=n, meta=meta)
-
-
 # --- the architecture matrix
 
 
@@ -89,7 +81,7 @@ def test_check_fails_on_a_model_whose_unembedding_is_not_its_own():
 @torch.no_grad()
 def test_bf16(kind):
     model = zoo.build("gpt2", kind, torch.bfloat16)
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     traj = tll.trajectory(model, lens, TOKENS)
     assert traj.kl.dtype == torch.float32 and traj.kl.isfinite().all() and (traj.kl[-1] == 0).all()
     assert tll.check(model).ok
@@ -102,7 +94,7 @@ def test_bf16(kind):
 def test_a_lens_is_the_readout_of_its_affine_map(kind):
     """Values and gradients."""
     model = zoo.build("gpt2", kind)
-    t = _random(model)
+    t = zoo.random_maps(model)
     lens = tll.Lens(model, t)
     x = torch.randn(4, model.cfg.d_model, requires_grad=True)
     expected = zoo.readout(model, x @ t.weights[1].T + t.biases[1])
@@ -115,12 +107,12 @@ def test_a_lens_is_the_readout_of_its_affine_map(kind):
 def test_the_final_layer_of_any_lens_is_the_logit_lens():
     model = zoo.build("gpt2", zoo.KINDS[0])
     x = torch.randn(4, model.cfg.d_model)
-    assert torch.equal(tll.Lens(model, _random(model))[-1](x), tll.Lens(model)[model.cfg.n_layers](x))
+    assert torch.equal(tll.Lens(model, zoo.random_maps(model))[-1](x), tll.Lens(model)[model.cfg.n_layers](x))
 
 
 def test_a_layer_has_two_names():
     model, x = zoo.build("gpt2", zoo.KINDS[0]), torch.randn(4, 32)
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     assert torch.equal(lens["blocks.0.hook_resid_post"](x), lens[1](x))
 
 
@@ -137,7 +129,7 @@ def test_the_logit_lens_reads_every_layer_and_site():
 
 def test_a_fitted_lens_reads_what_was_fitted():
     model = zoo.build("gpt2", zoo.KINDS[0])
-    lens = tll.Lens(model, _random(model).select([1]))
+    lens = tll.Lens(model, zoo.random_maps(model).select([1]))
     assert lens.layers == [1, 3]
     for layer, error, message in ((0, KeyError, r"not fitted; fitted are \[1\]"), (9, ValueError, "no layer 9")):
         with pytest.raises(error, match=message):
@@ -146,7 +138,7 @@ def test_a_fitted_lens_reads_what_was_fitted():
 
 def test_states_of_another_width_are_refused():
     model = zoo.build("gpt2", zoo.KINDS[0])
-    for lens, shape in ((tll.Lens(model), (2, 16)), (tll.Lens(model, _random(model)), (2, 15))):  # 2 x 16 may be two heads
+    for lens, shape in ((tll.Lens(model), (2, 16)), (tll.Lens(model, zoo.random_maps(model)), (2, 15))):  # 2 x 16 may be two heads
         with pytest.raises(ValueError, match=rf"width 32.*, got \[2, {shape[1]}\]"):
             lens[1](torch.zeros(shape))
 
@@ -235,7 +227,7 @@ def _maps_in_both():
     """Models in the raw and in the centred basis, and maps made for each."""
     models = _raw_and_centred()
     names = ("raw", "centered")
-    return models, [_random(m, basis=name, fingerprint=fingerprint(m)) for m, name in zip(models, names, strict=True)]
+    return models, [zoo.random_maps(m, basis=name, fingerprint=fingerprint(m)) for m, name in zip(models, names, strict=True)]
 
 
 @pytest.mark.parametrize("check", ["strict", "warn"])
@@ -268,7 +260,7 @@ def test_raw_maps_that_read_no_mean_say_the_same_in_the_centred_basis(which):
 
 def test_translators_of_another_model_are_refused():
     model, other = zoo.build("gpt2", zoo.KINDS[0]), zoo.build("neox", zoo.KINDS[0])
-    theirs = _random(model, basis="raw", fingerprint=fingerprint(model), model="gpt2-tiny")
+    theirs = zoo.random_maps(model, basis="raw", fingerprint=fingerprint(model), model="gpt2-tiny")
     assert tll.Lens(model, theirs)
     with pytest.raises(ValueError, match="fitted for 'gpt2-tiny' .*another fingerprint"):
         tll.Lens(other, theirs)
@@ -313,7 +305,7 @@ def test_quantised_weights_are_refused(unchecked):
 
 def test_a_lens_takes_the_path_of_saved_translators(tmp_path):
     model = zoo.build("gpt2", zoo.KINDS[0])
-    translators = _random(model)
+    translators = zoo.random_maps(model)
     folder = tmp_path / "lens"
     translators.save(folder)
     for path in (folder, str(folder)):
@@ -333,4 +325,4 @@ def test_the_repr_of_a_lens_is_one_short_line():
     model = zoo.build("gpt2", zoo.KINDS[0])
     assert "logit lens" in repr(tll.Lens(model))
     assert repr(tll.Lens(model)[1]) == "LayerLens(logit lens)"
-    assert repr(tll.Lens(model, _random(model))[1]) == "LayerLens(W x + b, 32 -> 32)"
+    assert repr(tll.Lens(model, zoo.random_maps(model))[1]) == "LayerLens(W x + b, 32 -> 32)"

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 
@@ -24,7 +23,7 @@ def whole(model, lens, tokens, layer):
 
 
 def test_they_are_mean_and_spread_of_log_probabilities(model):
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     usual = tll.marginals(model, {"fit": lens, "logit": tll.Lens(model)}, TOKENS.split(4), show_progress=False)
     assert usual.n == 6 * 13 and set(usual.mean) == {(n, i) for n in ("fit", "logit") for i in range(3)}
     logp = whole(model, lens, TOKENS, 1)[:, 1:].flatten(0, 1)
@@ -39,7 +38,7 @@ def test_they_are_mean_and_spread_of_log_probabilities(model):
 
 @pytest.mark.parametrize("kind", ["z", "marginal"])
 def test_a_calibrated_trajectory_ranks_by_the_score(model, kind):
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     usual = tll.marginals(model, lens, zoo.tokens(9, 14, seed=2), show_progress=False).by(kind)
     plain, traj = (tll.trajectory(model, lens, TOKENS, track=[7, 9], calibrated=by, chunk_size=5) for by in (None, usual))
     score = usual.score("", 1, whole(model, lens, TOKENS, 1))

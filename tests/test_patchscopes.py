@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses.translators import Affine
@@ -89,7 +88,7 @@ def test_a_map_is_applied_to_the_vector_of_every_source(model):
 
 
 def test_translators_are_used_by_their_row(model):
-    t = _random(model)
+    t = zoo.random_maps(model)
     by_row = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[1], target_layers=[3], map=t)
     assert torch.allclose(by_row.logits[0, 0], _direct(model, PROMPT, -1, 1, TARGET, -1, 3, t[1]), atol=1e-4)
 

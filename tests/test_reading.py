@@ -3,7 +3,6 @@
 import pytest
 import torch
 import zoo
-from test_lens import _random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_lenses as tll
@@ -46,7 +45,7 @@ def test_logits_in_blocks_of_columns_are_the_readouts(arch, columns, monkeypatch
 @torch.no_grad()
 def test_every_number_equals_whole_rows_in_float64(arch, columns, positions, monkeypatch):
     model = _float64(arch)
-    lenses = {"logit": tll.Lens(model), "tuned": tll.Lens(model, _random(model))}
+    lenses = {"logit": tll.Lens(model), "tuned": tll.Lens(model, zoo.random_maps(model))}
     states = {}
     final = tll.run(model, TOKENS, [tll.read(tll.site(model, i), states, key=i) for i in range(model.cfg.n_layers)])
     _blocks(monkeypatch, model, columns, positions)
@@ -82,7 +81,7 @@ def test_every_number_equals_whole_rows_in_float64(arch, columns, positions, mon
 @pytest.mark.parametrize("change", ["hook", "head", "clean"])
 def test_runs_whose_logits_are_given_or_whose_head_is_whole_read_the_same(change, monkeypatch):
     model = _float64("gpt2")
-    lens, double = tll.Lens(model, _random(model)), ("unembed.hook_out", lambda x, hook: 2 * x)
+    lens, double = tll.Lens(model, zoo.random_maps(model)), ("unembed.hook_out", lambda x, hook: 2 * x)
     _blocks(monkeypatch, model, 50, 3)
     if change == "hook" and double[0] not in model.hook_dict:
         pytest.skip("HookedTransformer has no hook after its unembedding")
@@ -172,7 +171,7 @@ class _Widest(TorchDispatchMode):
 @pytest.mark.parametrize("positions", [20, 60])
 def test_no_more_logits_exist_than_there_is_room_for(positions, monkeypatch):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    lens = {"a": tll.Lens(model), "b": tll.Lens(model, _random(model))}
+    lens = {"a": tll.Lens(model), "b": tll.Lens(model, zoo.random_maps(model))}
     d_vocab, tokens = model.cfg.d_vocab, zoo.tokens(4, positions)
     tll.evaluate(model, lens, tokens)  # what is done once per model
     monkeypatch.setitem(decode.ROOM, "cpu", 24 * d_vocab * 4)

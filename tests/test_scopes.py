@@ -6,7 +6,6 @@ import inspect
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses import methods, scopes
@@ -213,7 +212,7 @@ def test_the_logit_lens_as_a_patchscope_is_the_logit_lens(model, pos):
 
 
 def test_the_tuned_lens_as_a_patchscope_is_the_tuned_lens(model):
-    translators = _random(model)
+    translators = zoo.random_maps(model)
     lens = tll.Lens(model, translators)
     for layer in range(3):
         logits = tll.run(model, PROMPT, methods.tuned_lens(model, PROMPT, translators, layer))
@@ -226,7 +225,7 @@ def test_the_tuned_lens_as_a_patchscope_is_the_tuned_lens(model):
 
 
 def test_the_two_lenses_as_patchscopes_of_the_general_kind(model):
-    prompt, translators = tll.Source(PROMPT), _random(model)
+    prompt, translators = tll.Source(PROMPT), zoo.random_maps(model)
     logit = tll.patchscope(model, prompt, layers=[1], target_layers=[-1])
     tuned = tll.patchscope(model, prompt, layers=[1], target_layers=[-1], map=translators)
     hooks = (methods.logit_lens(model, PROMPT, 1), methods.tuned_lens(model, PROMPT, translators, 1))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses.linearised import Linearised
@@ -32,7 +31,7 @@ def _by_hand(model, lens, layer, ids):
 @pytest.mark.parametrize("fitted", [False, True])
 def test_components_are_the_formula_and_sum_to_the_lens(arch, kind, fitted):
     model = zoo.build(arch, kind)
-    lens = tll.Lens(model, _random(model)) if fitted else tll.Lens(model)
+    lens = tll.Lens(model, zoo.random_maps(model)) if fitted else tll.Lens(model)
     layer = 2 if fitted else model.cfg.n_layers
     parts = tll.components(model, lens, TOKENS, layer, targets=list(range(5, 14)))
     ids = torch.arange(5, 14)

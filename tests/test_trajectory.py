@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import zoo
-from test_lens import _random
 
 import tl_lenses as tll
 from tl_lenses import edits
@@ -31,7 +30,7 @@ def _naive(model, lens, tokens, layers, hooks=()):
 
 
 def test_every_statistic_equals_the_naive_one(model):
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     anti = TOKENS.roll(3, 1)
     traj = tll.trajectory(model, lens, TOKENS, anti_targets=anti)
     z, final = _naive(model, lens, TOKENS, lens.layers)
@@ -56,7 +55,7 @@ def test_every_statistic_equals_the_naive_one(model):
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 1000])
 def test_chunked_equals_unchunked(model, chunk_size):
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     a, b = tll.trajectory(model, lens, TOKENS), tll.trajectory(model, lens, TOKENS, chunk_size=chunk_size)
     for name in a.stats:
         assert torch.allclose(a.stats[name].float(), b.stats[name].float(), atol=1e-5, equal_nan=True), name
@@ -64,7 +63,7 @@ def test_chunked_equals_unchunked(model, chunk_size):
 
 
 def test_several_lenses_share_a_pass_and_compare(model):
-    a, b = tll.Lens(model), tll.Lens(model, _random(model))
+    a, b = tll.Lens(model), tll.Lens(model, zoo.random_maps(model))
     passes = []
     both = tll.trajectory(
         model, {"logit": a, "tuned": b}, TOKENS, hooks=[("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]
@@ -146,7 +145,7 @@ def test_a_users_hook_runs_before_the_lens_reads(model):
 
 @torch.no_grad()
 def test_an_existing_cache_is_read(model):
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     _, cache = model.run_with_cache(TOKENS)
     a, b = tll.trajectory(model, lens, TOKENS, cache=cache), tll.trajectory(model, lens, TOKENS)
     for name in a.stats:
@@ -200,8 +199,8 @@ def test_views_of_a_real_trajectory(model, tmp_path):
 
 def test_refusals(model, unchecked):
     lens = tll.Lens(model)
-    fitted = tll.Lens(model, _random(model).select([1]))
-    other = tll.Lens(model, _random(model).select([2]))
+    fitted = tll.Lens(model, zoo.random_maps(model).select([1]))
+    other = tll.Lens(model, zoo.random_maps(model).select([2]))
     cases = [
         (dict(lens=lens, tokens=TOKENS, layers=[]), "empty list of layers"),
         (dict(lens=lens, tokens=TOKENS, layers=[1, 1]), "given twice"),
@@ -304,7 +303,7 @@ def test_values_that_are_not_finite_name_the_layer(model):
 @pytest.mark.parametrize("skip_first", [True, False])
 def test_evaluate_equals_the_naive_computation(model, skip_first):
     tokens = zoo.tokens(6, 12)
-    lens = tll.Lens(model, _random(model))
+    lens = tll.Lens(model, zoo.random_maps(model))
     z, final = _naive(model, lens, tokens, lens.layers)
     logp, teacher = z.log_softmax(-1), final.log_softmax(-1)
     first = 1 if skip_first else 0

@@ -396,6 +396,25 @@ def truth(model: Any) -> dict[int, tuple[Tensor, Tensor]]:
     return dict(sorted(maps.items()))
 
 
+# --- what hangs on a model
+
+
+def random_maps(model: Any, /, seed: int = 0, scale: float = 0.3, **meta: Any) -> Any:
+    """Translators of every layer of a model: the identity and noise of this scale, with random biases."""
+    import tl_lenses as tll
+
+    n, d = model.cfg.n_layers, model.cfg.d_model
+    g = torch.Generator().manual_seed(seed)
+    rows = [(tll.site(model, i), tll.site(model, n)) for i in range(n)]
+    weights = torch.eye(d) + scale * torch.randn(n, d, d, generator=g) / d**0.5
+    return tll.Translators(rows, weights, torch.randn(n, d, generator=g), n_layers=n, meta=meta)
+
+
+def n_hooks(model: Any) -> int:
+    """How many hooks are on a model."""
+    return sum(len(point._forward_hooks) for point in {id(point): point for point in model.hook_dict.values()}.values())
+
+
 # --- the tokenizer
 
 _TOKENIZER_TEXT = (
