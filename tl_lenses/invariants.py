@@ -16,18 +16,7 @@ from tl_lenses.hooks import generate, patch, run
 from tl_lenses.identity import basis_of
 from tl_lenses.layers import layer_site
 from tl_lenses.lens import Lens
-from tl_lenses.model import (
-    LensModel,
-    check_model,
-    device_of,
-    dtype_of,
-    forward,
-    lock_of,
-    n_layers,
-    name_of,
-    padding_of,
-    prepare,
-)
+from tl_lenses.model import LensModel, check_model, device_of, dtype_of, forward, lock_of, n_layers, name_of, padding_of, prepare
 from tl_lenses.tokens import Batch, special_id
 
 

@@ -70,9 +70,7 @@ def moments(x: Float[Tensor, "n_rows n d_in"], y: Float[Tensor, "n_rows n d_out"
 
 
 def grouped_moments(
-    x: Sequence[Float[Tensor, "n d_in"]],
-    y: Sequence[Float[Tensor, "n d_out"]],
-    targets: Sequence[Sequence[int]],
+    x: Sequence[Float[Tensor, "n d_in"]], y: Sequence[Float[Tensor, "n d_out"]], targets: Sequence[Sequence[int]]
 ) -> tuple[Moments, ...]:
     """The moments of one batch for pairs of several sources and targets: one `Moments` per source.
 

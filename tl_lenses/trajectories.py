@@ -91,8 +91,7 @@ class Trajectory:
     kl = property(lambda self: self._stat("kl"), doc="KL(model || lens), nats.")
     cross_entropy = property(lambda self: self._stat("cross_entropy"), doc="`-log p(target)`, nats.")
     rank = property(
-        lambda self: self._stat("rank"),
-        doc="Rank of the target; 1 is the top token, ties count strictly larger logits.",
+        lambda self: self._stat("rank"), doc="Rank of the target; 1 is the top token, ties count strictly larger logits."
     )
     max_prob = property(lambda self: self._stat("max_prob"), doc="Probability of the top token.")
     target_logprob = property(lambda self: self._stat("target_logprob"), doc="`log p(target)`, nats.")

@@ -12,17 +12,7 @@ from torch import Tensor, nn
 
 from tl_lenses import stats as S
 from tl_lenses.layers import layer_site
-from tl_lenses.model import (
-    LensModel,
-    check_model,
-    d_model,
-    forward,
-    lock_of,
-    n_layers,
-    name_of,
-    probe_tokens,
-    without_hooks,
-)
+from tl_lenses.model import LensModel, check_model, d_model, forward, lock_of, n_layers, name_of, probe_tokens, without_hooks
 from tl_lenses.tokens import Batch
 
 # Names of the modules between the final residual and the unembedding, found once per model by `_head_of`.

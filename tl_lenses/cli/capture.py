@@ -23,8 +23,7 @@ def capture(
     layers: options.Layers = None,
     store: Annotated[Stored | None, typer.Option(help="Type of the stored states; the model's own by default.")] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(help="i/n: every n-th shard from the i-th on, 0 <= i < n; the others elsewhere.", metavar="I/N"),
+        str | None, typer.Option(help="i/n: every n-th shard from the i-th on, 0 <= i < n; the others elsewhere.", metavar="I/N")
     ] = None,
     shard_tokens: Annotated[int | None, typer.Option(help="Tokens of a shard; about 256 MB by default.", min=1)] = None,
     text_column: options.TextColumn = "text",

@@ -40,8 +40,7 @@ def fit(
     output: options.Output,
     model: options.Model = "lab-gpt2",
     method: Annotated[
-        Method,
-        typer.Option(help="Closed-form least squares; training on the loss; averaged gradients (relevance: the R-lens)."),
+        Method, typer.Option(help="Closed-form least squares; training on the loss; averaged gradients (relevance: the R-lens).")
     ] = Method.tuned,
     data: options.Data = None,
     steps: Annotated[
@@ -62,8 +61,7 @@ def fit(
         Precision, typer.Option(help="Of the products with the unembedding; auto: bf16 where the hardware has it.")
     ] = Precision.auto,
     vocabulary: Annotated[
-        Vocabulary,
-        typer.Option(help="Tokens that a step scores: all, or a weighted sample; auto: a sample of 32,768 and more."),
+        Vocabulary, typer.Option(help="Tokens that a step scores: all, or a weighted sample; auto: a sample of 32,768 and more.")
     ] = Vocabulary.auto,
     layers: options.Layers = None,
     seed: options.TextSeed = 0,
@@ -77,8 +75,7 @@ def fit(
         bool, typer.Option("--resume/--restart", help="Go on from the state, if there is one, or delete it first.")
     ] = True,
     layers_at_once: Annotated[
-        int | None,
-        typer.Option(help="Layers in memory at a time, each group a pass over the text; all by default.", min=1),
+        int | None, typer.Option(help="Layers in memory at a time, each group a pass over the text; all by default.", min=1)
     ] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Optimiser state and moments on the CPU between uses.")] = False,
     shard: Annotated[
@@ -90,8 +87,7 @@ def fit(
     shuffle_buffer: Annotated[int, typer.Option(help="Documents that the shuffle draws from.", min=1)] = 1000,
     workers: Annotated[int, typer.Option(help="Processes that tokenise; 0: a thread, enough for most tokenizers.", min=0)] = 0,
     show_progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="Loss, tokens/s and time left; in a log file every half minute."),
+        bool | None, typer.Option("--progress/--no-progress", help="Loss, tokens/s and time left; in a log file every half minute.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say memory, tokens and minutes, timed on one real step; write nothing.")

@@ -272,8 +272,7 @@ def intermediates(
     data: Data = None,
     lens: Lenses = None,
     items: Annotated[
-        str | None,
-        typer.Option(help="lens-eval-*.json, or a folder of them; two hops of the bundled facts by default."),
+        str | None, typer.Option(help="lens-eval-*.json, or a folder of them; two hops of the bundled facts by default.")
     ] = None,
 ) -> Any:
     """Does a lens read what the model thinks of and does not say?"""

@@ -22,9 +22,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 Format = Enum(
-    "Format",
-    {"ours": "tl_lenses", "tuned_lens": "tuned-lens", "jacobian_lens": "jacobian-lens", "selfie": "selfie"},
-    type=str,
+    "Format", {"ours": "tl_lenses", "tuned_lens": "tuned-lens", "jacobian_lens": "jacobian-lens", "selfie": "selfie"}, type=str
 )
 
 

@@ -11,8 +11,7 @@ Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": 
 
 # --- models and lenses
 Model = Annotated[
-    str,
-    typer.Option(help="A Hugging Face name, a local directory, lab-gpt2 (bundled), smollm2-135m or gemma3-270m (make real)."),
+    str, typer.Option(help="A Hugging Face name, a local directory, lab-gpt2 (bundled), smollm2-135m or gemma3-270m (make real).")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; cuda if there is one.")]
 DType = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]

@@ -14,8 +14,7 @@ from tl_lenses.patchscopes.parts import shared
 Shard = Annotated[
     str | None,
     typer.Option(
-        help="i/n: run every n-th batch of the sweep from the i-th on, 0 <= i < n; then `tl-lenses merge`.",
-        metavar="I/N",
+        help="i/n: run every n-th batch of the sweep from the i-th on, 0 <= i < n; then `tl-lenses merge`.", metavar="I/N"
     ),
 ]
 _arguments: list[str] = []  # of the command that runs

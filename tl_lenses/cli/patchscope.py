@@ -20,8 +20,7 @@ def patchscope(
     prompt: options.Prompts = None,
     model: options.Model = "lab-gpt2",
     position: Annotated[
-        str,
-        typer.Option(help="Where the vector is taken: a number (-1 is the last token, 0 BOS) or a part of the text."),
+        str, typer.Option(help="Where the vector is taken: a number (-1 is the last token, 0 BOS) or a part of the text.")
     ] = "-1",
     scope: Annotated[
         str,
@@ -36,8 +35,7 @@ def patchscope(
     max_new_tokens: Annotated[int, typer.Option(help="Continue for so many tokens; 0 shows the next token only.")] = 0,
     norm: Annotated[str | None, typer.Option(help="replaced, mean, or a number: the vector's length.")] = None,
     faithful: Annotated[
-        bool,
-        typer.Option(help="Also ask whether the text says what the vector holds, beside controls (tll.faithfulness)."),
+        bool, typer.Option(help="Also ask whether the text says what the vector holds, beside controls (tll.faithfulness).")
     ] = False,
     against: Annotated[
         list[str] | None,
@@ -46,8 +44,7 @@ def patchscope(
         ),
     ] = None,
     maps: Annotated[
-        str | None,
-        typer.Option("--map", help="A map that fit-scope wrote (--scope is then its target): by default its pairs."),
+        str | None, typer.Option("--map", help="A map that fit-scope wrote (--scope is then its target): by default its pairs.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write .json, .csv, .svg or .png (heat maps) or .html.")] = None,
     file: options.File = None,

@@ -12,12 +12,10 @@ from tl_lenses.cli.options import SEQ_LEN
 FIT_TOKENS = 2**14
 
 Facts = Annotated[
-    str | None,
-    typer.Option("--data", help=".tsv files of the paper or .json files of LRE; the bundled facts by default."),
+    str | None, typer.Option("--data", help=".tsv files of the paper or .json files of LRE; the bundled facts by default.")
 ]
 Descriptions = Annotated[
-    str | None,
-    typer.Option("--data", help="A .json or .csv with subject and description; the bundled ones by default."),
+    str | None, typer.Option("--data", help="A .json or .csv with subject and description; the bundled ones by default.")
 ]
 NoGuard = Annotated[bool, typer.Option("--no-guard", help="Keep items whose answer is in the prompt or comes without a patch.")]
 
@@ -50,11 +48,7 @@ def next_token(run: Run, data: Data = None, lens: Lenses = None) -> Any:
 
 @command("attributes", n="facts", usual=60, read=_read_facts, sweeps=True)
 def attributes(
-    run: Run,
-    data: Facts = None,
-    target_layers: TargetLayers = None,
-    max_new_tokens: NewTokens = None,
-    no_guard: NoGuard = False,
+    run: Run, data: Facts = None, target_layers: TargetLayers = None, max_new_tokens: NewTokens = None, no_guard: NoGuard = False
 ) -> Any:
     """Which attributes of a subject does its vector have? With a linear probe beside it."""
     return _on_facts(tll.experiments.attributes, run, data, target_layers, max_new_tokens, no_guard)
@@ -69,11 +63,7 @@ def entities(run: Run, data: Descriptions = None, max_new_tokens: NewTokens = No
 
 @command("multihop", n="queries", usual=12, read=_read_facts, sweeps=True)
 def multihop(
-    run: Run,
-    data: Facts = None,
-    target_layers: TargetLayers = None,
-    max_new_tokens: NewTokens = None,
-    no_guard: NoGuard = False,
+    run: Run, data: Facts = None, target_layers: TargetLayers = None, max_new_tokens: NewTokens = None, no_guard: NoGuard = False
 ) -> Any:
     """Does a patch make two hops out of one?"""
     return _on_facts(tll.experiments.multihop, run, data, target_layers, max_new_tokens, no_guard)

@@ -32,8 +32,7 @@ def show(
     ] = None,
     diff: Annotated[str | None, typer.Option(help="Two lenses, such as tuned,logit: the first minus the second.")] = None,
     answer: Annotated[
-        str | None,
-        typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer."),
+        str | None, typer.Option(help="A token: --save writes a 16:9 figure for a talk, with its probability and rank by layer.")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Of an .svg or .png, pixels: tokens beyond it go on below.")] = None,
     numbers: options.Numbers = False,

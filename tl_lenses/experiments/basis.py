@@ -59,12 +59,7 @@ def extract(decode: LayerLens, states: Float[Tensor, "n d"], k: int, *, solver: 
 
 
 def bases_of(
-    lens: Lens,
-    states: dict[int, Float[Tensor, "n d"]],
-    k: int,
-    *,
-    solver: str = "fast",
-    show_progress: bool | None = None,
+    lens: Lens, states: dict[int, Float[Tensor, "n d"]], k: int, *, solver: str = "fast", show_progress: bool | None = None
 ) -> dict[int, Basis]:
     """`extract` for every layer, with a progress bar."""
     with progress(total=k * len(states), desc="directions", show=show_progress) as bar:

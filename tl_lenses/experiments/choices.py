@@ -127,10 +127,7 @@ def _states(
 
 
 def _summed(
-    decode: LayerLens,
-    first: Float[Tensor, "n d"],
-    rest: Float[Tensor, "n_choice pos d"] | None,
-    ends: list[list[list[int]]],
+    decode: LayerLens, first: Float[Tensor, "n d"], rest: Float[Tensor, "n_choice pos d"] | None, ends: list[list[list[int]]]
 ) -> Float[Tensor, "n choice"]:
     goal = torch.tensor([[choice[0] for choice in choices] for choices in ends], device=first.device)
     total = S.log_probs(decode(first)).gather(1, goal)

@@ -116,10 +116,7 @@ class Faithfulness(Report):
             if is_sweep:
                 pictures[name] = heat_of_pairs(title, self.pairs, of[name], **layers)
                 continue
-            places, ticks = (
-                Grid({**self.grid.axes, "cell": range(len(cells))}, self.grid.values),
-                dict(enumerate(cells)),
-            )
+            places, ticks = Grid({**self.grid.axes, "cell": range(len(cells))}, self.grid.values), dict(enumerate(cells))
             pictures[name] = places.lines(title, name, x="cell", by="condition", across="l, l*", up=up, ticks=ticks)
         return pictures
 

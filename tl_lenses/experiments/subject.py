@@ -226,13 +226,7 @@ class Subject:
 
     @torch.no_grad()
     def read(
-        self,
-        batch: Batch,
-        at: Positions,
-        *,
-        layers: Iterable[int] | None = None,
-        hooks: Iterable[Hook] = (),
-        logits: bool = True,
+        self, batch: Batch, at: Positions, *, layers: Iterable[int] | None = None, hooks: Iterable[Hook] = (), logits: bool = True
     ) -> tuple[dict[int, Float[Tensor, "n d_model"]], Float[Tensor, "n_or_none d_vocab"]]:
         """Residuals by layer and the model's logits at some positions of a batch, in one pass.
 

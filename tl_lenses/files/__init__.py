@@ -7,16 +7,7 @@ from tl_lenses.files.hub import Access, Offer, card, fetch, offers, push
 from tl_lenses.files.lock import locked
 from tl_lenses.files.maps import check_folder, is_ours, load_maps, place_of, save_maps, sha256
 from tl_lenses.files.shards import INDEX, about_states, hash_of_shards, shard_file, text_hash, write_index, write_shard
-from tl_lenses.files.states import (
-    Notice,
-    is_state,
-    load_state,
-    previous_of,
-    remove_state,
-    save_state,
-    state_exists,
-    states_of,
-)
+from tl_lenses.files.states import Notice, is_state, load_state, previous_of, remove_state, save_state, state_exists, states_of
 from tl_lenses.files.tables import csv_text, json_text
 from tl_lenses.files.text import readable
 

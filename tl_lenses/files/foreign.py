@@ -391,11 +391,7 @@ def _selfie(tensors: dict[str, Tensor], record: Mapping[str, Any], given: Given)
     if isinstance(projection := record.get("projection"), Mapping):
         unit = projection.get("normalize_input", True)
     row = (given.source_layer, 0)
-    meta = {
-        "fitter": "selfie",
-        "unit": bool(unit),
-        **{k: record[k] for k in ("model_name", "global_step") if k in record},
-    }
+    meta = {"fitter": "selfie", "unit": bool(unit), **{k: record[k] for k in ("model_name", "global_step") if k in record}}
     biases = {row: tensors["bias"]} if "bias" in tensors else {}
     unknown = ["which layer's vectors it reads, nor the depth of its model: as you record"]
     return Maps("selfie_adapter_v1", {row: weight}, biases, given.n_layers, meta, unknown)

@@ -114,12 +114,7 @@ def rows_of_pairs(
 
 
 def states(
-    model: LensModel,
-    batch: Batch,
-    names: Iterable[str],
-    hooks: Sequence[Hook],
-    skip_first: bool,
-    readout: Readout | None = None,
+    model: LensModel, batch: Batch, names: Iterable[str], hooks: Sequence[Hook], skip_first: bool, readout: Readout | None = None
 ) -> tuple[Output, dict[str, Tensor], Bool[Tensor, "batch pos"], Batch]:
     """One pass, or the states that the batch brings: output, `{site: [batch, pos, d]}`, positions to use, and the batch as it ran."""
     batch, sites = prepared(model, batch), {name: name for name in names}

@@ -121,11 +121,7 @@ def text(split: str) -> list[str]:
 
 
 def load(
-    name: str = "lab-gpt2",
-    *,
-    step: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name: str = "lab-gpt2", *, step: int | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
     """A lab model, in eval mode and in the raw basis, with its tokenizer.
 

@@ -84,10 +84,7 @@ def shared(folder: Path, part: int, of: int, command: list[str]) -> Iterator[Non
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"part-{part:05d}-of-{of:05d}.safetensors"
     remove_state(file)
-    save_state(
-        file,
-        {"format": FORMAT, "command": command, "of": of, "batches": [[n, *kept] for n, kept in share.kept.items()]},
-    )
+    save_state(file, {"format": FORMAT, "command": command, "of": of, "batches": [[n, *kept] for n, kept in share.kept.items()]})
 
 
 @contextmanager

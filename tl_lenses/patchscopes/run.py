@@ -13,15 +13,7 @@ from tl_lenses.model import LensModel
 from tl_lenses.patchscopes.continuation import Continuation
 from tl_lenses.patchscopes.filling import Filling, Norm
 from tl_lenses.patchscopes.parts import Said, answers
-from tl_lenses.patchscopes.planner import (
-    TargetRun,
-    VectorsBySite,
-    batches,
-    prefix,
-    rows_per_batch,
-    run_cells,
-    why_not_shared,
-)
+from tl_lenses.patchscopes.planner import TargetRun, VectorsBySite, batches, prefix, rows_per_batch, run_cells, why_not_shared
 from tl_lenses.patchscopes.request import Ensemble, Options, Request, checked_models
 from tl_lenses.patchscopes.result import Layers, Pair, PatchscopeResult, Samples, mode_of
 from tl_lenses.patchscopes.sources import Source, Tokens, VectorsByLayer, read_vectors

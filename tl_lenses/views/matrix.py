@@ -36,20 +36,14 @@ class Matrix:
     def __rich__(self) -> Table:
         heat, scale = self.picture, self.picture.scale
         table = Table(
-            title=heat.title,
-            caption=color_legend(scale),
-            box=None,
-            padding=0,
-            title_justify="left",
-            caption_justify="left",
+            title=heat.title, caption=color_legend(scale), box=None, padding=0, title_justify="left", caption_justify="left"
         )
         table.add_column(Text(f"{heat.down} "), justify="right")
         for label in heat.columns:
             table.add_column(Text(f" {label}"), justify="right")
         for label, row in zip(heat.rows, heat.values, strict=True):
             table.add_row(
-                Text(f"{label} "),
-                *(Text(f" {number(scale.stat, v)}", cell_style(scale.color(v), dim=True)) for v in row),
+                Text(f"{label} "), *(Text(f" {number(scale.stat, v)}", cell_style(scale.color(v), dim=True)) for v in row)
             )
         return table
 
@@ -95,11 +89,7 @@ def _page(heat: Heat) -> str:
     """The page: the same cells, keys and lines as a trajectory's."""
     flat = lambda rows: [v for row in reversed(rows) for v in row]
     texts = [[heat.text(r, c) for c in range(len(heat.columns))] for r in range(len(heat.rows))]
-    words, places, labels = (
-        document.Vocabulary(),
-        list(range(len(heat.columns))),
-        [readable(r) for r in reversed(heat.rows)],
-    )
+    words, places, labels = document.Vocabulary(), list(range(len(heat.columns))), [readable(r) for r in reversed(heat.rows)]
     row = {
         "name": "", "positions": places, "tokens": [words.token(c) for c in heat.columns], "targets": [-1] * len(places),
         "tracked": [], "faded": [i for i in places if heat.faded is not None and heat.faded[i]],

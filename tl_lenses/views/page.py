@@ -97,10 +97,7 @@ def _page(
     grids = [[grid(t, b) for b in rows] for t in by_name.values()]
     names = [n for n in available(first) if all(n in available(t) for t in by_name.values()) or n == info.name]
     aside = set_aside(*by_name.values())
-    words, scales = (
-        document.Vocabulary(),
-        {n: scale(stat_info(n), *by_name.values()) for n in names if n not in _BETWEEN},
-    )
+    words, scales = document.Vocabulary(), {n: scale(stat_info(n), *by_name.values()) for n in names if n not in _BETWEEN}
     data = _data(by_name, grids, rows, scales, words) | document.shared(info.name, "top tokens")
     fitted = (i for i, t in enumerate(by_name.values()) if getattr(t, "settings", {}).get("lens") != "logit")
     start = len(every) - 1 if opens_last else next(fitted, 0)
@@ -132,11 +129,7 @@ def html_fragment(traj: Trajectory | Mapping[str, Trajectory], stat: str | None 
 
 
 def _data(
-    by_name: dict[str, Trajectory],
-    grids: list[list[Grid]],
-    rows: list[int],
-    scales: dict[str, Scale],
-    words: document.Vocabulary,
+    by_name: dict[str, Trajectory], grids: list[list[Grid]], rows: list[int], scales: dict[str, Scale], words: document.Vocabulary
 ) -> dict[str, Any]:
     """The data of `page.js`, kept small: tokens as indices into one vocabulary, numbers rounded for display, ranks a character each."""
     first = next(iter(by_name.values()))

@@ -15,19 +15,7 @@ from tl_lenses.files import readable
 from tl_lenses.views import document
 from tl_lenses.views.glyphs import shorten
 from tl_lenses.views.grid import Trajectory, base_name, row_labels
-from tl_lenses.views.scope import (
-    SCALE,
-    Cell,
-    Panel,
-    cell_of,
-    cell_says,
-    checked,
-    notes_of,
-    panels_of,
-    prompt_of,
-    quoted,
-    whole,
-)
+from tl_lenses.views.scope import SCALE, Cell, Panel, cell_of, cell_says, checked, notes_of, panels_of, prompt_of, quoted, whole
 from tl_lenses.views.style import Stat, number, scale_of
 
 _MOST = 20_000  # cells
@@ -80,10 +68,7 @@ def _page(result: Any, scores: Mapping[str, torch.Tensor], most: int) -> str:
     panels = panels_of(result, most, most, wide=True)
     first, words, said = panels[0], document.Vocabulary(), result.text is not None
     turned = first.corner.startswith("source")  # rows are sources, the first on top
-    drawn = {
-        "max_prob": SCALE,
-        **{n: scale_of(_SCORES[n], x.flatten().nan_to_num(math.nan).tolist()) for n, x in scores.items()},
-    }
+    drawn = {"max_prob": SCALE, **{n: scale_of(_SCORES[n], x.flatten().nan_to_num(math.nan).tolist()) for n, x in scores.items()}}
     opens = "specificity" if scores else "max_prob"
     size = max((len(c.top) for row in first.cells for c in row if c), default=0)
     labels = first.rows[::-1]
@@ -100,13 +85,7 @@ def _page(result: Any, scores: Mapping[str, torch.Tensor], most: int) -> str:
     shown = lambda c: "" if c is None else escape(quoted(c.text)) if said else document.token_html(c.top[0][0])
     rows = [(row, "", [(value(c), "", shown(c)) for c in cells]) for row, cells in zip(first.rows, first.cells, strict=True)]
     corner = "l ↓ l* →" if first.corner == "l\\l*" else first.corner
-    table = document.table(
-        drawn[opens],
-        corner,
-        [(document.token_html(c), "") for c in first.columns],
-        rows,
-        numbers=True,
-    )
+    table = document.table(drawn[opens], corner, [(document.token_html(c), "") for c in first.columns], rows, numbers=True)
     return document.written(_title(result), _about(result, first), drawn[opens], table, data, _QUESTION)
 
 
@@ -119,11 +98,7 @@ def _row(panel: Panel, words: document.Vocabulary, number: int) -> dict[str, Any
 
 
 def _cells(
-    rows: Sequence[Sequence[Cell | None]],
-    scores: Mapping[str, torch.Tensor],
-    k: int,
-    words: document.Vocabulary,
-    said: bool,
+    rows: Sequence[Sequence[Cell | None]], scores: Mapping[str, torch.Tensor], k: int, words: document.Vocabulary, said: bool
 ) -> dict[str, Any]:
     """The cells of a table for `page.js`; where there is none, nothing has a number."""
     flat = [cell for row in rows for cell in row]

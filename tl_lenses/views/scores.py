@@ -121,9 +121,7 @@ def _rows(rows: Any) -> list[Row]:
     return rows
 
 
-def _arranged(
-    rows: Iterable[Row],
-) -> tuple[list[Any], list[str], dict[tuple[Any, str, str], str], dict[tuple[Any, str], set[str]]]:
+def _arranged(rows: Iterable[Row]) -> tuple[list[Any], list[str], dict[tuple[Any, str, str], str], dict[tuple[Any, str], set[str]]]:
     """Layers and lenses in order of appearance, the text of each cell, and the best lenses per layer and value.
 
     The best lenses are compared as printed, so ties are ties. A layer with one lens has no best.

@@ -166,14 +166,7 @@ def between(a: str, b: str) -> dict[str, Stat]:
     """The statistics of `Trajectories.divergence`, by the names that views give them."""
     labels = {"kl": f"KL({a} ‖ {b})", "js": f"Jensen-Shannon({a}, {b})", "tv": f"total variation({a}, {b})"}
     named = lambda kind: Stat(
-        f"between_{kind}",
-        labels[kind],
-        "" if kind == "tv" else "nats",
-        "low",
-        "sqrt",
-        low=0.0,
-        dark="differ",
-        bright="agree",
+        f"between_{kind}", labels[kind], "" if kind == "tv" else "nats", "low", "sqrt", low=0.0, dark="differ", bright="agree"
     )
     return {kind: named(kind) for kind in labels}
 

@@ -40,13 +40,7 @@ class TerminalView:
 
 
 def terminal(
-    traj: Trajectory,
-    stat: str | None = None,
-    *,
-    batch: int = 0,
-    width: int | None = None,
-    top: int = 1,
-    numbers: bool = False,
+    traj: Trajectory, stat: str | None = None, *, batch: int = 0, width: int | None = None, top: int = 1, numbers: bool = False
 ) -> TerminalView:
     """A layer x token table of the top tokens, coloured by a statistic: print it with `rich.print`.
 

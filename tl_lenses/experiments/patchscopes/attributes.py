@@ -13,18 +13,7 @@ from torch import Tensor
 from tl_lenses.checks import seed_of, whole_number
 from tl_lenses.deprecation import renamed
 from tl_lenses.experiments.common import CONDITIONS, RUN, UNPATCHED, Cells, Controlled, Result, scores_of, vectors_of
-from tl_lenses.experiments.facts import (
-    Fact,
-    Facts,
-    contains,
-    contaminated,
-    drawn,
-    facts_of,
-    known,
-    source_of,
-    target_of,
-    texts_of,
-)
+from tl_lenses.experiments.facts import Fact, Facts, contains, contaminated, drawn, facts_of, known, source_of, target_of, texts_of
 from tl_lenses.experiments.faithful import identification
 from tl_lenses.experiments.grid import Table
 from tl_lenses.experiments.subject import Layers, Subject

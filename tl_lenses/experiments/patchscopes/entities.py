@@ -65,10 +65,7 @@ class Entities(Result):
 
     def pictures(self) -> dict[str, Picture]:
         """ROUGE-L by condition and layer; then with their intervals."""
-        high, title = (
-            max(0.1, *(float(self.cells.mean(name).max()) for name in self.cells.scores)),
-            f"ROUGE-L, {self.model}",
-        )
+        high, title = max(0.1, *(float(self.cells.mean(name).max()) for name in self.cells.scores)), f"ROUGE-L, {self.model}"
         return {"heat": self.cells.heat(title, high=high), "layers": self.cells.lines(title, "ROUGE-L")}
 
 

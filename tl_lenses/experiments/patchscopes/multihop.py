@@ -13,17 +13,7 @@ from tl_lenses import methods
 from tl_lenses.checks import seed_of, some_of, whole_number
 from tl_lenses.deprecation import renamed
 from tl_lenses.experiments.common import CONDITIONS, UNPATCHED, Cells, Controlled, Pair, Result, scores_of, vectors_of
-from tl_lenses.experiments.facts import (
-    Fact,
-    Facts,
-    contains,
-    contaminated,
-    facts_of,
-    known,
-    target_of,
-    texts_of,
-    two_hops,
-)
+from tl_lenses.experiments.facts import Fact, Facts, contains, contaminated, facts_of, known, target_of, texts_of, two_hops
 from tl_lenses.experiments.grid import Table
 from tl_lenses.experiments.subject import Layers, Subject
 from tl_lenses.model import LensModel

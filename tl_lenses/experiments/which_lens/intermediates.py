@@ -100,12 +100,7 @@ class Intermediates(Report):
         )
         names = ("by_layer", "by_layer_low", "by_layer_high")
         one = [
-            [
-                row["lens"],
-                str(row["layer"]),
-                interval(*(row[name] for name in names)),
-                f"{row['by_layer_shuffled']:.2f}",
-            ]
+            [row["lens"], str(row["layer"]), interval(*(row[name] for name in names)), f"{row['by_layer_shuffled']:.2f}"]
             for row in self.grid.at(kind="all").rows(*names, "by_layer_shuffled")
         ]
         note = f"all sets; 95% over items; {RANDOM}: of the norm of the last lens' maps"
