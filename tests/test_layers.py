@@ -28,7 +28,7 @@ FLOORS: list[list[str]] = [
         "checks",
     ],
     ["views", "divergence", "model", "text", "numerics"],
-    ["translators", "sites", "decoding", "effects", "unembed"],
+    ["translators", "sites", "decoding", "effects", "unembed", "shown"],
     ["solve", "hooks", "identity"],
     ["lens", "decode", "patchscopes"],
     ["trajectories", "evaluation", "calibrating", "capturing", "invariants", "fit", "lab", "shares"],

@@ -19,6 +19,7 @@ from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, common_layers, decoders_of, named_lenses, printable
 from tl_lenses.model import LensModel, check_model, n_layers, prepared
 from tl_lenses.progress import progress
+from tl_lenses.shown import Shown
 from tl_lenses.text.batches import Text
 from tl_lenses.tokens import Batch, next_tokens, used_positions
 
@@ -26,7 +27,7 @@ _SUMS = ("kl", "cross_entropy", "top1", "entropy")
 
 
 @dataclass(frozen=True, repr=False)
-class Scores:
+class Scores(Shown):
     """One row per lens and layer: `lens, layer, kl, cross_entropy, bits_per_byte, top1, entropy, bias`.
 
     `kl` is KL(model || lens) and `bias` KL of the two marginals, nats; `cross_entropy` nats per token with the next
@@ -54,26 +55,15 @@ class Scores:
         layers = len(dict.fromkeys(row["layer"] for row in self.rows))
         return f"Scores({names}, {layers} layers, {self.tokens} tokens)"
 
-    def __str__(self) -> str:
-        from tl_lenses import views
-
-        return views.to_text(views.scores_table(self.rows))
-
     def __rich__(self) -> Any:
-        from tl_lenses import views
-
-        return views.scores_table(self.rows)
+        return self._views.scores_table(self.rows)
 
     def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.scores_html(self.rows)
+        return self._views.scores_html(self.rows)
 
     def figure(self, value: str = "kl") -> Any:
         """Lines over layers, one per lens: a matplotlib figure (extra `plot`)."""
-        from tl_lenses import views
-
-        return views.scores_figure(self.rows, value)
+        return self._views.scores_figure(self.rows, value)
 
     def save(self, path: str | Path, *, value: str = "kl", overwrite: bool = True, about: Mapping[str, Any] | None = None) -> Path:
         """Write `.csv` (a row per lens and layer), `.json`, `.html` (the table), or `.svg` and `.png` (extra `plot`).
@@ -91,19 +81,17 @@ class Scores:
         Example:
             >>> scores.save("scores.csv")      # doctest: +SKIP
         """
-        from tl_lenses import views
-
         if about is not None and not isinstance(about, Mapping):
             raise TypeError(f"about must be a mapping, got {type(about).__name__}")
-        lines = lambda: views.scores_lines(self.rows, value)
+        lines = lambda: self._views.scores_lines(self.rows, value)
         writers: dict[str, Callable[[], str | bytes]] = {
             ".csv": lambda: csv_text(self.rows),
             ".json": lambda: json_text(self._content(about or {})) + "\n",
-            ".html": lambda: views.page_of("scores", views.scores_html(self.rows)),
+            ".html": lambda: self._views.page_of("scores", self._views.scores_html(self.rows)),
             ".svg": lambda: lines().svg(),
             ".png": lambda: lines().png(),
         }
-        return views.save_as(path, writers, example="scores.csv", overwrite=overwrite)
+        return self._views.save_as(path, writers, example="scores.csv", overwrite=overwrite)
 
     def _content(self, about: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token}

@@ -17,6 +17,7 @@ from tl_lenses.identity import basis_of
 from tl_lenses.layers import layer_site
 from tl_lenses.lens import Lens
 from tl_lenses.model import LensModel, check_model, device_of, dtype_of, forward, lock_of, n_layers, name_of, padding_of, prepare
+from tl_lenses.shown import Tabled
 from tl_lenses.tokens import Batch, special_id
 
 
@@ -31,7 +32,7 @@ class Check:
 
 
 @dataclass(frozen=True, repr=False)
-class CheckReport:
+class CheckReport(Tabled):
     """The invariants of one model. `print` it, or take `to_frame()`, `save(path)`."""
 
     model: str
@@ -54,21 +55,6 @@ class CheckReport:
         passed = sum(c.passed for c in self.checks)
         return f"CheckReport({self.model!r}, {self.basis} basis, {passed} of {len(self.checks)} invariants hold)"
 
-    def __str__(self) -> str:
-        from tl_lenses import views
-
-        return views.to_text(self)
-
-    def __rich__(self) -> Any:
-        from tl_lenses import views
-
-        return views.rows_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.rows_html(*self._table())
-
     def _table(self) -> tuple[str, list[str], list[list[Any]], str]:
         rows = [[c.name, float(c.measured), c.allowed, "ok" if c.passed else "FAILS"] for c in self.checks]
         columns = ["invariant", "measured", "allowed", ""]
@@ -80,15 +66,13 @@ class CheckReport:
         Raises:
             ValueError: another suffix.
         """
-        from tl_lenses import views
-
         content = {"model": self.model, "basis": self.basis, "ok": self.ok, "notes": list(self.notes)}
         writers: dict[str, Callable[[], str | bytes]] = {
             ".csv": lambda: csv_text(self.to_frame()),
             ".json": lambda: json_text(content | {"versions": versions(), "checks": [*map(asdict, self.checks)]}) + "\n",
-            ".html": lambda: views.page_of("check", self._repr_html_()),
+            ".html": lambda: self._views.page_of("check", self._repr_html_()),
         }
-        return views.save_as(path, writers, example="check.csv", overwrite=overwrite)
+        return self._views.save_as(path, writers, example="check.csv", overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from tl_lenses.layers import LayerOrSite, as_layer, layer_site, resolve_layer
 from tl_lenses.lens import LayerLens, Lens, one_lens
 from tl_lenses.linearised import Linearised
 from tl_lenses.model import LensModel, check_model, dtype_of, lock_of, n_layers, name_of, prepare
+from tl_lenses.shown import Tabled
 from tl_lenses.sites import positions, site
 from tl_lenses.token_text import token_text
 from tl_lenses.tokens import Batch
 
 
 @dataclass(frozen=True, repr=False)
-class Shares:
+class Shares(Tabled):
     """Parts of logits: `total = values.sum(axis) + rest`, where axis is that of the rows, or of the positions.
 
     Attributes:
@@ -57,21 +58,6 @@ class Shares:
         rows = [[*row, r, t] for row, r, t in zip(rows, rest, total, strict=True)]
         return self.title, [*columns, "rest", "total"], rows, "logits; the sum over positions and the rest is the total"
 
-    def __rich__(self) -> Any:
-        from tl_lenses import views
-
-        return views.rows_table(*self._table())
-
-    def __str__(self) -> str:
-        from tl_lenses import views
-
-        return views.to_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.rows_html(*self._table())
-
     def _records(self) -> list[dict[str, Any]]:
         target = lambda r, c: self.targets[c if self.over == "rows" else r]
         return [
@@ -82,16 +68,12 @@ class Shares:
 
     def to_frame(self) -> Any:
         """A pandas data frame, a row per part and position: row, pos, token, target, value."""
-        from tl_lenses import views
-
-        return views.rows_frame(self._records())
+        return self._views.rows_frame(self._records())
 
     def heat_map(self) -> Any:
         """The parts as a `views.Heat`, which gives `.svg()`, `.png()` and `.figure()`; the first part of a sum is at the bottom."""
-        from tl_lenses import views
-
         names = [f"{token} → {target}" for token, target in zip(self.tokens, self.targets, strict=False)]
-        return views.Heat(
+        return self._views.Heat(
             self.title, [readable(row) for row in self.rows[::-1]], [readable(c) for c in (names if self.over == "rows" else self.tokens)],
             self.values.flip(0).tolist(), "", "", high=max(float(self.values.abs().max()), 1e-6), diverging=True,
         )  # fmt: skip
@@ -106,15 +88,13 @@ class Shares:
         Example:
             >>> shares.save("parts.svg")      # doctest: +SKIP
         """
-        from tl_lenses import views
-
         numbers = {"title": self.title, "over": self.over, "rest": self.rest.tolist(), "total": self.total.tolist()}
         writers: dict[str, Any] = {
             ".csv": lambda: csv_text(self._records()), ".json": lambda: json_text({**numbers, "rows": self._records()}) + "\n",
-            ".html": lambda: views.page_of("shares", self._repr_html_()), ".svg": lambda: self.heat_map().svg(),
+            ".html": lambda: self._views.page_of("shares", self._repr_html_()), ".svg": lambda: self.heat_map().svg(),
             ".png": lambda: self.heat_map().png(),
         }  # fmt: skip
-        return views.save_as(path, writers, example="parts.svg", overwrite=overwrite)
+        return self._views.save_as(path, writers, example="parts.svg", overwrite=overwrite)
 
 
 def components(

@@ -19,6 +19,7 @@ from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, common_layers, decoders_of, named_lenses, printable
 from tl_lenses.model import LensModel, bos_before, check_model, n_layers, name_of, prepare, tokenizer_of
 from tl_lenses.progress import progress
+from tl_lenses.shown import Shown
 from tl_lenses.token_text import token_text
 from tl_lenses.tokens import Batch, encode, next_tokens, used_positions
 from tl_lenses.unembed import Readout
@@ -45,7 +46,7 @@ class Tracked:
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory:
+class Trajectory(Shown):
     """Statistics of one lens on a batch of prompts. Every statistic is `[layer, batch, pos]`, fp32, on the CPU; NaN
     (ids: -1) at pads.
 
@@ -138,38 +139,23 @@ class Trajectory:
         shape = f"{len(self.layers)} layers x {rows} x {pos} tokens"
         return f"Trajectory({lens}, {shape}, {', '.join(self.stats)}, top {self.top_ids.shape[-1]})"
 
-    def __str__(self) -> str:
-        from tl_lenses import views
-
-        return views.to_text(self)
-
     def __rich__(self) -> Any:
-        from tl_lenses import views
-
-        return views.terminal(self)
+        return self._views.terminal(self)
 
     def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.html_fragment(self)
+        return self._views.html_fragment(self)
 
     def figure(self, stat: str = "kl", **kwargs: Any) -> Any:
         """A plotly heat map of a statistic (extra `plot`). See `views.figure`."""
-        from tl_lenses import views
-
-        return views.figure(self, stat, **kwargs)
+        return self._views.figure(self, stat, **kwargs)
 
     def save(self, path: str | Path, **kwargs: Any) -> Path:
         """Write `.html` (self-contained), `.svg`, `.csv`, `.json`, or `.png` (extra `plot`). See `views.save`."""
-        from tl_lenses import views
-
-        return views.save(self, path, **kwargs)
+        return self._views.save(self, path, **kwargs)
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row per layer and token."""
-        from tl_lenses import views
-
-        return views.frame(self)
+        return self._views.frame(self)
 
 
 def _axis(key: Any, n: int) -> list[int]:
@@ -183,7 +169,7 @@ def _axis(key: Any, n: int) -> list[int]:
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectories(Mapping[str, Trajectory]):
+class Trajectories(Shown, Mapping[str, Trajectory]):
     """Trajectories of several lenses from one forward pass, by name; `divergence` compares them."""
 
     by_name: dict[str, Trajectory]
@@ -218,20 +204,14 @@ class Trajectories(Mapping[str, Trajectory]):
 
     def figure(self, stat: str = "kl") -> Any:
         """A matplotlib figure (extra `plot`): the mean over tokens by layer, a line per lens. See `views.means_lines`."""
-        from tl_lenses import views
-
-        return views.means_lines(self, stat).figure()
+        return self._views.means_lines(self, stat).figure()
 
     def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.html_fragment(self)
+        return self._views.html_fragment(self)
 
     def save(self, path: str | Path, **kwargs: Any) -> Path:
         """One page for all lenses (`.html`, `.csv`, `.json`). See `views.save`."""
-        from tl_lenses import views
-
-        return views.save(self, path, **kwargs)
+        return self._views.save(self, path, **kwargs)
 
     def to_frame(self) -> Any:
         """A data frame of all of them, with a column `lens`."""

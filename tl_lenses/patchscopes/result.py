@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_lenses import stats as S
 from tl_lenses.checks import whole_number
 from tl_lenses.files import csv_text, json_text, versions
+from tl_lenses.shown import Shown
 from tl_lenses.token_text import normalised, token_text
 from tl_lenses.tokens import encode
 
@@ -57,7 +58,7 @@ class Marked:
 
 
 @dataclass(frozen=True, repr=False)
-class PatchscopeResult:
+class PatchscopeResult(Shown):
     """What the target prompt says with each source vector patched in: `print` shows a table, `save` writes it.
 
     Attributes:
@@ -208,20 +209,11 @@ class PatchscopeResult:
         n_new = "" if self.tokens is None else f", new_tokens={self.tokens.shape[-1]}"
         return f"PatchscopeResult(sources={len(self.sources)}, pairs={len(self.pairs)}{n_new})"
 
-    def __str__(self) -> str:
-        from tl_lenses import views
-
-        return views.to_text(views.patchscope_table(self))
-
     def __rich__(self) -> Any:
-        from tl_lenses import views
-
-        return views.patchscope_table(self)
+        return self._views.patchscope_table(self)
 
     def _repr_html_(self) -> str:
-        from tl_lenses import views
-
-        return views.patchscope_fragment(self)
+        return self._views.patchscope_fragment(self)
 
     def save(self, path: str | Path, *, source: int | None = None, overwrite: bool = True) -> Path:
         """Write the result as the suffix says; returns the path.
@@ -242,19 +234,17 @@ class PatchscopeResult:
         Example:
             >>> result.save("sweep.svg")      # doctest: +SKIP
         """
-        from tl_lenses import views
-
         about = {**self.settings, "plan": self.plan, "versions": versions()}
         drawn = range(len(self.sources)) if source is None else [source]
-        picture = lambda: views.Panels([views.patchscope_heat(self, s) for s in drawn])
+        picture = lambda: self._views.Panels([self._views.patchscope_heat(self, s) for s in drawn])
         writers: dict[str, Callable[[], str | bytes]] = {
             ".json": lambda: json_text({**about, "cells": self._cells(5)}) + "\n",
             ".csv": lambda: csv_text(self.to_frame()),
-            ".html": lambda: views.patchscope_html(self),
+            ".html": lambda: self._views.patchscope_html(self),
             ".svg": lambda: picture().svg(),
             ".png": lambda: picture().png(),
         }
-        return views.save_as(path, writers, example="sweep.json", overwrite=overwrite)
+        return self._views.save_as(path, writers, example="sweep.json", overwrite=overwrite)
 
     def _cells(self, k: int) -> list[dict[str, Any]]:
         """Every cell with its k likeliest tokens and its text."""
@@ -271,9 +261,7 @@ class PatchscopeResult:
 
     def figure(self, source: int = 0) -> Any:
         """A plotly heat map over (l, l*) of one source: top token and its probability (extra `plot`)."""
-        from tl_lenses import views
-
-        return views.patchscope_figure(self, source)
+        return self._views.patchscope_figure(self, source)
 
 
 def _marked(tokenizer: Any, tokens: Int[Tensor, "1 pos"], at: tuple[int, ...]) -> Marked:
