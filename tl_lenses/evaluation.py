@@ -66,36 +66,27 @@ class Scores(Shown):
         return self._views.scores_figure(self.rows, value)
 
     def save(self, path: str | Path, *, value: str = "kl", overwrite: bool = True, about: Mapping[str, Any] | None = None) -> Path:
-        """Write `.csv` (a row per lens and layer), `.json`, `.html` (the table), or `.svg` and `.png` (extra `plot`).
+        """Write `.csv` (a row per lens and layer), `.json`, `.html` (the table), or `.svg` and `.png` (extra `plot`). See `views.save_as`.
 
         Args:
-            path: the file; missing folders are made.
-            value: which numbers a picture shows.
-            overwrite: replace an existing file, in one step.
+            value: which numbers a picture shows; another one is a ValueError.
             about: what else `.json` should say, such as the model and the text.
-
-        Raises:
-            ValueError: another suffix or an unknown value.
-            FileExistsError: the file is there, with `overwrite=False`.
 
         Example:
             >>> scores.save("scores.csv")      # doctest: +SKIP
         """
         if about is not None and not isinstance(about, Mapping):
             raise TypeError(f"about must be a mapping, got {type(about).__name__}")
+        numbers = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token, **self.settings}
         lines = lambda: self._views.scores_lines(self.rows, value)
         writers: dict[str, Callable[[], str | bytes]] = {
             ".csv": lambda: csv_text(self.rows),
-            ".json": lambda: json_text(self._content(about or {})) + "\n",
+            ".json": lambda: json_text({**(about or {}), **numbers, "versions": versions(), "rows": self.rows}) + "\n",
             ".html": lambda: self._views.page_of("scores", self._views.scores_html(self.rows)),
             ".svg": lambda: lines().svg(),
             ".png": lambda: lines().png(),
         }
         return self._views.save_as(path, writers, example="scores.csv", overwrite=overwrite)
-
-    def _content(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        numbers = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token}
-        return {**about, **numbers, **self.settings, "versions": versions(), "rows": self.rows}
 
 
 @torch.no_grad()

@@ -1,38 +1,7 @@
-"""The experiments of the Patchscopes and Tuned Lens papers, each a function that takes a model and returns a result that prints and saves.
+"""The experiments of the Patchscopes and Tuned Lens papers, and three that ask which lens to believe.
 
-| I want to know | Call |
-|---|---|
-| how early the next token can be read | `next_token(model, tokens, lenses)` |
-| which attributes of a subject a vector has | `attributes(model, facts)` |
-| when a name becomes an entity | `entities(model, descriptions)` |
-| whether a larger model can read a smaller one | `cross_model(model, to, maps, tokens)` |
-| whether a patch makes two hops out of one | `multihop(model, facts)` |
-| who speaks, the vector or the model that reads it | `conflict(model, to, *conflicting())` |
-
-and the experiments of the Tuned Lens paper:
-
-| I want to know | Call |
-|---|---|
-| how good and how biased lenses are | `quality(model, lenses, tokens)` |
-| whether the lens of one layer reads another | `transfer(model, lens, tokens)` |
-| whether a lens still reads a fine-tune | `fine_tune(model, base, own, tokens)` |
-| whether blocks go down the loss' gradient | `gradients(model, tokens)` |
-| which text the model would write from layer l | `sampling(model, lenses, prompts)`, `sample_from(model, lens, layer, prompt)` |
-| which directions matter to a lens, and to the model as well | `causal_basis(model, lens, tokens)` |
-| whether a lens responds to an intervention as the model does | `alignment(model, lenses, tokens)` |
-| how much the loss rises without a block, a head, a subspace, or in another order of blocks | `ablations(model, tokens)` |
-| whether a trajectory gives an injected prompt away | `detection(model, lenses, tasks)` |
-| whether predictions that settle late in the layers are learned late | `difficulty(model, lenses, tokens, checkpoints)` |
-| which tokens the weights write and read | `weights(model, lenses)` |
-| which state would say this | `inversion(model, lenses, tokens)`, `invert(lens[l], logp)` |
-
-and which lens to believe (`docs/which-lens.md`):
-
-| I want to know | Call |
-|---|---|
-| all of this at once, with a sentence per band of layers | `compare(model, lenses, tokens)` |
-| whether a lens reads what is thought of and not said | `intermediates(model, lenses, items)` |
-| whether the model uses what a lens reads | `usage(model, lenses, facts)`, `readout_angle(directions, subspace)` |
+Each is a function that takes a model and returns a report, which prints, draws and saves. `docs/experiments.md` and
+`docs/which-lens.md` say which question each of them answers.
 
 Sources: Ghandeharioun et al. 2024 (Patchscopes), sections 4 and 5; Belrose et al. 2023 (Tuned Lens), sections 3 to 5.
 """

@@ -69,8 +69,9 @@ class Comparison(Report):
 
     def _said(self) -> list[tuple[str, str, str]]:
         questions = {
-            "next token": self._next_token, "bias": self._bias, "calibration": self._calibration, "cost": self._cheapest,
-            "unspoken": self._unspoken, "used": self._used,
+            "next token": self._next_token, "bias": lambda part: self._least(part, "bias", " nats"),
+            "calibration": lambda part: self._least(part, "ece", ""), "cost": self._cheapest, "unspoken": self._unspoken,
+            "used": self._used,
         }  # fmt: skip
         said, bands = [], torch.arange(len(self.layers)).tensor_split(3)
         for band, part in zip(("early", "middle", "late"), bands, strict=True):
@@ -97,12 +98,6 @@ class Comparison(Report):
         low, high = (float(x) for x in percentiles(draws[best]))
         text = f"{self.lenses[best]}, KL {interval(float(mean[best]), low, high)}, unigram {float(mean[-1]):.2f}"
         return text + _surely(self.lenses, order, draws, "below", "texts")
-
-    def _bias(self, part: Tensor) -> str:
-        return self._least(part, "bias", " nats")
-
-    def _calibration(self, part: Tensor) -> str:
-        return self._least(part, "ece", "")
 
     def _least(self, part: Tensor, key: str, unit: str) -> str:
         """Among lenses that beat the unigram guess: it has no bias and is calibrated, since it says nothing of a position."""

@@ -216,19 +216,13 @@ class PatchscopeResult(Shown):
         return self._views.patchscope_fragment(self)
 
     def save(self, path: str | Path, *, source: int | None = None, overwrite: bool = True) -> Path:
-        """Write the result as the suffix says; returns the path.
+        """Write the result as the suffix says; returns the path. See `views.save_as`.
 
         `.json` has every cell with its top 5 tokens and text, the settings and the versions; `.csv` is `to_frame()`;
-        `.html` is a page; `.svg` and `.png` are heat maps, one below the other for each source.
-
-        Args:
-            path: the file; missing folders are made.
-            source: the only one that a picture shows.
-            overwrite: replace an existing file, in one step.
+        `.html` is a page; `.svg` and `.png` are heat maps, one below the other for each source, or of a single `source`.
 
         Raises:
             ValueError: another suffix, a source that is not there.
-            FileExistsError: the file is there, with `overwrite=False`.
             ImportError: `.png` without the extra `plot`.
 
         Example:

@@ -145,6 +145,7 @@ class Heat:
         cells = [range(len(self.columns))] * len(self.rows)
         per_cell = lambda f: [[f(r, c) for c in columns] for r, columns in enumerate(cells)]
         scale = self.scale
+        text = lambda r, c: _plotly(_cut(self, self.text(r, c)))
         # plotly drops spaces that repeat
         about = lambda r, c: _plotly(self.about(r, c)).replace("\n", "<br>").replace("  ", "\u00a0\u00a0")
         heatmap = go.Heatmap(
@@ -155,7 +156,7 @@ class Heat:
             zmax=_axis(scale, scale.high),
             colorscale=_colorscale(scale),
             colorbar=_colorbar(scale),
-            text=per_cell(lambda r, c: _bold(self, r, c, _plotly(_cut(self, self.text(r, c))))),
+            text=per_cell(lambda r, c: f"<b>{text(r, c)}</b>" if self.bold is not None and self.bold[r][c] else text(r, c)),
             texttemplate="%{text}",
             textfont={"size": 11, "family": _MONO},
             customdata=per_cell(about),
@@ -247,10 +248,6 @@ def _cut(heat: Heat, text: str) -> str:
     """A text or column label as it is written."""
     shown = readable(text) if text else ""
     return shown if heat.widest is None else clip(shown, heat.widest)
-
-
-def _bold(heat: Heat, r: int, c: int, text: str) -> str:
-    return f"<b>{text}</b>" if heat.bold is not None and heat.bold[r][c] else text
 
 
 # --- SVG and PNG

@@ -13,25 +13,8 @@ import torch
 from tl_lenses.checks import plain_text, several
 from tl_lenses.files import readable
 from tl_lenses.views import document
-from tl_lenses.views.grid import (
-    FADED,
-    Difference,
-    Grid,
-    Trajectory,
-    available,
-    base_name,
-    batch_row,
-    difference,
-    grid,
-    heading,
-    lenses,
-    pick,
-    row_values,
-    scale,
-    set_aside,
-    token,
-    values,
-)
+from tl_lenses.views import grid as G
+from tl_lenses.views.grid import Difference, Grid, Trajectory
 from tl_lenses.views.reading import readings
 from tl_lenses.views.style import Scale, Stat, between, stat_info
 
@@ -67,18 +50,18 @@ def html(
 
     >>> Path("heat.html").write_text(html({"logit": a, "tuned": b}, "entropy"), encoding="utf-8")
     """
-    by_name, scopes = lenses(traj), several("scopes", scopes, "results of patchscopes")
+    by_name, scopes = G.lenses(traj), several("scopes", scopes, "results of patchscopes")
     first = next(iter(by_name.values()))
-    rows = list(range(first.tokens.shape[0])) if batch is None else [batch_row(first, batch)]
-    differences = _differences(traj, None if diff is None else difference(traj, diff))  # type: ignore[arg-type]
-    info = pick(first if diff is None else differences[-1], stat)
+    rows = list(range(first.tokens.shape[0])) if batch is None else [G.batch_row(first, batch)]
+    differences = _differences(traj, None if diff is None else G.difference(traj, diff))  # type: ignore[arg-type]
+    info = G.pick(first if diff is None else differences[-1], stat)
     return _page(by_name, differences, info, title, rows, opens_last=diff is not None, scopes=scopes)
 
 
 def _differences(trajs: Any, last: Difference | None = None) -> list[Difference]:
     """Of every later lens to every earlier one, and at the end the one asked for."""
-    pairs = [(b, a) for a, b in combinations(lenses(trajs), 2) if last is None or (b, a) != last.of]
-    return [*(difference(trajs, pair) for pair in pairs), *([] if last is None else [last])]
+    pairs = [(b, a) for a, b in combinations(G.lenses(trajs), 2) if last is None or (b, a) != last.of]
+    return [*(G.difference(trajs, pair) for pair in pairs), *([] if last is None else [last])]
 
 
 def _page(
@@ -93,11 +76,13 @@ def _page(
 ) -> str:
     first, every = next(iter(by_name.values())), [*by_name.values(), *differences]
     title = None if title is None else plain_text("title", title)
-    title = title or (heading(first) if len(by_name) == 1 else f"{base_name(first.model_name)}: {', '.join(by_name)}".strip(": "))
-    grids = [[grid(t, b) for b in rows] for t in by_name.values()]
-    names = [n for n in available(first) if all(n in available(t) for t in by_name.values()) or n == info.name]
-    aside = set_aside(*by_name.values())
-    words, scales = document.Vocabulary(), {n: scale(stat_info(n), *by_name.values()) for n in names if n not in _BETWEEN}
+    title = title or (
+        G.heading(first) if len(by_name) == 1 else f"{G.base_name(first.model_name)}: {', '.join(by_name)}".strip(": ")
+    )
+    grids = [[G.grid(t, b) for b in rows] for t in by_name.values()]
+    names = [n for n in G.available(first) if all(n in G.available(t) for t in by_name.values()) or n == info.name]
+    aside = G.set_aside(*by_name.values())
+    words, scales = document.Vocabulary(), {n: G.scale(stat_info(n), *by_name.values()) for n in names if n not in _BETWEEN}
     data = _data(by_name, grids, rows, scales, words) | document.shared(info.name, "top tokens")
     fitted = (i for i, t in enumerate(by_name.values()) if getattr(t, "settings", {}).get("lens") != "logit")
     start = len(every) - 1 if opens_last else next(fitted, 0)
@@ -108,9 +93,9 @@ def _page(
         data["readings"] = readings(first, rows, scopes, words)
     data["vocab"] = words.entries
     opened = every[start]
-    colors = scale(info, *(by_name.values() if start < len(by_name) else [opened]))
-    top = grid(opened, rows[0], 1)
-    shown = row_values(opened, info, rows[0], top.positions)
+    colors = G.scale(info, *(by_name.values() if start < len(by_name) else [opened]))
+    top = G.grid(opened, rows[0], 1)
+    shown = G.row_values(opened, info, rows[0], top.positions)
     about = _subtitle(first, top, len(rows), faded=any(row["faded"] for row in data["rows"]), linked=bool(scopes))
     return document.written(title, about, colors, _table(opened, top, colors, shown, data["rows"][0]["faded"]), data, _QUESTION)
 
@@ -120,12 +105,12 @@ def html_fragment(traj: Trajectory | Mapping[str, Trajectory], stat: str | None 
 
     >>> IPython.display.HTML(html_fragment(traj))
     """
-    by_name = lenses(traj)
+    by_name = G.lenses(traj)
     first = next(iter(by_name.values()))
     # A notebook stores its output, so it gets only as many rows of a large batch as fit in a few megabytes.
     cells_per_row = max(1, len(by_name) * len(first.layers) * first.tokens.shape[1])
     rows = range(first.tokens.shape[0])[: max(1, _CELLS // cells_per_row)]
-    return document.in_notebook(_page(by_name, _differences(traj), pick(first, stat), title, list(rows)), len(first.layers))
+    return document.in_notebook(_page(by_name, _differences(traj), G.pick(first, stat), title, list(rows)), len(first.layers))
 
 
 def _data(
@@ -144,7 +129,7 @@ def _data(
             {
                 "name": f"{b}: " + "".join(g.tokens)[:40].strip(), "positions": g.positions,
                 "tokens": [words.token(t) for t in g.tokens], "targets": [words.token(t) for t in g.targets],
-                "tracked": [words.token(token(first, i)) for i in row],
+                "tracked": [words.token(G.token(first, i)) for i in row],
             }
             for b, g, row in zip(rows, grids[0], ids, strict=True)
         ],
@@ -162,10 +147,10 @@ def _of_difference(d: Difference, names: list[str], rows: list[int]) -> dict[str
     a, b = (names.index(name) for name in d.of)
     columns = [torch.nonzero(d.mask[row]).flatten() for row in rows]
     kept = lambda b, at: {
-        n: [document.short(v) for v in values(d, d.drawn[n])[:, b, at].flatten().tolist()] for n in _BETWEEN if n in d.stats
+        n: [document.short(v) for v in G.values(d, d.drawn[n])[:, b, at].flatten().tolist()] for n in _BETWEEN if n in d.stats
     }
     return {
-        "name": d.name, "minus": [a, b], "scales": {n: document.scale_data(scale(s, d)) for n, s in d.drawn.items()},
+        "name": d.name, "minus": [a, b], "scales": {n: document.scale_data(G.scale(s, d)) for n, s in d.drawn.items()},
         "rows": [{"stats": kept(b, at)} for b, at in zip(rows, columns, strict=True)],
     }  # fmt: skip
 
@@ -188,9 +173,9 @@ def _cells(traj: Trajectory, b: int, g: Grid, k: int, scales: dict[str, Scale], 
         "top": [words.token(text) for text, _ in flat],
         "probs": [round(1e4 * p) if math.isfinite(p) else 0 for _, p in flat],
         "stats": {
-            name: [document.short(v) for layer in row_values(traj, s.stat, b, g.positions) for v in layer]
+            name: [document.short(v) for layer in G.row_values(traj, s.stat, b, g.positions) for v in layer]
             for name, s in scales.items()
-            if name in available(traj)
+            if name in G.available(traj)
         },
     }
 
@@ -203,7 +188,7 @@ def _subtitle(traj: Trajectory, g: Grid, n_rows: int, *, faded: bool, linked: bo
     target = "; <b>bold</b>: the top token is the target" if any(t is not None for t in g.targets) else ""
     return (
         f"{size}; {on_top}; in each cell the top token{target}"
-        + f"; {FADED}" * faded
+        + f"; {G.FADED}" * faded
         + "; a corner: click it for its patchscopes" * linked
     )
 

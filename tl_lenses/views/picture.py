@@ -9,25 +9,9 @@ import torch
 from torch import Tensor
 
 from tl_lenses.checks import plain_text, whole_number
+from tl_lenses.views import grid as G
 from tl_lenses.views.glyphs import likeliest, readable, shorten
-from tl_lenses.views.grid import (
-    FADED,
-    Grid,
-    Trajectory,
-    base_name,
-    batch_row,
-    checked,
-    difference,
-    grid,
-    heading,
-    lenses,
-    pick,
-    row_labels,
-    scale,
-    set_aside,
-    token,
-    values,
-)
+from tl_lenses.views.grid import Grid, Trajectory
 from tl_lenses.views.heatmap import Heat, Panels, Slide, columns_of
 from tl_lenses.views.lines import Lines
 from tl_lenses.views.style import Stat, change, scale_of
@@ -42,15 +26,15 @@ def heat_map(traj: Trajectory, stat: str | None = None, *, batch: int = 0, delta
 
     >>> heat_map(traj, "kl").png()
     """
-    return _map(checked(traj), stat, batch, delta, set_aside(traj))
+    return _map(G.checked(traj), stat, batch, delta, G.set_aside(traj))
 
 
 def _map(traj: Trajectory, stat: str | None, batch: int, delta: bool, aside: Tensor) -> Heat:
     """With the positions `aside`, `[batch, pos]`, faded."""
-    info = pick(traj, stat)
-    g = grid(traj, batch)
+    info = G.pick(traj, stat)
+    g = G.grid(traj, batch)
     left_out = aside[batch, g.positions].tolist()
-    x, colors, rows = values(traj, info), scale(info, traj), list(range(len(g.labels)))
+    x, colors, rows = G.values(traj, info), G.scale(info, traj), list(range(len(g.labels)))
     if delta:
         x = torch.diff(x.log10() if info.curve == "log" else x, dim=0)
         info, rows = change(info), rows[1:]
@@ -59,10 +43,10 @@ def _map(traj: Trajectory, stat: str | None, batch: int, delta: bool, aside: Ten
     rows, columns = rows[::-1], range(len(g.positions))
     note = f"{len(rows)} layers × {len(columns)} tokens; in each cell the top token"
     return Heat(
-        heading(traj), [g.labels[r] for r in rows], g.tokens, shown, "layer", "",
+        G.heading(traj), [g.labels[r] for r in rows], g.tokens, shown, "layer", "",
         texts=[[g.top[r][c][0][0] for c in columns] for r in rows],
         colors=colors,
-        note=note + "; bold: it is the target" * any(t is not None for t in g.targets) + f"\n{FADED}" * any(left_out),
+        note=note + "; bold: it is the target" * any(t is not None for t in g.targets) + f"\n{G.FADED}" * any(left_out),
         bold=[[g.hits[r][c] for c in columns] for r in rows],
         hover=[[_hover(g, r, c, info, v) for c, v in zip(columns, row, strict=True)] for r, row in zip(rows, shown, strict=True)],
         widest=_WIDEST,
@@ -87,11 +71,11 @@ def panels(
     """
     title = None if title is None else plain_text("title", title)
     if diff is not None:
-        traj = difference(traj, diff)
-    by_name = lenses(traj)
-    info = pick(next(iter(by_name.values())), stat)
-    shared, aside = scale(info, *by_name.values()), set_aside(*by_name.values())
-    named = {name: heading(t, name if len(by_name) > 1 else "") for name, t in by_name.items()}
+        traj = G.difference(traj, diff)
+    by_name = G.lenses(traj)
+    info = G.pick(next(iter(by_name.values())), stat)
+    shared, aside = G.scale(info, *by_name.values()), G.set_aside(*by_name.values())
+    named = {name: G.heading(t, name if len(by_name) > 1 else "") for name, t in by_name.items()}
     maps = [
         replace(_map(t, info.name, batch, False, aside), colors=shared, title=title or named[name]) for name, t in by_name.items()
     ]
@@ -118,14 +102,14 @@ def slide(
 
     >>> Path("talk.png").write_bytes(slide({"logit": a, "tuned": b}, answer=" Tokyo").png())
     """
-    by_name = lenses(traj)
-    first, batch = next(iter(by_name.values())), batch_row(next(iter(by_name.values())), batch)
+    by_name = G.lenses(traj)
+    first, batch = next(iter(by_name.values())), G.batch_row(next(iter(by_name.values())), batch)
     tokens, rows = (whole_number(*pair, least=1) for pair in (("tokens", tokens), ("rows", rows)))
     place = int(first.mask[batch].nonzero()[-1])
     tracked = getattr(first, "tracked", None)
     ids = [] if tracked is None else tracked.ids[batch].tolist()
-    known = {token(first, i): n for n, i in enumerate(ids) if i >= 0}
-    answer = token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else plain_text("answer", answer)
+    known = {G.token(first, i): n for n, i in enumerate(ids) if i >= 0}
+    answer = G.token(first, int(first.top_ids[-1, batch, place, 0])) if answer is None else plain_text("answer", answer)
     if answer not in known:
         raise ValueError(f"the answer {answer!r} was not tracked, only {list(known)}: pass track=[{answer!r}] to trajectory")
     every = math.ceil(len(first.layers) / rows)
@@ -143,10 +127,10 @@ def slide(
                 beside=pick(says), bars=pick(probs), above=f"{readable(answer)}, rank",
             )
         )  # fmt: skip
-    text = "".join(token(first, i) for i in first.tokens[batch, first.mask[batch]].tolist())
+    text = "".join(G.token(first, i) for i in first.tokens[batch, first.mask[batch]].tolist())
     text = text.removeprefix(getattr(first, "settings", {}).get("bos") or "")
     note = f"right: probability and rank of {readable(answer)} as the next token, by layer"
-    return Slide(f"{base_name(first.model_name)}: {shorten(readable(text), 80)}", note, heats)
+    return Slide(f"{G.base_name(first.model_name)}: {shorten(readable(text), 80)}", note, heats)
 
 
 def svg(traj: Trajectory | Mapping[str, Trajectory], stat: str | None = None, **how: Any) -> str:
@@ -180,21 +164,21 @@ def means_lines(trajs: Trajectory | Mapping[str, Trajectory], stat: str | None =
 
     >>> means_lines({"logit": a, "tuned": b}, "kl").svg()
     """
-    by_name = lenses(trajs)
+    by_name = G.lenses(trajs)
     first = next(iter(by_name.values()))
-    info, labels = pick(first, stat), row_labels(first.layers)
+    info, labels = G.pick(first, stat), G.row_labels(first.layers)
     plain = all(isinstance(layer, int) for layer in first.layers)
     xs = list(first.layers) if plain else list(range(len(labels)))
     series, bands = {}, {}
     for name, traj in by_name.items():
-        x = values(traj, pick(traj, info.name)).flatten(1)
+        x = G.values(traj, G.pick(traj, info.name)).flatten(1)
         mean = x.log().nanmean(1).exp() if info.curve == "log" else x.nanmean(1)
         low, high = x.nanquantile(torch.tensor((0.25, 0.75), dtype=x.dtype), 1).tolist()
         series[name] = list(zip(xs, mean.tolist(), strict=True))
         bands[name] = list(zip(xs, low, high, strict=True))
     up = f"{info.title}: {'geometric ' * (info.curve == 'log')}mean, and middle half of the tokens"
     ticks = None if plain else dict(zip(xs, labels, strict=True))
-    title = f"{base_name(first.model_name)}: {info.label} by layer" if first.model_name else f"{info.label} by layer"
+    title = f"{G.base_name(first.model_name)}: {info.label} by layer" if first.model_name else f"{info.label} by layer"
     return Lines(title, series, up=up, log_y=info.curve == "log", bands=bands, ticks=ticks)
 
 

@@ -1,6 +1,6 @@
 """How early can the model's next token be read from a hidden state? Token identity beside the logit lens and fitted ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,8 @@ def next_token(
     by_condition = {name: torch.stack(rows) for name, rows in Controlled.of(vectors, truth.tolist(), seed).ask(likeliest).items()}
     answers = {SCOPE: by_condition.pop(PATCHED)}
     for name, lens in subject.lenses.items():
-        answers[name] = torch.stack([_in_parts(lens[layer], vectors[:, layer]) for layer in subject.layers], 1)
+        top = [[lens[layer](part).argmax(-1).cpu() for part in vectors[:, layer].split(64)] for layer in subject.layers]
+        answers[name] = torch.stack([torch.cat(parts) for parts in top], 1)
     unpatched = run(model, scope.prompt, ())[0, -1].argmax(-1).cpu()  # type: ignore[arg-type]
     answers |= {**by_condition, UNPATCHED: unpatched.expand(len(vectors), 1)}
 
@@ -130,7 +131,3 @@ def next_token(
     }  # fmt: skip
     surprisal = {name: -logp.gather(1, x) for name, x in answers.items()}
     return NextToken(subject.name, cells, surprisal, settings=settings)
-
-
-def _in_parts(decode: Callable[[Tensor], Tensor], x: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
-    return torch.cat([decode(part).argmax(-1).cpu() for part in x.split(64)])
