@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import tl_lenses.text.batches
 import tl_lenses.text.sources
 from tl_lenses.text.batches import TokenBatches, as_batches, token_batches
-from tl_lenses.tokens import Batch, check_tokens, tokenize
+from tl_lenses.tokens import Batch, check_tokens, special_id, tokenize
 
 TEXTS = [
     f"Document {n}: the {animal} sat on the {place}, naïve café № {n * n}.\nIt was 日本 {'again ' * (n % 5)}🙂"
@@ -86,7 +86,7 @@ def texts_of(batches, tokenizer, drop):
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<eos>"}, {"bos_token": "<bos>"}, {"both": "<bos>"}])
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_rows_are_the_documents_concatenated_and_cut(seq_len, batch_size, special, prepend_bos):
+def test_rows_are_cut_from_the_concatenated_documents(seq_len, batch_size, special, prepend_bos):
     both = {"bos_token": special["both"], "eos_token": special["both"]} if "both" in special else special
     tokenizer = make_tokenizer(**both)
     got = list(token_batches(TEXTS, tokenizer, seq_len=seq_len, batch_size=batch_size, prepend_bos=prepend_bos))
@@ -97,13 +97,17 @@ def test_rows_are_the_documents_concatenated_and_cut(seq_len, batch_size, specia
     assert all(batch.tokens.dtype == torch.long and batch.attention_mask is None for batch in got)
 
 
-def test_every_row_starts_with_one_bos_and_documents_are_separated_by_eos(tokenizer):
-    got = torch.tensor(rows(token_batches(TEXTS, tokenizer, seq_len=10, batch_size=4)))
-    assert (got[:, 0] == tokenizer.bos_token_id).all() and (got[:, 1:] != tokenizer.bos_token_id).all()
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_bos_is_at_the_start_of_every_row_or_nowhere(tokenizer, prepend_bos):
+    got = torch.tensor(rows(token_batches(TEXTS, tokenizer, seq_len=10, batch_size=4, prepend_bos=prepend_bos)))
+    where = torch.zeros_like(got, dtype=torch.bool)
+    where[:, 0] = prepend_bos
+    assert torch.equal(got == tokenizer.bos_token_id, where)
+
+
+def test_documents_are_separated_by_eos(tokenizer):
     kept = texts_of(token_batches(TEXTS, tokenizer, seq_len=10, batch_size=4), tokenizer, drop=1)
     assert kept == TEXTS[: len(kept)] and len(kept) >= len(TEXTS) - 1
-    without = torch.tensor(rows(token_batches(TEXTS, tokenizer, seq_len=10, batch_size=4, prepend_bos=False)))
-    assert (without != tokenizer.bos_token_id).all()
 
 
 def test_bos_is_not_doubled_by_a_tokenizer_that_adds_it_itself(tokenizer):
@@ -162,30 +166,44 @@ def test_two_passes_at_a_time_do_not_disturb_each_other(tokenizer):
     assert len(pairs) > 3 and all(torch.equal(a.tokens, b.tokens) for a, b in pairs)
 
 
+def order(tokenizer, buffer, seed, epoch=0):
+    """Documents as they come; rows of BOS and one token lose nothing at the end."""
+    batches = token_batches(TEXTS, tokenizer, seq_len=2, batch_size=50, shuffle_seed=seed, shuffle_buffer=buffer)
+    return texts_of(batches.epoch(epoch), tokenizer, drop=0)
+
+
+def test_without_a_seed_the_order_is_that_of_the_source(tokenizer):
+    assert order(tokenizer, 1000, None) == order(tokenizer, 1000, None, epoch=1) == TEXTS
+
+
 @pytest.mark.parametrize("buffer", [1, 7, 1000])
-def test_shuffle_gives_every_document_once_in_an_order_of_its_seed(tokenizer, buffer):
-    def order(seed, epoch=0):
-        batches = token_batches(TEXTS, tokenizer, seq_len=2, batch_size=50, shuffle_seed=seed, shuffle_buffer=buffer)
-        return texts_of(batches.epoch(epoch), tokenizer, drop=0)
-
-    # rows of BOS and one token lose nothing at the end
-    assert texts_of(token_batches(TEXTS, tokenizer, seq_len=2, batch_size=50), tokenizer, drop=0) == TEXTS
-    assert sorted(order(0)) == sorted(TEXTS)
-    assert order(0) == order(0)
-    assert order(3, epoch=2) == order(3, epoch=2)
-    if buffer > 1:
-        orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
-        assert TEXTS not in orders and len({tuple(each) for each in orders}) == 9
+def test_shuffled_text_has_every_document_once(tokenizer, buffer):
+    assert sorted(order(tokenizer, buffer, 0)) == sorted(TEXTS)
 
 
-def test_iter_is_epoch_zero_and_without_a_seed_epochs_are_equal(tokenizer):
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_a_seed_is_an_order_of_each_epoch(tokenizer, buffer):
+    assert order(tokenizer, buffer, 0) == order(tokenizer, buffer, 0)
+    assert order(tokenizer, buffer, 3, epoch=2) == order(tokenizer, buffer, 3, epoch=2)
+
+
+@pytest.mark.parametrize("buffer", [7, 1000])
+def test_other_seeds_and_epochs_are_other_orders(tokenizer, buffer):
+    orders = [order(tokenizer, buffer, seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert TEXTS not in orders and len({tuple(each) for each in orders}) == 9
+
+
+def test_iter_is_epoch_zero(tokenizer):
     shuffled = token_batches(TEXTS, tokenizer, seq_len=8, batch_size=4, shuffle_seed=5)
     assert rows(shuffled) == rows(shuffled.epoch(0)) != rows(shuffled.epoch(1))
-    plain = token_batches(TEXTS, tokenizer, seq_len=8, batch_size=4)
-    assert rows(plain) == rows(plain.epoch(1))
 
 
-def test_limit_tokens_stops_at_whole_rows_and_reads_no_further(tokenizer):
+def test_limit_tokens_stops_at_whole_rows(tokenizer):
+    everything = rows(token_batches(TEXTS, tokenizer, seq_len=8, batch_size=3))
+    assert rows(token_batches(TEXTS, tokenizer, seq_len=8, batch_size=3, limit_tokens=87)) == everything[:10]
+
+
+def test_behind_limit_tokens_nothing_is_read(tokenizer):
     read = []
 
     def endless():
@@ -196,8 +214,6 @@ def test_limit_tokens_stops_at_whole_rows_and_reads_no_further(tokenizer):
     batches = token_batches(endless, tokenizer, seq_len=8, batch_size=3, limit_tokens=8 * 10 + 7)
     assert sum(batch.tokens.numel() for batch in batches) == batches.n_tokens == 80
     assert len(read) < 100
-    everything = rows(token_batches(TEXTS, tokenizer, seq_len=8, batch_size=3))
-    assert rows(token_batches(TEXTS, tokenizer, seq_len=8, batch_size=3, limit_tokens=87)) == everything[:10]
 
 
 def test_the_source_is_read_as_a_stream(tokenizer):
@@ -358,7 +374,7 @@ def test_a_dataset_name_is_streamed(tokenizer, monkeypatch, name, arguments):
 
 
 def documents(path):
-    return [text for text, _ in tl_lenses.text.sources._documents(path)]
+    return [text for text, _ in tl_lenses.text.sources.reader(path, "text", "train")[0](None)]
 
 
 def test_text_without_separators_is_cut_at_blank_lines_into_passages(tmp_path):
@@ -579,6 +595,9 @@ def test_prompts_refused(tokenizer, message, prompts, kwargs):
 def test_empty_prompt_without_a_bos(bare_tokenizer):
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
         tokenize(bare_tokenizer, "")
+
+
+def test_a_prompt_without_a_tokenizer():
     with pytest.raises(ValueError, match="the tokenizer is None"):
         tokenize(None, "the cat")
 
@@ -653,7 +672,7 @@ def test_lists_keep_their_elements_apart():
     assert shapes(as_batches([Batch(IDS), {"input_ids": IDS[:2]}], batch_size=6)) == [(6, 3), (4, 3), (2, 3)]
 
 
-def test_what_collators_and_loaders_yield():
+def test_what_collators_yield():
     item = {"input_ids": IDS, "attention_mask": MASK.bool(), "labels": IDS}
     for (only,) in (as_batches(item), as_batches([item])):
         assert torch.equal(only.tokens, IDS) and torch.equal(only.attention_mask, MASK)
@@ -661,9 +680,19 @@ def test_what_collators_and_loaders_yield():
     row = {"input_ids": IDS[0], "attention_mask": MASK[0]}
     (only,) = as_batches([row])
     assert only.tokens.shape == only.attention_mask.shape == (1, 3)
-    for data in (IDS, TensorDataset(IDS), datasets.Dataset.from_dict({"input_ids": IDS.tolist()}).with_format("torch")):
-        batches = as_batches(DataLoader(data, batch_size=4))
-        assert shapes(batches) == [(4, 3), (4, 3), (2, 3)] == shapes(batches) and rows(batches) == IDS.tolist()
+
+
+LOADED = {
+    "tensor": lambda: IDS,
+    "tensors": lambda: TensorDataset(IDS),
+    "dataset": lambda: datasets.Dataset.from_dict({"input_ids": IDS.tolist()}).with_format("torch"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_what_loaders_yield(kind):
+    batches = as_batches(DataLoader(LOADED[kind](), batch_size=4))
+    assert shapes(batches) == [(4, 3), (4, 3), (2, 3)] == shapes(batches) and rows(batches) == IDS.tolist()
 
 
 def test_what_a_tokenizer_returns(tokenizer):
@@ -717,27 +746,36 @@ def test_examples_run():
     assert tried >= 7 and not failed
 
 
-def test_a_bos_that_was_put_in_place_is_none_of_the_tokenizers_own(tmp_path):
-    """TransformerLens sets BOS and PAD to EOS where there is none (Qwen2), in place: text would start with `<|endoftext|>`."""
-    from tl_lenses.tokens import special_id
+def fast(**tokens):
+    return PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, **tokens)
 
-    fast = lambda **tokens: PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, eos_token="</s>", **tokens)
-    plain = fast()
-    ids = plain("the cat")["input_ids"]
+
+CAT = zoo.tokenizer()("the cat")["input_ids"]
+MATS = ["the cat sat on the mat"] * 4
+
+
+def test_a_bos_that_was_put_in_place_is_none_of_the_tokenizers_own():
+    """TransformerLens sets BOS and PAD to EOS where there is none (Qwen2), in place: text would start with `<|endoftext|>`."""
+    plain = fast(eos_token="</s>")
     plain.bos_token = plain.pad_token = plain.eos_token
     assert plain.bos_token_id == zoo.EOS and special_id(plain, "bos") is special_id(plain, "pad") is None
     assert special_id(plain, "eos") == zoo.EOS
-    assert tokenize(plain, "the cat").tokens.tolist() == [ids]
-    batches = list(token_batches(["the cat sat on the mat"] * 4, plain, seq_len=4, batch_size=2))
-    assert all((row[0] != zoo.EOS) for batch in batches[:1] for row in batch.tokens[:1])
-    # The same of EOS, which would be put between documents.
-    bare = PreTrainedTokenizerFast(tokenizer_object=zoo.tokenizer().backend_tokenizer, unk_token="<unk>")
-    rows = lambda: [batch.tokens.tolist() for batch in token_batches(["the cat sat on the mat"] * 4, bare, seq_len=4, batch_size=2)]
-    before = rows()
+    assert tokenize(plain, "the cat").tokens.tolist() == [CAT]
+    assert rows(token_batches(MATS, plain, seq_len=4, batch_size=2))[0][0] != zoo.EOS
+
+
+def test_an_eos_that_was_put_in_place_separates_no_documents():
+    bare = fast(unk_token="<unk>")
+    before = rows(token_batches(MATS, bare, seq_len=4, batch_size=2))
     bare.eos_token = "<|endoftext|>"
-    assert bare.eos_token_id is not None and rows() == before
-    tokenizer = fast(bos_token="</s>")  # GPT-2's BOS is its EOS, and its own
-    assert tokenize(tokenizer, "the cat").tokens.tolist() == [[zoo.EOS, *ids]]
-    given = fast()
-    given.bos_token = "<s>"  # by somebody else
-    assert tokenize(given, "the cat").tokens.tolist() == [[zoo.BOS, *ids]]
+    assert bare.eos_token_id is not None and rows(token_batches(MATS, bare, seq_len=4, batch_size=2)) == before
+
+
+def test_a_bos_that_is_the_eos_from_the_start_is_the_tokenizers_own():
+    assert tokenize(fast(eos_token="</s>", bos_token="</s>"), "the cat").tokens.tolist() == [[zoo.EOS, *CAT]]  # GPT-2
+
+
+def test_a_bos_that_somebody_gave_is_the_tokenizers_own():
+    given = fast(eos_token="</s>")
+    given.bos_token = "<s>"
+    assert tokenize(given, "the cat").tokens.tolist() == [[zoo.BOS, *CAT]]

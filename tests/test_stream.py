@@ -1,6 +1,7 @@
 """A position in the text: reading goes on there to the same batches, in every kind of source, without reading again."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -127,20 +128,14 @@ def test_tensors_and_lists_of_batches_have_positions_too(kind):
     assert all(torch.equal(next(rest)[0].tokens, batch.tokens) for batch in first[4:])
 
 
-def test_going_on_tokenises_one_group_and_reads_no_text_before_it(tmp_path, monkeypatch):
+def test_going_on_reads_no_text_before_its_place(tmp_path):
     path = _lines(tmp_path / "a.jsonl", LONG)
     make = lambda: token_batches(path, TOKENIZER, seq_len=33, batch_size=3)
-    whole = list(Text.of(make()).stream(endless=False))
-    _, position = whole[-4]
-    offsets, lines = [], tl_lenses.text.sources._lines
-
-    def counting(path, offset=0):
-        offsets.append(offset)
-        return lines(path, offset)
-
-    monkeypatch.setattr(tl_lenses.text.sources, "_lines", counting)
-    next(Text.of(make()).stream(at=position))
-    assert len(offsets) == 1 and offsets[0] > 0.7 * path.stat().st_size
+    *_, (_, place), (after, _), _, _ = Text.of(make()).stream(endless=False)
+    content = path.read_bytes()
+    spoilt = int(0.7 * len(content))
+    path.write_bytes(b"x" * spoilt + content[spoilt:])
+    assert _same(next(Text.of(make()).stream(at=place))[0], after)
 
 
 def test_a_stream_of_datasets_is_not_read_from_its_start():
@@ -180,37 +175,60 @@ def _equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_worker_processes_give_the_same_batches_and_positions():
+@pytest.fixture(scope="module")
+def passes():
+    """A text read in this process and by two workers, and one pass over each."""
     settings = dict(seq_len=9, batch_size=2, shuffle_seed=1, shuffle_buffer=5)
     alone, shared = (token_batches(list(LONG) * 4, TOKENIZER, workers=workers, **settings) for workers in (0, 2))
-    expected = list(Text.of(alone).stream(endless=False))
-    got = list(Text.of(shared).stream(endless=False))
-    assert len(got) == len(expected) > 20
-    for (batch, place), (other, there) in zip(got, expected, strict=True):
-        assert torch.equal(batch.tokens, other.tokens) and batch.bytes_per_token == other.bytes_per_token
-        assert _equal(place.state(), there.state())
+    return alone, shared, list(Text.of(alone).stream(endless=False)), list(Text.of(shared).stream(endless=False))
+
+
+def test_worker_processes_give_the_same_batches(passes):
+    *_, expected, got = passes
+    assert len(got) == len(expected) > 20 and all(_same(a, b) for (a, _), (b, _) in zip(got, expected, strict=True))
+
+
+def test_worker_processes_give_the_same_places(passes):
+    *_, expected, got = passes
+    assert all(_equal(a.state(), b.state()) for (_, a), (_, b) in zip(got, expected, strict=True))
+
+
+def test_worker_processes_count_the_same_tokens(passes):
+    alone, shared, *_ = passes
     assert shared.n_tokens == alone.n_tokens and shared.counted == alone.counted
+
+
+def test_worker_processes_go_on_in_the_middle(passes):
+    _, shared, expected, got = passes
     middle = len(got) // 2
-    on = [batch.tokens for batch, _ in Text.of(shared).stream(at=got[middle][1], endless=False)]  # the same pool
+    on = [batch.tokens for batch, _ in Text.of(shared).stream(at=got[middle][1], endless=False)]
     assert torch.equal(torch.cat(on), torch.cat([batch.tokens for batch, _ in expected[middle + 1 :]]))
 
-    assert shared.pool is not None
-    os.kill(next(iter(shared.pool._processes)), signal.SIGKILL)
+
+def test_a_worker_that_is_killed_is_an_error(passes):
+    shared = passes[1]
+    list(shared)  # has its workers
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="a worker process of the tokenizer ended.*workers=0 does without"):
         list(shared)
     assert shared.pool is None  # the next pass starts others
 
+
+def test_worker_processes_give_what_came_before_an_error_of_the_source():
     def torn():
         yield from LONG
         raise OSError("the disk is gone")
 
-    alone, shared = (token_batches(torn, TOKENIZER, seq_len=9, batch_size=2, workers=n, prefetch=0) for n in (0, 1))
     got = []
-    for batches in (alone, shared):
+    for n in (0, 1):
         got.append([])
         with pytest.raises(OSError, match="the disk is gone"):
+            batches = token_batches(torn, TOKENIZER, seq_len=9, batch_size=2, workers=n, prefetch=0)
             got[-1] += (batch.tokens.tolist() for batch in batches)
     assert got[0] == got[1] and len(got[0]) > 5
+
+
+def test_a_tokenizer_that_workers_cannot_have_is_refused():
     stuck = make_tokenizer(bos_token="<bos>", eos_token="<eos>")
     stuck.lock = threading.Lock()
     with pytest.raises(ValueError, match="cannot be sent to worker processes .*pass workers=0"):
@@ -240,13 +258,13 @@ def test_workers_that_die_while_they_start_are_an_error_and_no_hang(tmp_path, ho
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = """
-import os, sys, tl_lenses as tll
+import multiprocessing, os, sys, tl_lenses as tll
 sys.path.insert(0, {tests!r})
 from test_stream import LONG, TOKENIZER
 if __name__ == "__main__":
     batches = tll.token_batches(LONG * 50, TOKENIZER, seq_len=9, batch_size=2, workers=1)
     next(iter(batches))
-    print(*batches.pool._processes, flush=True)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), 9)
 """
     (tmp_path / "script.py").write_text(script.format(tests=str(Path(__file__).parent)))
@@ -274,22 +292,20 @@ def test_the_thread_has_ended_when_its_reader_has():
     assert not [thread for thread in threading.enumerate() if thread.name == "tl_lenses text"]
 
 
-def test_the_thread_is_ahead_by_no_more_than_asked_and_stops_with_its_reader():
+@pytest.mark.parametrize("n", [3, 0])
+def test_a_thread_gives_what_it_reads(n):
+    assert list(ahead(iter(range(50)), n)) == list(range(50))
+
+
+def test_the_thread_is_ahead_by_no_more_than_asked():
     made = []
-
-    def items():
-        for i in range(100):
-            made.append(i)
-            yield i
-
-    stream = ahead(items(), 3)
+    stream = ahead((made.append(i) or i for i in range(100)), 3)
     assert next(stream) == 0
     time.sleep(0.3)
     assert len(made) == 5  # one read, three waiting, one in hand
     stream.close()
     time.sleep(0.3)
     assert len(made) <= 6
-    assert list(ahead(iter(range(50)), 3)) == list(ahead(iter(range(50)), 0)) == list(range(50))
 
 
 def test_errors_come_out_of_the_thread_in_their_place():
