@@ -21,11 +21,8 @@ def of(result, value, lens):
 @pytest.fixture(scope="module")
 def affine():
     """The model that is affine on one token, and its exact lens."""
-    model, truth = zoo.affine_model(), zoo.truth(zoo.affine_model())
-    layers = range(model.cfg.n_layers)
-    rows = [(tll.site(model, layer), tll.site(model, -1)) for layer in layers]
-    weights, biases = (torch.stack([truth[layer][i].float() for layer in layers]) for i in (0, 1))
-    return model, tll.Lens(model, tll.Translators(rows, weights, biases, n_layers=model.cfg.n_layers))
+    model = zoo.affine_model()
+    return model, tll.Lens(model, zoo.exact_maps(model))
 
 
 def test_an_affine_model_responds_as_its_exact_lens(affine):
@@ -59,21 +56,35 @@ def test_an_unweighted_or_uncentred_product_is_another_number(affine, monkeypatc
     assert (broken.similarity - both.similarity).abs().max() > 1e-3
 
 
-def test_at_the_final_state_every_lens_is_the_model_and_given_subspaces_are_used(model):
+def at_the_end(model, **settings):
+    """The logit lens at layer 1 and at the final state, in given subspaces."""
     depth, width = model.cfg.n_layers, model.cfg.d_model
     rows = torch.linalg.qr(torch.randn(width, 3, generator=torch.Generator().manual_seed(3))).Q.T
     spaces = {"logit": {1: rows, depth: rows}}
-    result = A.alignment(model, {"logit": tll.Lens(model)}, LONG, layers=[1, depth], subspaces=spaces)
-    assert of(result, "similarity", "logit")[1] > 0.999 and of(result, "similarity", "logit")[0] < 0.99
-    other = A.alignment(model, {"logit": tll.Lens(model)}, LONG, layers=[1, depth], subspaces=spaces, seed=5)
-    assert not torch.equal(result.similarity, other.similarity)
+    return A.alignment(model, {"logit": tll.Lens(model)}, LONG, layers=[1, depth], subspaces=spaces, **settings).similarity
 
 
-def test_the_report_prints_and_saves(model, tmp_path):
-    result = A.alignment(model, {"a": tll.Lens(model), "b": tll.Lens(model)}, LONG, k=2, layers=[1, 2], n=20)
-    assert torch.equal(of(result, "response", "a"), of(result, "response", "b"))
-    assert "a, shuffled" in result.markdown() and len(result.to_frame()) == 4
-    assert (result.save(tmp_path / "out") / "similarity.svg").exists()
+def test_at_the_final_state_every_lens_is_the_model(model):
+    early, final = at_the_end(model)[0]
+    assert early < 0.99 and final > 0.999
+
+
+def test_another_seed_draws_other_states(model):
+    assert not torch.equal(at_the_end(model), at_the_end(model, seed=5))
+
+
+@pytest.fixture(scope="module")
+def report(model):
+    return A.alignment(model, {"a": tll.Lens(model), "b": tll.Lens(model)}, LONG, k=2, layers=[1, 2], n=20)
+
+
+def test_equal_lenses_respond_alike(report):
+    assert torch.equal(of(report, "response", "a"), of(report, "response", "b"))
+
+
+def test_the_report_has_its_table_figure_and_frame(report, tmp_path):
+    assert "a, shuffled" in report.markdown() and len(report.to_frame()) == 4
+    assert (report.save(tmp_path / "out") / "similarity.svg").exists()
 
 
 def test_bad_input_is_refused_before_any_pass(model, monkeypatch):

@@ -137,7 +137,7 @@ def test_padding_changes_nothing(model):
     assert torch.allclose(plain.grid.at(layer=1)["effect"], other.grid.at(layer=1)["effect"], rtol=2e-2)
 
 
-def test_the_report_prints_and_saves(model, tmp_path):
+def test_the_report_has_its_tables_figures_and_frame(model, tmp_path):
     result = C.causal_basis(model, tll.Lens(model), TOKENS, k=3, layers=[0, 2], n=20)
     assert "Spearman" in str(result) and "| 2 |" in result.markdown()
     folder = result.save(tmp_path / "out")

@@ -35,27 +35,40 @@ def task(n=40, injected=". the bird sang in", words=(" cat", " dog"), seed=0):
 # --- ranks
 
 
-def test_auroc_and_spearman_against_their_definitions():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(0, 5, (2, 30), generator=generator).double()
+SCORES = torch.randint(0, 5, (2, 30), generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    a, b = SCORES
     pairs = (b[None] > a[:, None]).double() + (b[None] == a[:, None]).double() / 2
     assert float(numerics.auroc(a, b)) == pytest.approx(float(pairs.mean()))
+
+
+def test_ranks_and_their_correlation_are_those_of_scipy():
     stats = pytest.importorskip("scipy.stats")
-    assert float(numerics.spearman(a, b)) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert numerics.average_ranks(a).tolist() == stats.rankdata(a).tolist()
-    assert math.isnan(float(numerics.spearman(a, torch.ones(30))))
-    low, high = numerics.percentiles(numerics.spearman_draws(a, b))
-    assert float(low) < float(numerics.spearman(a, b)) < float(high)
+    assert numerics.average_ranks(SCORES[0]).tolist() == stats.rankdata(SCORES[0]).tolist()
+    assert float(numerics.spearman(*SCORES)) == pytest.approx(stats.spearmanr(*SCORES).statistic)
+
+
+def test_a_constant_has_no_correlation():
+    assert math.isnan(float(numerics.spearman(SCORES[0], torch.ones(30))))
+
+
+def test_the_interval_of_a_correlation_holds_it():
+    low, high = numerics.percentiles(numerics.spearman_draws(*SCORES))
+    assert float(low) < float(numerics.spearman(*SCORES)) < float(high)
 
 
 # --- choices
 
 
 @pytest.mark.parametrize("words", [(" cat", " dog"), (" cat", " the dog")])
-def test_states_that_are_not_finite_are_refused_and_the_layer_is_named(words):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_states_that_are_not_finite_are_refused_by_their_layer(model, words):
     overflow = lambda x, hook=None: torch.full_like(x, torch.inf)
-    with tll.hooks.installed(model, [(tll.site(model, 2), overflow)]), pytest.raises(ValueError, match="layer 2 has values"):
+    with (
+        tll.hooks.installed(model, [(tll.site(model, 2), overflow)]),
+        pytest.raises(ValueError, match="layer 2 has values"),
+    ):
         scored(model, {"logit": tll.Lens(model)}, questions(words=words), layers=[0, 2])
 
 
@@ -95,25 +108,36 @@ def test_choices_that_cannot_be_scored(model):
 # --- the experiment
 
 
-def test_a_planted_injection_is_found_and_noise_is_not(model, monkeypatch):
-    """Injected prompts of another kind give AUROC 1; the same prompts as normal ones 0.5; and the check fails on broken features."""
-    lenses = {"logit": tll.Lens(model)}
+def detected(model, planted):
+    return detection(model, {"logit": tll.Lens(model)}, [planted], splits=4, neighbors=5, draws=40, show_progress=False)
 
-    def run(planted):
-        return detection(model, lenses, [planted], splits=4, neighbors=5, draws=40, show_progress=False)
 
-    report = run(task())
-    assert report.methods[:3] == ["logit, iForest", "logit, LOF", "logit, OC-SVM"]
-    far = report.auroc[0, :, 0]
+@pytest.fixture(scope="module")
+def found(model):
+    """Injected prompts of another kind than the normal ones."""
+    return detected(model, task())
+
+
+def test_a_planted_injection_is_found(found):
+    assert found.methods[:3] == ["logit, iForest", "logit, LOF", "logit, OC-SVM"]
+    far = found.auroc[0, :, 0]
     assert (far[1:] > 0.98).all() and far[0] > 0.8, far  # measured: forest .92, all others 1.00
-    assert (report.low <= report.auroc + 1e-6).all() and (report.auroc <= report.high + 1e-6).all()
+
+
+def test_an_interval_holds_its_auroc(found):
+    assert (found.low <= found.auroc + 1e-6).all() and (found.auroc <= found.high + 1e-6).all()
+
+
+def test_normal_prompts_are_no_injection(model):
     normal = task(80)
     same = injections.Task("t", normal.normal[:40], {"ignore": tuple(replace(q, group=None) for q in normal.normal[40:])})
-    none = run(same).auroc[0, :, 0]
+    none = detected(model, same).auroc[0, :, 0]
     assert ((none - 0.5).abs() < 0.25).all(), none
 
+
+def test_features_that_say_nothing_find_nothing(model, monkeypatch):
     monkeypatch.setattr(module, "_features", lambda lens, last, logprobs, rows: torch.rand(len(last), 8).double())
-    assert run(task()).auroc[0, 1, 0] < 0.9  # broken: features that say nothing
+    assert detected(model, task()).auroc[0, 1, 0] < 0.9
 
 
 def test_prompts_without_answers_have_statistics(model):
@@ -135,16 +159,20 @@ def test_answers_are_counted(model):
     assert report.obeyed[0, 0].isnan()
 
 
-def test_the_covariance_is_that_of_scikit_learn_and_srm_is_the_formula():
+WIDE = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1.0, 13)
+
+
+def test_the_covariance_is_that_of_scikit_learn():
     covariance = pytest.importorskip("sklearn.covariance")
-    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ torch.diag(
-        torch.arange(1.0, 13, dtype=torch.float64)
-    )
-    x = x - x.mean(0)
+    x = WIDE - WIDE.mean(0)
     ours, weight = numerics.ledoit_wolf(x)
     theirs, other = covariance.ledoit_wolf(x.numpy(), assume_centered=True)
     assert weight == pytest.approx(other) and torch.allclose(ours, torch.as_tensor(theirs))
-    y = torch.ones(1, 12, dtype=torch.float64)
+
+
+def test_the_distance_is_by_that_covariance_or_by_its_diagonal():
+    x, y = WIDE - WIDE.mean(0), torch.ones(1, 12, dtype=torch.float64)
+    ours, _ = numerics.ledoit_wolf(x)
     whole, diagonal, _ = module.mahalanobis(x, y)
     assert float(whole) == pytest.approx(float(y @ torch.linalg.inv(ours) @ y.T))
     assert float(diagonal) == pytest.approx(float((1 / ours.diagonal()).sum()))
@@ -213,7 +241,7 @@ def test_tasks_of_facts(tmp_path):
     assert injections.read_instructions()[0] == "bundled"
 
 
-def test_the_result_prints_draws_and_saves(model, tmp_path):
+def test_the_result_has_its_tables_figures_and_frame(model, tmp_path):
     report = detection(model, {"logit": tll.Lens(model)}, [task()], detectors=["LOF"], splits=2, neighbors=5, draws=20)
     text = report.markdown()
     assert "final state, SRM" in text and "share right" in text and "obeyed" in text

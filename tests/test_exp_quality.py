@@ -16,18 +16,9 @@ def lenses(model):
     return {"logit": tll.Lens(model), "regression": tll.Lens(model, tll.fit_regression(model, zoo.tokens(60, 12)))}
 
 
-def exact_lens(model):
-    """The affine model's own maps."""
-    maps = {layer: affine for layer, affine in zoo.truth(model).items() if layer < model.cfg.n_layers}
-    final = tll.site(model, -1)
-    rows = [(tll.site(model, layer), final) for layer in maps]
-    weights, biases = (torch.stack([affine[i] for affine in maps.values()]) for i in (0, 1))
-    return tll.Lens(model, tll.Translators(rows, weights, biases, n_layers=model.cfg.n_layers))
-
-
 def test_the_exact_lens_of_an_affine_model_has_no_kl_and_no_bias():
     model = zoo.affine_model(dtype=torch.float64)
-    lenses = {"logit": tll.Lens(model), "exact": exact_lens(model)}
+    lenses = {"logit": tll.Lens(model), "exact": tll.Lens(model, zoo.exact_maps(model))}
     report = quality(model, lenses, zoo.tokens(40, 1), skip_first=False, bytes_per_token=1.0)
     for row in report.rows():
         wrong = row["lens"] == "logit" and row["layer"] < model.cfg.n_layers
@@ -66,18 +57,29 @@ def test_the_check_fails_where_kl_is_the_wrong_way_round(model, lenses, monkeypa
         check_by_hand(model, lenses)
 
 
-def test_several_models_in_one_table_and_one_figure(model, lenses):
+@pytest.fixture(scope="module")
+def reports(model, lenses):
     other = zoo.build("neox", zoo.FEW_KINDS[0])
     first = quality(model, lenses, zoo.tokens(4, 10), bytes_per_token=2.0, name="one")
-    second = quality(other, tll.Lens(other), zoo.tokens(4, 10), bytes_per_token=3.0, name="two")
-    both = first + second
+    return first, first + quality(other, tll.Lens(other), zoo.tokens(4, 10), bytes_per_token=3.0, name="two")
+
+
+def test_several_models_are_in_one_table(reports):
+    both = reports[1]
     assert list(both.scores) == ["one", "two"] and both.settings["tokens"] == {"one": 36, "two": 36}
     table = both.tables()[0]
     assert [row[0] for row in table.rows] == ["one"] * 4 + ["two"] * 4 and len(table.columns) == 2 + 3 * 3
-    assert set(both.to_frame()["model"]) == {"one", "two"} and "bits_per_byte" in both.pictures()
-    assert len(next(iter(both.pictures().values())).series) == 3  # two has one lens
+    assert set(both.to_frame()["model"]) == {"one", "two"}
+
+
+def test_several_models_are_in_one_figure(reports):
+    pictures = reports[1].pictures()
+    assert "bits_per_byte" in pictures and len(next(iter(pictures.values())).series) == 3  # two has one lens
+
+
+def test_a_model_is_in_a_report_once(reports):
     with pytest.raises(ValueError, match="'one' is in both reports"):
-        first + first
+        reports[0] + reports[0]
 
 
 def test_bad_input_is_refused_before_a_pass(model, lenses, monkeypatch):

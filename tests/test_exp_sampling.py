@@ -36,18 +36,23 @@ def drawn_by_hand(model, lens, layer, tokens, n, seed, temperature):
     return tokens
 
 
+GREEDY = {"do_sample": False, "stop_at_eos": False}
+
+
 @pytest.mark.parametrize("arch,kind", zoo.cases())
 def test_cached_and_uncached_agree_with_passes_by_hand(arch, kind):
     model, tokens = zoo.build(arch, kind), zoo.tokens(2, 6)
     lens = tll.Lens(model)
-    layer = 1
-    want = greedy_by_hand(model, lens, layer, tokens, 4)
-    how = {"do_sample": False, "stop_at_eos": False}
-    assert torch.equal(sample_from(model, lens, layer, tokens, 4, use_cache=False, **how), want)
-    assert torch.equal(sample_from(model, lens, layer, tokens, 4, **how), want)
-    # And what the last layer says is the model's own, to the bit.
-    model_ids = tll.generate(model, tokens, (), 4, stop_at_eos=False)
-    assert torch.equal(sample_from(model, lens, model.cfg.n_layers, tokens, 4, **how), model_ids)
+    want = greedy_by_hand(model, lens, 1, tokens, 4)
+    for use_cache in (True, False):
+        assert torch.equal(sample_from(model, lens, 1, tokens, 4, use_cache=use_cache, **GREEDY), want)
+
+
+@pytest.mark.parametrize("arch,kind", zoo.cases())
+def test_the_last_layer_says_what_the_model_says(arch, kind):
+    model, tokens = zoo.build(arch, kind), zoo.tokens(2, 6)
+    said = sample_from(model, tll.Lens(model), model.cfg.n_layers, tokens, 4, **GREEDY)
+    assert torch.equal(said, tll.generate(model, tokens, (), 4, stop_at_eos=False))
 
 
 def check_draws(model, maps):

@@ -73,14 +73,28 @@ def test_a_planted_outlier_dimension_is_named(model, maps):
     assert report.asymmetry()[0] == pytest.approx(float(report.penalty[2, :2].mean()))
 
 
-def test_correlation_and_chance_of_planted_matrices():
-    n = 6
-    gap = (torch.arange(n)[:, None] - torch.arange(n)).abs().double()
-    planted = module.Transfer.of("m", list(range(n)), gap, torch.exp(-gap), torch.ones(n, 4), {})
-    assert torch.equal(planted.penalty, gap) and planted.correlation() == pytest.approx(-1.0)
-    assert planted.chance() < 0.02
-    noise = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert module.Transfer.of("m", list(range(n)), gap, noise + noise.T, torch.ones(n, 4), {}).chance() > 0.05
+GAP = (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
+
+
+def planted(similarity):
+    return module.Transfer.of("m", list(range(6)), GAP, similarity, torch.ones(6, 4), {})
+
+
+def test_the_correlation_of_planted_matrices():
+    it = planted(torch.exp(-GAP))
+    assert torch.equal(it.penalty, GAP) and it.correlation() == pytest.approx(-1.0)
+
+
+def test_the_chance_of_a_planted_correlation_is_small():
+    assert planted(torch.exp(-GAP)).chance() < 0.02
+
+
+def test_the_chance_of_noise_is_not_small():
+    noise = torch.rand(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert planted(noise + noise.T).chance() > 0.05
+
+
+def test_ties_have_the_mean_of_their_ranks():
     assert float(spearman(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))) == pytest.approx(3**0.5 / 2)
 
 

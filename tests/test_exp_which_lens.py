@@ -109,9 +109,7 @@ def test_directions_are_the_gradients_of_a_lens(arch, kind):
 def test_a_planted_mediator_has_angle_zero(kind):
     """On a linear model a difference of logits depends on one direction of the state, the exact lens' own."""
     affine, token, seen = zoo.affine_model(kind, torch.float64), torch.tensor([[9]]), {}
-    truth = {layer: maps for layer, maps in zoo.truth(affine).items() if layer < 3}
-    weights, biases = (torch.stack([maps[i] for maps in truth.values()]) for i in (0, 1))
-    lens = tll.Lens(affine, tll.Translators([(i, 3) for i in range(3)], weights, biases, n_layers=3), check="warn")
+    lens = tll.Lens(affine, zoo.exact_maps(affine))
     root = tll.patch(1, lambda x: x.detach().requires_grad_())
     logits = tll.run(affine, token, [root, tll.read(1, seen, detach=False)])[0, -1]
     (mediator,) = torch.autograd.grad(logits[5] - logits[7], seen[1])
@@ -128,9 +126,7 @@ def test_a_subspace_that_das_finds_is_near_the_lens_that_is_exact():
     from transformer_lens.tools.analysis import fit_das
 
     affine = zoo.affine_model("bridge")
-    truth = {layer: maps for layer, maps in zoo.truth(affine).items() if layer < 3}
-    weights, biases = (torch.stack([maps[i] for maps in truth.values()]) for i in (0, 1))
-    lens = tll.Lens(affine, tll.Translators([(i, 3) for i in range(3)], weights, biases, n_layers=3), check="warn")
+    lens = tll.Lens(affine, zoo.exact_maps(affine))
     base, source = torch.randint(zoo.D_VOCAB, (2, 256, 1), generator=torch.Generator().manual_seed(0))
     answer = lambda tokens: affine(tokens)[:, -1, [5, 7]]
     with torch.no_grad():

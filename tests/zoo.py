@@ -396,6 +396,15 @@ def truth(model: Any) -> dict[int, tuple[Tensor, Tensor]]:
     return dict(sorted(maps.items()))
 
 
+def exact_maps(model: Any) -> Any:
+    """The truth of `affine_model` as translators, in its own dtype."""
+    import tl_lenses as tll
+
+    n, maps = model.cfg.n_layers, truth(model)
+    weights, biases = (torch.stack([maps[layer][i] for layer in range(n)]).to(model.W_U.dtype) for i in (0, 1))
+    return tll.Translators([(tll.site(model, layer), tll.site(model, n)) for layer in range(n)], weights, biases, n_layers=n)
+
+
 # --- what hangs on a model
 
 
