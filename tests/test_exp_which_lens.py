@@ -61,13 +61,20 @@ def test_ranks_are_those_of_a_naive_loop():
             assert int(found().ranks[0, layer, i, 0]) == best
 
 
-def test_the_score_is_the_closed_form_and_pass_at_k_counts():
+def test_the_score_is_the_closed_form():
     best = found().ranks[..., 0].amin(1)
-    expected = (1 - best.double().log() / torch.tensor(50.0).double().log()).clamp_min(0).mean(1)
+    expected = (1 - best.double().log() / math.log(50)).clamp_min(0).mean(1)
     assert torch.allclose(found().grid["score"][0], expected)
-    assert found().pass_at(10)["logit"] == float((best[0] <= 10).double().mean())
-    assert RANDOM in found().lenses and found().kinds[0] == "all"
     assert (found().grid["low"] <= found().grid["score"] + 1e-9).all()
+
+
+def test_pass_at_k_counts_items():
+    best = found().ranks[0, ..., 0].amin(0)
+    assert found().pass_at(10)["logit"] == float((best <= 10).double().mean())
+
+
+def test_random_labels_stand_beside_the_lenses():
+    assert RANDOM in found().lenses and found().kinds[0] == "all"
     assert torch.equal(found().grid["above"][:, 0], torch.zeros(4, dtype=torch.float64))
 
 
@@ -149,61 +156,99 @@ def test_the_null_of_an_angle_is_haar():
     assert abs(sum(angle.overlap for angle in found) / 200 - 3 / 12) < 0.04
 
 
-@pytest.mark.slow
-def test_swaps_move_answers_and_random_ones_do_not():
+@pytest.fixture(scope="module")
+def swapped():
+    """What is used of lab-gpt2 at layer 6, by the logit lens and by one that differs in its biases alone."""
     lab = tll.lab.load("lab-gpt2")
     maps = tll.Translators([(6, 8)], torch.eye(256)[None], torch.ones(1, 256), n_layers=8)
-    report = usage(lab, {"same": tll.Lens(lab, maps, check="warn")}, layers=[6], n=6, show_progress=False)
-    assert report.grid["flips"].tolist() == [[1.0], [1.0]] and report.grid["flips_random"].tolist() == [[0.0], [0.0]]
-    assert float(report.grid["swap"][0]) > 4 * float(report.grid["swap_random"][0].abs())
-    assert float(report.grid["ablate"][0]) < -4
-    assert torch.allclose(report.grid["swap"][0], report.grid["swap"][1])  # a bias is in no direction
-    for key in ("swap", "flips", "ablate", "swap_random", "flips_random", "ablate_random"):
-        low, of, high = (report.grid[key + end] for end in ("_low", "", "_high"))
-        assert bool((low <= of).all() and (of <= high).all())
+    return usage(lab, {"same": tll.Lens(lab, maps, check="warn")}, layers=[6], n=6, show_progress=False).grid
+
+
+@pytest.mark.slow
+def test_a_swap_moves_answers_and_a_random_one_does_not(swapped):
+    assert swapped["flips"].tolist() == [[1.0], [1.0]] and swapped["flips_random"].tolist() == [[0.0], [0.0]]
+    assert float(swapped["swap"][0]) > 4 * float(swapped["swap_random"][0].abs())
+
+
+@pytest.mark.slow
+def test_an_answer_without_its_direction_is_unlikely(swapped):
+    assert float(swapped["ablate"][0]) < -4
+
+
+@pytest.mark.slow
+def test_a_bias_is_in_no_direction(swapped):
+    assert torch.allclose(swapped["swap"][0], swapped["swap"][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["swap", "flips", "ablate", "swap_random", "flips_random", "ablate_random"])
+def test_an_interval_of_swaps_holds_its_mean(swapped, key):
+    low, of, high = (swapped[key + end] for end in ("_low", "", "_high"))
+    assert bool((low <= of).all() and (of <= high).all())
 
 
 # --- the comparison
 
 
-def test_the_comparison_has_the_numbers_of_evaluate_and_the_unigram_guess():
-    tokens, lenses = zoo.tokens(6, 12), {"logit": tll.Lens(model()), "fit": tll.Lens(model(), zoo.random_maps(model()))}
-    report = tll.compare(model(), lenses, tokens, show_progress=False)
+@functools.cache
+def compared():
+    """Two lenses on a text, all layers, with the unigram guess."""
+    lenses = {"logit": tll.Lens(model()), "fit": tll.Lens(model(), zoo.random_maps(model()))}
+    return lenses, zoo.tokens(6, 12), tll.compare(model(), lenses, zoo.tokens(6, 12), show_progress=False).rows()
+
+
+def test_the_comparison_has_the_numbers_of_evaluate():
+    lenses, tokens, rows = compared()
     scores = tll.evaluate(model(), lenses, tokens, layers=range(3), show_progress=False)
-    for row in report.rows():
-        if row["lens"] != "unigram":
-            for key in ("kl", "top1", "cross_entropy", "bias"):
+    for row in rows:
+        for key in ("kl", "top1", "cross_entropy", "bias"):
+            if row["lens"] != "unigram":
                 assert row[key] == pytest.approx(scores.value(row["lens"], row["layer"], key), rel=1e-4, abs=1e-6)
-        assert row["kl_low"] <= row["kl"] <= row["kl_high"] and 0 <= row["ece"] <= 1
+
+
+def test_the_comparison_is_within_its_bounds():
+    assert all(row["kl_low"] <= row["kl"] <= row["kl_high"] and 0 <= row["ece"] <= 1 for row in compared()[2])
+
+
+def test_the_unigram_guess_is_the_mean_of_what_the_model_says():
+    _, tokens, rows = compared()
     with torch.no_grad():
         logp = tll.run(model(), tokens)[:, 1:].double().log_softmax(-1)
     p, mean = logp.exp(), logp.exp().mean((0, 1))
-    unigram = next(row for row in report.rows() if row["lens"] == "unigram")
+    unigram = next(row for row in rows if row["lens"] == "unigram")
     assert unigram["kl"] == pytest.approx(float((p * (logp - mean.log())).sum(-1).mean()), rel=1e-5)
     assert unigram["top1"] == pytest.approx(float((logp.argmax(-1) == mean.argmax()).double().mean()))
-    following = mean.log()[tokens[:, 2:]]
-    assert unigram["cross_entropy"] == pytest.approx(float(-following.mean()), rel=1e-5)
+    assert unigram["cross_entropy"] == pytest.approx(float(-mean.log()[tokens[:, 2:]].mean()), rel=1e-5)
 
 
-def test_every_number_has_the_interval_of_its_kind():
-    """Means over positions by resampled rows, what is no mean by a jackknife over groups of rows, against loops over whole distributions."""
+@functools.cache
+def one_layer():
+    """A lens at layer 1 on twenty rows: its numbers, those of the unigram guess, and all log-probabilities of model and lens."""
     tokens, lens, seen = zoo.tokens(20, 12), tll.Lens(model(), zoo.random_maps(model())), {}
-    report = tll.compare(model(), lens, tokens, layers=[1], seed=3, show_progress=False)
-    row, unigram = report.rows()
-    logits = tll.run(model(), tokens, [tll.read(1, seen)])[:, 1:]
+    row, unigram = tll.compare(model(), lens, tokens, layers=[1], seed=3, show_progress=False).rows()
     with torch.no_grad():
+        logits = tll.run(model(), tokens, [tll.read(1, seen)])[:, 1:]
         p, q = logits.double().log_softmax(-1), lens[1](seen[1][:, 1:]).double().log_softmax(-1)
-    index = torch.randint(20, (1000, 20), generator=torch.Generator().manual_seed(3))
-    following = q[:, :-1].gather(-1, tokens[:, 2:, None])[..., 0]
-    for key, by_row in {
-        "kl": (p.exp() * (p - q)).sum(-1).mean(1),
-        "top1": (p.argmax(-1) == q.argmax(-1)).double().mean(1),
-        "cross_entropy": -following.mean(1),
-    }.items():
-        draws = by_row[index].mean(1)
-        assert row[key] == pytest.approx(float(by_row.mean()), rel=1e-4)
-        assert row[f"{key}_low"] == pytest.approx(float(draws.quantile(0.025)), rel=1e-4, abs=1e-6)
-        assert row[f"{key}_high"] == pytest.approx(float(draws.quantile(0.975)), rel=1e-4, abs=1e-6)
+    return tokens, row, unigram, p, q
+
+
+@pytest.mark.parametrize("key", ["kl", "top1", "cross_entropy"])
+def test_a_mean_over_positions_has_the_interval_of_resampled_rows(key):
+    tokens, row, _, p, q = one_layer()
+    by_row = {
+        "kl": (p.exp() * (p - q)).sum(-1),
+        "top1": (p.argmax(-1) == q.argmax(-1)).double(),
+        "cross_entropy": -q[:, :-1].gather(-1, tokens[:, 2:, None])[..., 0],
+    }[key].mean(1)
+    draws = by_row[torch.randint(20, (1000, 20), generator=torch.Generator().manual_seed(3))].mean(1)
+    assert row[key] == pytest.approx(float(by_row.mean()), rel=1e-4)
+    assert row[f"{key}_low"] == pytest.approx(float(draws.quantile(0.025)), rel=1e-4, abs=1e-6)
+    assert row[f"{key}_high"] == pytest.approx(float(draws.quantile(0.975)), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("key", ["bias", "ece"])
+def test_what_is_no_mean_has_the_interval_of_a_jackknife_over_groups_of_rows(key):
+    tokens, row, _, p, q = one_layer()
 
     def bias(rows):
         a, b = (x[rows].exp().mean((0, 1)) for x in (p, q))
@@ -213,18 +258,30 @@ def test_every_number_has_the_interval_of_its_kind():
         sure, best = q[rows, :-1].exp().max(-1)
         return tll.calibration((best == tokens[rows, 2:]).double(), sure).ece
 
-    group = torch.arange(20) % 8
-    for key, of in {"bias": bias, "ece": ece}.items():
-        without = torch.tensor([of(group != g) for g in range(8)])
-        wide = 2.365 * float(7 / 8 * (without - without.mean()).square().sum()) ** 0.5
-        assert row[key] == pytest.approx(of(group >= 0), rel=1e-4)
-        assert row[f"{key}_high"] - row[key] == pytest.approx(wide, rel=1e-2)
+    of, group = {"bias": bias, "ece": ece}[key], torch.arange(20) % 8
+    without = torch.tensor([of(group != g) for g in range(8)])
+    wide = 2.365 * float(7 / 8 * (without - without.mean()).square().sum()) ** 0.5
+    assert row[key] == pytest.approx(of(group >= 0), rel=1e-4)
+    assert row[f"{key}_high"] - row[key] == pytest.approx(wide, rel=1e-2)
+
+
+def test_bits_per_byte_are_the_cross_entropy_of_a_byte():
+    tokens, row, *_ = one_layer()
     ratio = sum(len(model().tokenizer.decode(ids).encode()) for ids in tokens[:, 1:]) / tokens[:, 1:].numel()
     for end in ("", "_low", "_high"):
         assert row[f"bits_per_byte{end}"] == pytest.approx(row[f"cross_entropy{end}"] / math.log(2) / ratio)
+
+
+def test_the_cost_of_a_lens_is_that_of_its_map_with_the_unembedding():
+    _, row, unigram, *_ = one_layer()
     d, vocab = 32, zoo.D_VOCAB
     assert (row["multiply_adds"], row["bytes"]) == (d * d + d * vocab, 4 * (d * d + d))
-    assert (unigram["multiply_adds"], unigram["bytes"], unigram["bias"]) == (0, 4 * vocab, pytest.approx(0, abs=1e-9))
+    assert (unigram["multiply_adds"], unigram["bytes"]) == (0, 4 * vocab)
+
+
+def test_the_unigram_guess_has_no_bias_but_an_interval():
+    unigram = one_layer()[2]
+    assert unigram["bias"] == pytest.approx(0, abs=1e-9)
     assert unigram["top1_low"] <= unigram["top1"] <= unigram["top1_high"]
 
 
@@ -238,7 +295,8 @@ def test_what_a_comparison_keeps_does_not_grow_with_the_text(monkeypatch):
     assert all(x.shape[1] < zoo.D_VOCAB for pair in made for sums in pair for xs in sums.by_row.values() for x in xs)
 
 
-def test_a_comparison_does_not_depend_on_batches_and_reads_a_text_once_given(tmp_path):
+def test_a_comparison_does_not_depend_on_how_its_text_comes(tmp_path):
+    """In batches, once only, or as states that were stored."""
     tokens, lens = zoo.tokens(9, 12), tll.Lens(model(), zoo.random_maps(model()))
     asked = lambda text: tll.compare(model(), lens, text, layers=[1], show_progress=False).rows()
     whole = asked(tokens)
@@ -290,28 +348,48 @@ def _of(kl, bias, ece, adds, rows=20, spread=0.1):
     return Comparison("toy", sums, counts, grid=Grid.of_rows(made, ["lens", "layer"]))
 
 
-def test_sentences_of_bias_calibration_and_cost_have_the_answer_that_was_planted():
-    zero = (0.0, 0.0, 0.01)
-    report = _of(
-        kl=[2.0, 0.50, 0.52, 3.0],
-        bias=[(0.9, 0.8, 1.0), (0.2, 0.1, 0.3), (0.25, 0.2, 0.3), zero],
-        ece=[(0.1, 0.05, 0.15), (0.30, 0.29, 0.31), (0.40, 0.39, 0.41), zero],
-        adds=[1e6, 9e6, 3e6, 0.0],
-    )
-    said = dict(text.removeprefix("early, layer 4, ").split(": ", 1) for text in report.sentences())
-    assert list(said) == ["next token", "bias", "calibration", "cost"]
+ZERO = (0.0, 0.0, 0.01)
+
+
+def said_of(adds=(1e6, 9e6, 3e6, 0.0), bias=(ZERO,) * 4, ece=(ZERO,) * 4, **of):
+    """Sentences by what they are about."""
+    report = _of(bias=bias, ece=ece, adds=adds, **of)
+    return dict(text.removeprefix("early, layer 4, ").split(": ", 1) for text in report.sentences())
+
+
+def test_there_is_a_sentence_of_everything():
+    assert list(said_of(kl=[2.0, 0.50, 0.52, 3.0])) == ["next token", "bias", "calibration", "cost"]
+
+
+def test_the_sentence_of_bias_names_the_smallest():
+    said = said_of(kl=[2.0, 0.50, 0.52, 3.0], bias=[(0.9, 0.8, 1.0), (0.2, 0.1, 0.3), (0.25, 0.2, 0.3), ZERO])
     assert said["bias"] == "good, 0.20 (0.10, 0.30) nats, unigram 0.00; near 0.25 (0.20, 0.30), overlapping"
+
+
+def test_the_sentence_of_calibration_names_the_smallest():
+    said = said_of(kl=[2.0, 0.50, 0.52, 3.0], ece=[(0.1, 0.05, 0.15), (0.30, 0.29, 0.31), (0.40, 0.39, 0.41), ZERO])
     assert said["calibration"] == "logit, 0.10 (0.05, 0.15), unigram 0.00; good 0.30 (0.29, 0.31), apart"
-    assert said["cost"].startswith("near, 3.0 M multiply-adds, 2.00 MB; its KL 0.52 is within the interval of good, 0.50 (")
-    # nearly the same, but certainly farther: the dear one is the cheapest that is as near
-    report = _of(kl=[2.0, 0.5, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], spread=1e-3)
-    assert report.sentences()[3].endswith("good, 9.0 M multiply-adds, 2.00 MB; none cheaper is within its interval")
-    report = _of(kl=[0.4, 0.5, 0.6, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 9e6, 0.0], spread=1e-3)
-    assert report.sentences()[3].endswith("logit, 1.0 M multiply-adds, 0.00 MB; none is cheaper")
-    assert report.sentences()[0].endswith("below good in 100% of resampled texts")
-    # texts that are all alike: an interval of no width
-    report = _of(kl=[2.0, 0.1, 0.52, 3.0], bias=[zero] * 4, ece=[zero] * 4, adds=[1e6, 9e6, 3e6, 0.0], rows=7, spread=0.0)
-    assert "cost: good, " in report.sentences()[3]
+
+
+@pytest.mark.parametrize(
+    ("of", "begins", "ends"),
+    [
+        ({"kl": [2.0, 0.50, 0.52, 3.0]}, "near, 3.0 M multiply-adds, 2.00 MB; its KL 0.52 is within the interval of good, 0.50 (", ""),
+        # nearly the same, but certainly farther: the dear one is the cheapest that is as near
+        ({"kl": [2.0, 0.5, 0.52, 3.0], "spread": 1e-3}, "good, 9.0 M multiply-adds, 2.00 MB", "none cheaper is within its interval"),
+        ({"kl": [0.4, 0.5, 0.6, 3.0], "spread": 1e-3}, "logit, 1.0 M multiply-adds, 0.00 MB", "none is cheaper"),
+        # texts that are all alike: an interval of no width
+        ({"kl": [2.0, 0.1, 0.52, 3.0], "rows": 7, "spread": 0.0}, "good, ", ""),
+    ],
+    ids=["as near", "certainly farther", "nearest", "no width"],
+)  # fmt: skip
+def test_the_sentence_of_cost_names_the_cheapest_that_is_as_near(of, begins, ends):
+    cost = said_of(**of)["cost"]
+    assert cost.startswith(begins) and cost.endswith(ends)
+
+
+def test_the_sentence_of_the_next_token_says_how_sure_its_order_is():
+    assert said_of(kl=[0.4, 0.5, 0.6, 3.0], spread=1e-3)["next token"].endswith("below good in 100% of resampled texts")
 
 
 def test_a_lens_that_says_less_than_the_guess_is_praised_for_nothing():
@@ -323,17 +401,20 @@ def test_a_lens_that_says_less_than_the_guess_is_praised_for_nothing():
     assert [text.split(": ")[1].split(",")[0] for text in report.sentences()] == ["good"] * 4  # logit's 0 is the guess' own
 
 
-def test_each_layer_has_its_score_with_interval_and_other_labels():
+@pytest.mark.parametrize("layer", range(3))
+def test_each_layer_has_its_score_beside_that_of_other_labels(layer):
     grid, items = found().grid.at(kind="all"), len(found().items)
     index = torch.randint(items, (1000, items), generator=torch.Generator().manual_seed(0))
     for i, name in enumerate(found().lenses):
-        for layer in range(3):
-            own, other = (1 - found().ranks[i, layer].double().log() / math.log(50)).clamp_min(0).unbind(-1)
-            row = next(r for r in grid.rows() if r["lens"] == name and r["layer"] == layer)
-            assert row["by_layer"] == pytest.approx(float(own.mean()))
-            assert row["by_layer_shuffled"] == pytest.approx(float(other.mean()))
-            draws = own[index].mean(1)
-            assert row["by_layer_low"] == pytest.approx(float(draws.quantile(0.025)))
-            assert row["by_layer_high"] == pytest.approx(float(draws.quantile(0.975)))
+        own, other = (1 - found().ranks[i, layer].double().log() / math.log(50)).clamp_min(0).unbind(-1)
+        row = next(r for r in grid.rows() if r["lens"] == name and r["layer"] == layer)
+        assert row["by_layer"] == pytest.approx(float(own.mean()))
+        assert row["by_layer_shuffled"] == pytest.approx(float(other.mean()))
+        draws = own[index].mean(1)
+        assert row["by_layer_low"] == pytest.approx(float(draws.quantile(0.025)))
+        assert row["by_layer_high"] == pytest.approx(float(draws.quantile(0.975)))
+
+
+def test_the_table_of_layers_ends_on_other_labels():
     table = found().tables()[1]
     assert len(table.rows) == 3 * len(found().lenses) and table.columns[-1] == "shuffled labels"

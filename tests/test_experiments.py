@@ -69,26 +69,38 @@ def test_items_of_one_group_stay_in_one_half():
     assert Cells(pairs, {PATCHED: x}, list(range(40))).summary().held_out > 0  # a subject in both halves gives it away
 
 
-def test_a_single_group_has_no_held_out_cell_and_no_items_no_numbers():
+def test_a_single_group_has_no_held_out_cell():
     assert math.isnan(Cells([(0, 0)], {PATCHED: torch.ones(3, 1)}, [0, 0, 0]).summary().held_out)
+
+
+def test_no_items_have_no_numbers():
     assert math.isnan(Cells([(0, 0)], {PATCHED: torch.ones(0, 1)}, []).summary().oracle)
+
+
+def test_scores_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"are \[2, 3\]: expected \[2, 2\] or one column"):
         Cells([(0, 0), (1, 1)], {PATCHED: torch.ones(2, 3)}, [0, 1])
 
 
-def test_chosen_cells_limit_the_best_one_and_layers_take_any_target():
+def test_chosen_cells_limit_the_best_one():
+    assert replace(planted(), chosen=[0, 1, 2]).summary().best_cell in [(0, 0), (0, 1), (0, 2)]
+
+
+def test_a_layer_is_right_where_any_target_layer_is():
     cells = planted()
-    assert replace(cells, chosen=[0, 1, 2]).summary().best_cell in [(0, 0), (0, 1), (0, 2)]
     by_layer = cells.by_source_layer()
     assert list(by_layer) == [0, 1, 2]
     assert by_layer[1] == pytest.approx(float(cells.scores[PATCHED][:, 4:8].any(1).float().mean()))
 
 
-def test_random_vectors_have_the_norms_and_shuffled_ones_another_answer():
+def test_random_vectors_have_the_norms_and_no_more():
     x = torch.randn(5, 4, 16)
     y = random_like(x)
     assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-5)
     assert (torch.cosine_similarity(x, y, dim=-1).abs() < 0.95).all() and torch.equal(y, random_like(x))
+
+
+def test_a_shuffled_source_has_another_answer():
     answers = list("aabbbc")
     assert all(answers[i] != answers[j] for i, j in enumerate(others(answers)))
     with pytest.raises(ValueError, match="two different answers"):
@@ -110,14 +122,25 @@ def test_controls_of_some_items_are_those_of_all_items():
 
 
 @pytest.mark.parametrize("experiment", [attributes, entities, multihop])
-def test_layers_and_numbers_are_checked_before_anything_runs(model, experiment):
-    with pytest.raises(ValueError, match="no layer 20: this model has layers 0..3"):
-        experiment(model, layers=[20])
-    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
-        experiment(model, n=1)
-    with pytest.raises(TypeError, match="max_new_tokens must be a whole number, got True"):
-        experiment(model, max_new_tokens=True)
-    with pytest.warns(DeprecationWarning, match="is called n now"), pytest.raises(ValueError, match="at least 2, got 0"):
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"layers": [20]}, ValueError, "no layer 20: this model has layers 0..3"),
+        ({"n": 1}, ValueError, "n must be at least 2, got 1"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be a whole number, got True"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(model, experiment, settings, error, message):
+    with pytest.raises(error, match=message):
+        experiment(model, **settings)
+
+
+@pytest.mark.parametrize("experiment", [attributes, entities, multihop])
+def test_the_old_name_of_n_is_n(model, experiment):
+    with (
+        pytest.warns(DeprecationWarning, match="is called n now"),
+        pytest.raises(ValueError, match="at least 2, got 0"),
+    ):
         experiment(model, limit=0)
 
 
@@ -132,10 +155,19 @@ def test_the_name_of_the_facts(tmp_path):
 # --- texts and facts
 
 
-def test_substrings_are_normalised_and_begin_words():
-    assert facts.contains("the city of  SAO\n Paulo.", "São Paulo") and facts.contains("ﬁsh", "Fish")
-    assert not facts.contains("a woman", "Oman") and not facts.contains("Romania", "mania")
-    assert facts.contains("bananas", "banana") and not facts.contains("", "a")
+@pytest.mark.parametrize(
+    ("text", "word", "there"),
+    [
+        ("the city of  SAO\n Paulo.", "São Paulo", True),
+        ("ﬁsh", "Fish", True),
+        ("bananas", "banana", True),
+        ("a woman", "Oman", False),
+        ("Romania", "mania", False),
+        ("", "a", False),
+    ],
+)
+def test_an_answer_is_a_normalised_beginning_of_words(text, word, there):
+    assert facts.contains(text, word) is there
 
 
 def test_the_guard_names_the_reason():
@@ -146,7 +178,9 @@ def test_the_guard_names_the_reason():
     assert facts.contaminated(fact, "The capital of x is", "no") == ""
 
 
-def test_facts_of_the_paper_keep_their_newlines_and_lose_their_positions(tmp_path, model):
+@pytest.fixture
+def papers(tmp_path):
+    """Facts as the paper's files have them: quoted, with newlines, twice, and one whose subject is not in its text."""
     file = tmp_path / "factual" / "food_from_country.tsv"
     file.parent.mkdir()
     columns = "prompt_target object subject generations_baseline prompt_source position_source source_cropped_toks"
@@ -157,45 +191,68 @@ def test_facts_of_the_paper_keep_their_newlines_and_lose_their_positions(tmp_pat
         ["The country of origin for x", "Italy", "cat", "a", "no such word", "9", "[]"],
     ]  # fmt: skip
     file.write_text("\n".join("\t".join(row) for row in [columns.split(), *rows]))
-    listed = read_facts(tmp_path)
-    assert [(f.relation, f.template, f.text, f.occurrence) for f in listed] == [
+    return read_facts(tmp_path)
+
+
+def test_facts_of_the_paper_are_read_once_each(papers):
+    assert [(f.relation, f.template, f.text, f.occurrence) for f in papers] == [
         ("food_from_country", "The country of origin for {}", "the cat and the cat sat", 1),
         ("food_from_country", "The country of origin for {}", "the cat sat", 0),
     ]
-    for fact, end in zip(listed, ("the cat and the cat", "the cat"), strict=True):
-        source = facts.source_of(model, fact)
-        assert source.pos == model.to_tokens(end, prepend_bos=True).shape[1] - 1
 
 
-def test_facts_of_lre_and_the_built_in_ones(tmp_path):
+def test_the_position_of_a_fact_is_where_its_subject_ends(model, papers):
+    for fact, end in zip(papers, ("the cat and the cat", "the cat"), strict=True):
+        assert facts.source_of(model, fact).pos == model.to_tokens(end, prepend_bos=True).shape[1] - 1
+
+
+def test_facts_of_lre_are_read(tmp_path):
     content = {"prompt_templates": ["{} has", "The capital of {} is"], "samples": [
         {"subject": "Brazil", "object": r"Bras\u00edlia"}, {"subject": "Brazil", "object": "Rio"}]}  # fmt: skip
     (tmp_path / "capital.json").write_text(json.dumps(content))
     assert read_facts(tmp_path) == [Fact("capital", "Brazil", "Brasília", "The capital of {} is")]
+
+
+def test_there_are_bundled_facts():
     bundled = read_facts()
     assert {fact.relation for fact in bundled} == {"country_capital_city", "food_from_country"} and len(bundled) == 39
     assert len(facts.two_hops(bundled)) > 10
-    (tmp_path / "empty").mkdir()
-    for path in ("none", "empty"):
-        with pytest.raises(ValueError, match="expected .tsv files of the paper or .json files of LRE"):
-            read_facts(tmp_path / path)
-    (tmp_path / "empty" / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="no prompt_templates and samples"):
-        read_facts(tmp_path / "empty")
-    (tmp_path / "empty" / "a.tsv").write_text("a\tb\n1\t2\n")
-    with pytest.raises(ValueError, match="has no columns"):
-        read_facts(tmp_path / "empty")
 
 
-def test_every_file_of_the_paper_and_of_lre_is_read(shared):
-    paper, lre = shared / "tasks" / "patchscopes-preprocessed", shared / "tasks" / "lre-relations"
-    if not paper.is_dir():
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (None, "", "expected .tsv files of the paper or .json files of LRE"),
+        ("", "", "expected .tsv files of the paper or .json files of LRE"),
+        ("a.json", "{}", "no prompt_templates and samples"),
+        ("a.tsv", "a\tb\n1\t2\n", "has no columns"),
+    ],
+    ids=["no folder", "empty", "json", "tsv"],
+)
+def test_a_folder_without_facts_is_refused(tmp_path, file, content, message):
+    if file is not None:
+        (tmp_path / "facts").mkdir()
+    if file:
+        (tmp_path / "facts" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_facts(tmp_path / "facts")
+
+
+def facts_beside(shared, name):
+    if not (shared / "tasks" / name).is_dir():
         pytest.skip("no data sets beside the checkout")
-    listed = read_facts(paper)
+    return read_facts(shared / "tasks" / name)
+
+
+def test_every_file_of_the_paper_is_read(shared):
+    listed = facts_beside(shared, "patchscopes-preprocessed")
     assert len({fact.relation for fact in listed}) == 22 and len(listed) == 13_800
     assert sum(fact.relation == "person_mother" for fact in listed) > 3500
-    assert {fact.relation for fact in read_facts(lre)} >= {"country_capital_city", "word_first_letter"}
-    assert len({fact.relation for fact in read_facts(lre)}) == 47
+
+
+def test_every_file_of_lre_is_read(shared):
+    relations = {fact.relation for fact in facts_beside(shared, "lre-relations")}
+    assert relations >= {"country_capital_city", "word_first_letter"} and len(relations) == 47
 
 
 def test_the_placeholder_is_found_behind_a_bos_that_spells_it(lab):
@@ -244,13 +301,18 @@ def test_controls_of_next_token(model):
     assert 3 not in [report.cells.summary(name).best_cell[0] for name in ("token identity", "logit lens")]
 
 
-def test_a_fitted_lens_stands_beside_it_and_cannot_take_a_name(model):
-    maps = tll.fit_regression(model, zoo.tokens(40, 12))
+def test_a_fitted_lens_stands_beside_it(model, maps):
     report = next_token(model, zoo.tokens(6, 10), {"regression": tll.Lens(model, maps)}, n=10)
     assert report.methods == ["token identity", "logit lens", "regression"]
     assert report.cells.scores["regression"].shape == (10, 4)
+
+
+def test_a_lens_cannot_take_the_name_of_a_control(model):
     with pytest.raises(ValueError, match="may not be called 'unpatched'"):
         next_token(model, zoo.tokens(), {"unpatched": tll.Lens(model)})
+
+
+def test_one_position_is_too_few(model):
     with pytest.raises(ValueError, match="fewer than two positions"):
         next_token(model, zoo.tokens(1, 2), n=5)
 
@@ -291,26 +353,37 @@ def test_controls_of_attributes_are_worse_than_the_real_vector(lab, asked):
     assert asked.cells.scores[SHUFFLED][0, 0] == float(facts.contains(text, asked.facts[0].object))
 
 
-def test_only_what_the_model_knows_is_asked_and_the_guard_counts(lab):
-    template = "The capital of {} is the city of"
+CAPITAL = "The capital of {} is the city of"
+WRONG = Fact("country_capital_city", "Peru", "Zzyzx", CAPITAL)
+
+
+@pytest.fixture(scope="module")
+def guarded(lab):
+    """Facts that the model knows, one that it does not, and some whose answer stands in the target prompt."""
     right = [fact for fact in read_facts() if fact.relation == "country_capital_city"][:6]
-    wrong = [Fact("country_capital_city", "Peru", "Zzyzx", template)]
-    listed = [replace(fact, relation="listed", template=f"Of Paris, Ottawa and Rome, {template}") for fact in right]
-    report = attributes(lab, [*right, *wrong, *listed], layers=[0], target_layers=[0], max_new_tokens=5, n=None)
-    assert "Zzyzx" not in [fact.object for fact in report.facts]
-    assert report.left_out["country_capital_city"]["that the model does not know"] >= 1
-    assert any("target prompt" in reason for reason in report.left_out["listed"])
-    assert not {fact.object for fact in report.facts if fact.relation == "listed"} & {"Paris", "Ottawa", "Rome"}
+    listed = [replace(fact, relation="listed", template=f"Of Paris, Ottawa and Rome, {CAPITAL}") for fact in right]
+    return attributes(lab, [*right, WRONG, *listed], layers=[0], target_layers=[0], max_new_tokens=5, n=None)
+
+
+def test_only_what_the_model_knows_is_asked(guarded):
+    assert "Zzyzx" not in [fact.object for fact in guarded.facts]
+    assert guarded.left_out["country_capital_city"]["that the model does not know"] >= 1
+
+
+def test_an_answer_in_the_target_prompt_is_not_asked(guarded):
+    assert any("target prompt" in reason for reason in guarded.left_out["listed"])
+    assert not {fact.object for fact in guarded.facts if fact.relation == "listed"} & {"Paris", "Ottawa", "Rome"}
+
+
+def test_facts_that_the_model_does_not_know_are_refused(lab):
     with pytest.raises(ValueError, match="does not know them"):
-        attributes(lab, wrong, layers=[0], max_new_tokens=2)
+        attributes(lab, [WRONG], layers=[0], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("folder,relations,asked_of", [("patchscopes-preprocessed", 22, 5), ("lre-relations", 47, 8)])
-def test_attributes_of_every_relation_of_the_paper_and_of_lre(lab, shared, folder, relations, asked_of):
+def test_attributes_of_every_relation_beside_the_checkout(lab, shared, folder, relations, asked_of):
     """Every relation is asked for, or says why it is not. Of the present lab-gpt2 11 and 17 are; half of that is room."""
-    if not (shared / "tasks" / folder).is_dir():
-        pytest.skip("no data sets beside the checkout")
-    listed = read_facts(shared / "tasks" / folder)
+    listed = facts_beside(shared, folder)
     names = {fact.relation for fact in listed}
     assert len(names) == relations
     result = attributes(lab, listed, layers=[0], target_layers=[0], n=relations, max_new_tokens=4, show_progress=False)
@@ -319,14 +392,14 @@ def test_attributes_of_every_relation_of_the_paper_and_of_lre(lab, shared, folde
 
 
 def test_the_probe_finds_a_planted_direction_and_nothing_in_noise():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 2, 32, generator=generator)
-    answers = [str(i % 3) for i in range(60)]
+    x = torch.randn(60, 2, 32, generator=torch.Generator().manual_seed(0))
     x[:, 1, :3] += 6 * torch.nn.functional.one_hot(torch.arange(60) % 3, 3)  # layer 1 has it
-    right = probe(x, answers)
+    right = probe(x, [str(i % 3) for i in range(60)])
     assert right[:, 1].mean() > 0.95 and right[:, 0].mean() < 0.6
-    # An answer that no other fold has cannot be named.
-    assert not probe(x[:6], list("abcdef")).any()
+
+
+def test_an_answer_that_no_other_fold_has_cannot_be_named():
+    assert not probe(torch.randn(6, 2, 32), list("abcdef")).any()
 
 
 # --- entity resolution
@@ -356,16 +429,31 @@ def test_entities_against_the_computation_by_hand(lab):
     assert "identified" in str(report)
 
 
-def test_descriptions_are_clipped_and_read(tmp_path):
-    assert clipped(": food from Italy, Sushi: food from Japan") == "food from Italy"
-    assert clipped("y: a type of pasta\nmore") == "a type of pasta" and clipped("no colon") == "no colon"
-    (tmp_path / "a.csv").write_text("subject,description\nPizza,food\n")
-    (tmp_path / "b.json").write_text('{"Pizza": "food"}')
-    assert read_descriptions(tmp_path / "a.csv") == read_descriptions(tmp_path / "b.json") == {"Pizza": "food"}
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (": food from Italy, Sushi: food from Japan", "food from Italy"),
+        ("y: a type of pasta\nmore", "a type of pasta"),
+        ("no colon", "no colon"),
+    ],
+)
+def test_a_description_ends_before_the_next_one(text, kept):
+    assert clipped(text) == kept
+
+
+@pytest.mark.parametrize("name,content", [("a.csv", "subject,description\nPizza,food\n"), ("b.json", '{"Pizza": "food"}')])
+def test_descriptions_are_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_descriptions(tmp_path / name) == {"Pizza": "food"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("c.csv", "no columns subject and description"), ("none.csv", "expected a .json or .csv")]
+)
+def test_a_file_without_descriptions_is_refused(tmp_path, name, message):
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
-    for name, message in (("c.csv", "no columns subject and description"), ("none.csv", "expected a .json or .csv")):
-        with pytest.raises(ValueError, match=message):
-            read_descriptions(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        read_descriptions(tmp_path / name)
 
 
 def test_few_entities_are_refused(model):
@@ -435,29 +523,46 @@ def test_multihop_refuses_what_it_cannot_ask(lab):
 # --- results
 
 
-def results(model, lab, asked):
-    yield next_token(model, zoo.tokens(6, 10), n=8)
-    yield asked
+@pytest.fixture(scope="module", params=["next-token", "attributes"])
+def report(request, model, asked):
+    return asked if request.param == "attributes" else next_token(model, zoo.tokens(6, 10), n=8)
 
 
-def test_results_print_save_and_draw(model, lab, asked, tmp_path):
-    for report in results(model, lab, asked):
-        text, frame = str(report), report.to_frame()
-        assert "oracle" in text and "best fixed" in text and "held-out" in text
-        for control in (SHUFFLED, RANDOM, MEAN, UNPATCHED):
-            assert control in text and control in set(frame["condition"])
-        assert {"condition", "layer", "target_layer", "score", "items"} <= set(frame.columns)
+@pytest.mark.parametrize("control", [SHUFFLED, RANDOM, MEAN, UNPATCHED])
+def test_every_control_is_in_text_and_frame(report, control):
+    assert control in str(report) and control in set(report.to_frame()["condition"])
+
+
+def test_a_result_has_its_three_numbers(report):
+    text = str(report)
+    assert "oracle" in text and "best fixed" in text and "held-out" in text and "| oracle |" in report.markdown()
+
+
+def test_a_result_has_a_row_per_cell(report):
+    assert {"condition", "layer", "target_layer", "score", "items"} <= set(report.to_frame().columns)
+
+
+def test_a_result_saves_its_numbers_with_a_picture(report, tmp_path):
+    for _ in range(2):  # over its own files too
         folder = report.save(tmp_path / report.name)
-        content = json.loads((folder / "result.json").read_text())
-        assert content["experiment"] == report.name and content["rows"] and content["versions"]["torch"]
-        assert (folder / "result.csv").read_text().count("\n") == len(frame) + 1
-        assert (folder / "heat.svg").read_text().startswith("<svg")
-        assert report.save(folder) == folder  # again
-        assert "| oracle |" in report.markdown() and isinstance(report, Result)
-        with pytest.raises((AttributeError, TypeError)):
-            report.cells = None
-    plotly = pytest.importorskip("plotly")
-    assert plotly and asked.figure().data[0].z and (tmp_path / "attributes" / "heat.html").exists()
+    content = json.loads((folder / "result.json").read_text())
+    assert content["experiment"] == report.name and content["rows"] and content["versions"]["torch"]
+    assert (folder / "result.csv").read_text().count("\n") == len(report.to_frame()) + 1
+    assert (folder / "heat.svg").read_text().startswith("<svg")
+
+
+def test_a_result_stays_as_it_is(report):
+    assert isinstance(report, Result)
+    with pytest.raises((AttributeError, TypeError)):
+        report.cells = None
+
+
+def test_a_result_is_drawn_by_plotly(report, tmp_path):
+    pytest.importorskip("plotly")
+    assert report.figure().data[0].z and (report.save(tmp_path / "a") / "heat.html").exists()
+
+
+def test_a_result_is_not_saved_over_a_file(asked, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         asked.save(tmp_path / "file")
