@@ -39,7 +39,7 @@ FLOORS: list[list[str]] = [
 ]
 # Inside a folder the same; files of one floor do not import each other.
 ROOMS: dict[str, list[list[str]]] = {
-    "files": [["atomic", "plain", "text"], ["lock", "maps", "shards", "states", "tables"], ["export", "foreign", "hub"]],
+    "files": [["atomic", "text"], ["lock", "maps", "shards", "states", "tables"], ["export", "foreign", "hub"]],
     "text": [["sources", "stored"], ["stream"], ["batches"]],
     "fit": [
         ["common", "guard", "settings", "stop", "team", "whiten"],

@@ -129,10 +129,10 @@ def table(
 
 def written(title: str, about: str, scale: Scale, table: str, data: dict[str, Any], question: str = "") -> str:
     """The page. `about` and `question` (behind the "?") are HTML."""
-    files = resources.files("tl_lenses.views")
-    return _PAGE.format(
+    file = lambda name: resources.files("tl_lenses.views").joinpath(name).read_text("utf-8")
+    return file("page.html").format(
         title=escaping.escape(title),
-        css=files.joinpath("page.css").read_text("utf-8") + _palette(),
+        css=file("page.css") + _palette(),
         about=about,
         of=data.get("of", "row"),
         legend=_legend(scale),
@@ -144,7 +144,7 @@ def written(title: str, about: str, scale: Scale, table: str, data: dict[str, An
         .replace("&", "\\u0026")
         .replace("<", "\\u003c")
         .replace(">", "\\u003e"),
-        js=files.joinpath("page.js").read_text("utf-8"),
+        js=file("page.js"),
     )
 
 
@@ -191,51 +191,3 @@ def _palette() -> str:
             color = ramp(i / (LEVELS - 1), diverging)
             rules.append(f".{letter}{i}{{background:{color};color:{ink(color)}}}")
     return "".join(rules)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<div class="sub">{about}</div>
-<div class="bar">
-<label hidden>lens <select id="lens"></select></label>
-<label hidden>colour by <select id="stat"></select></label>
-<label hidden>{of} <select id="row"></select></label>
-<label hidden>follow a token <input id="word" list="tracked" size="9" autocomplete="off"></label>
-<datalist id="tracked"></datalist>
-<label hidden>find <input id="find" type="search" size="9"></label>
-<label class="check"><input id="numbers" type="checkbox"> numbers</label>
-<span id="zoom"><button title="smaller (-)" value="-1">−</button><button title="larger (+)" value="1">+</button></span>
-<div id="chips"></div>
-<div class="legend" id="legend">{legend}</div>
-{question}
-</div>
-<canvas id="strip" hidden></canvas>
-<main>
-<div id="tables">
-<section><p></p><div class="scroll"><table{kind}>
-{table}
-</table></div></section>
-</div>
-<div id="panel">
-<noscript><p class="note">With JavaScript, cells show their top tokens and statistics.</p></noscript>
-</div>
-</main>
-<div id="card" role="tooltip" hidden></div>
-<svg id="svg" width="0" height="0" aria-hidden="true"></svg>
-<script type="application/json" id="data">{data}</script>
-<script>
-{js}
-</script>
-</body>
-</html>
-"""
