@@ -10,13 +10,11 @@ from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import one_of
-from tl_lenses.decode import decode, read_run
+from tl_lenses.decode import batches_to_read, decode, read_run
 from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, common_layers, decoders_of, named_lenses
-from tl_lenses.model import LensModel, check_model, n_layers, prepared
-from tl_lenses.progress import progress
+from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.text.batches import Text
-from tl_lenses.tokens import used_positions
 
 Kind = Literal["z", "marginal"]
 
@@ -98,13 +96,9 @@ def marginals(
     decoders, readout = decoders_of(lenses, rows), next(iter(lenses.values())).readout
     sums: dict[tuple[str, int | str], Float[Tensor, "3 d_vocab"]] = {}
     n = 0
-    for batch in progress(Text.of(tokens), desc="marginals", show=show_progress):
-        ready = prepared(model, batch)
-        used = used_positions(ready, skip_first)
-        if not used.any():
-            continue
+    for batch, used in batches_to_read(model, Text.of(tokens), skip_first, "marginals", show_progress):
         n += int(used.sum())
-        for chunk in decode(read_run(model, ready, rows, (), used), decoders, readout):
+        for chunk in decode(read_run(model, batch, rows, (), used), decoders, readout):
             for i, by_name in chunk.logits.items():
                 for name, logits in by_name.items():
                     logp = S.log_probs(logits)

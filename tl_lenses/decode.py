@@ -19,8 +19,9 @@ from tl_lenses.hooks import Hook, read, run
 from tl_lenses.identity import described, described_model, difference
 from tl_lenses.layers import LayerOrSite, as_layer, canonical, layer_site, resolve_layer, site_layer
 from tl_lenses.model import LensModel, device_of, dtype_of, hooked, n_layers, prepared
+from tl_lenses.progress import progress
 from tl_lenses.sites import site
-from tl_lenses.tokens import Batch
+from tl_lenses.tokens import Batch, used_positions
 from tl_lenses.unembed import Readout
 
 # Bytes of logits that exist at a time: 128 rows of 262,144 in fp32.
@@ -140,6 +141,19 @@ def _check_stored(model: LensModel, states: Any) -> None:
                     "expected the residual before each block, and the last one before the final norm; see docs/states.md"
                 )
     compared.add(states.name)
+
+
+def batches_to_read(
+    model: LensModel, text: Iterable[Batch], skip_first: bool, desc: str, show: bool | None, size: Any = None
+) -> Iterator[tuple[Batch, Bool[Tensor, "batch pos"]]]:
+    """Batches with a position that counts, as they will run, and which positions count; `size`, a `BytesPerToken`, sees all of them."""
+    for batch in progress(text, desc=desc, show=show):
+        ready = prepared(model, batch)
+        used = used_positions(ready, skip_first)
+        if size is not None:
+            size.add(batch.bytes_per_token, ready, used)
+        if used.any():
+            yield ready, used
 
 
 @dataclass(frozen=True)

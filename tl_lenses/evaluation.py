@@ -12,13 +12,12 @@ from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import entry, finite_number, whole_number
-from tl_lenses.decode import Chunk, decode, read_run
+from tl_lenses.decode import Chunk, batches_to_read, decode, read_run
 from tl_lenses.files import csv_text, json_text, versions
 from tl_lenses.hooks import Hook, checked_hooks
 from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import Lens, common_layers, decoders_of, named_lenses, printable
-from tl_lenses.model import LensModel, check_model, n_layers, prepared
-from tl_lenses.progress import progress
+from tl_lenses.model import LensModel, check_model, n_layers
 from tl_lenses.shown import Shown
 from tl_lenses.text.batches import Text
 from tl_lenses.tokens import Batch, next_tokens, used_positions
@@ -127,10 +126,8 @@ def evaluate(
     check_model(model, what="an evaluation")
     lenses = named_lenses(model, lens, alone="lens")
     hooks = checked_hooks(model, hooks)
-    if bytes_per_token is not None:
-        bytes_per_token = finite_number("bytes_per_token", bytes_per_token, above=0)
-    if chunk_size is not None:
-        chunk_size = whole_number("chunk_size", chunk_size, least=1)
+    bytes_per_token = None if bytes_per_token is None else finite_number("bytes_per_token", bytes_per_token, above=0)
+    chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size, least=1)
     rows = common_layers(lenses, layers, n_layers(model))
     decoders = decoders_of(lenses, rows)
     readout = next(iter(lenses.values())).readout
@@ -138,16 +135,9 @@ def evaluate(
     size, rooms = BytesPerToken(model, bytes_per_token), S.Rooms()
 
     text = Text.of(tokens)
-    for batch in progress(text, desc="evaluating", show=show_progress):
-        known_ratio = batch.bytes_per_token
-        batch = prepared(model, batch)
-        used = used_positions(batch, skip_first)
-        if not used.any():
-            size.add(known_ratio, batch, used)
-            continue
+    for batch, used in batches_to_read(model, text, skip_first, "evaluating", show_progress, size):
         reading = read_run(model, batch, rows, hooks, used)
         goal = next_tokens(batch.tokens, used_positions(batch, False))
-        size.add(known_ratio, batch, used)
         for chunk in decode(reading, decoders, readout, chunk_size, rooms):
             totals.add(chunk, goal.flatten()[chunk.at])
         totals.n, totals.n_targets = totals.n + int(used.sum()), totals.n_targets + int((goal[used] >= 0).sum())

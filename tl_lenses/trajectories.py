@@ -308,8 +308,7 @@ def trajectory(
     if cache is not None and (hooks or teacher):
         raise ValueError("cache= holds a run that is over: hooks and teacher have nothing to act on")
     k = min(whole_number("top_k", top_k, least=0), int(model.cfg.d_vocab))
-    if chunk_size is not None:
-        chunk_size = whole_number("chunk_size", chunk_size, least=1)
+    chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size, least=1)
     if calibrated is not None and not isinstance(calibrated, Calibrated):
         raise TypeError(f"calibrated must be what tll.marginals returns, got {type(calibrated).__name__}")
     rows = common_layers(lenses, layers, n_layers(model))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_lenses import stats as S
 from tl_lenses.checks import seed_of
-from tl_lenses.decode import Chunk, decode, read_run
+from tl_lenses.decode import Chunk, batches_to_read, decode, read_run
 from tl_lenses.evaluation import BytesPerToken
 from tl_lenses.experiments.facts import Fact
 from tl_lenses.experiments.grid import Grid, Table, interval
@@ -22,9 +22,8 @@ from tl_lenses.experiments.which_lens.intermediates import RANDOM, Intermediates
 from tl_lenses.experiments.which_lens.usage import Usage, usage
 from tl_lenses.layers import LayerOrSite
 from tl_lenses.lens import LayerLens, Lens, decoders_of, named_lenses
-from tl_lenses.model import LensModel, prepared
+from tl_lenses.model import LensModel
 from tl_lenses.numerics import DRAWS, jackknife, percentiles, resampled
-from tl_lenses.progress import progress
 from tl_lenses.text.batches import Text
 from tl_lenses.tokens import Batch, next_tokens, used_positions
 from tl_lenses.unembed import Readout
@@ -253,14 +252,14 @@ def compare(
     text = Text(list(text), one_shot=True) if text.one_shot else text  # token ids, to be read twice
     made, size = _Sums(), BytesPerToken(model, None)
     decoders = decoders_of(subject.lenses, subject.layers)
-    for batch, used in _batches(model, text, skip_first, "comparing", show_progress, size):
+    for batch, used in batches_to_read(model, text, skip_first, "comparing", show_progress, size):
         made.start(len(batch.tokens))
         for chunk, places in _chunks(model, batch, used, subject.layers, decoders):
             made.add(chunk, places)
     if made.n_rows < 2:
         raise ValueError(f"an interval is over rows of the text, and there are {made.n_rows}: give two rows at least")
     guess, of_guess = made.marginal().clamp_min(1e-30).log(), _Sums()
-    for batch, used in _batches(model, text, skip_first, "the unigram guess", show_progress):
+    for batch, used in batches_to_read(model, text, skip_first, "the unigram guess", show_progress):
         of_guess.start(len(batch.tokens))
         for chunk, places in _chunks(model, batch, used, [], decoders):
             of_guess.add_lens(UNIGRAM, chunk, guess.to(chunk.p).expand_as(chunk.p), places)
@@ -272,19 +271,6 @@ def compare(
     grid, sums, counts = _grid(made, of_guess, decoders, subject.layers, size.ratio, seed)
     settings = {**text_settings(tokens), "skip_first": skip_first, "seed": seed, "positions": int(counts.sum()), "bytes_per_token": size.ratio}  # fmt: skip
     return Comparison(subject.name, sums, counts, unspoken, used_by, seed, grid=grid, settings=settings)
-
-
-def _batches(
-    model: LensModel, text: Text, skip_first: bool, desc: str, show: bool | None, size: BytesPerToken | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with a position that counts, as they will run, and which positions count."""
-    for batch in progress(text, desc=desc, show=show):
-        ready = prepared(model, batch)
-        used = used_positions(ready, skip_first)
-        if size is not None:
-            size.add(batch.bytes_per_token, ready, used)
-        if used.any():
-            yield ready, used
 
 
 def _chunks(

@@ -240,8 +240,7 @@ def collect(
     share = finite_number("held_out", held_out, least=0)
     if share > 0.5:
         raise ValueError(f"held_out is a share of the rows, 0 (none) to 0.5, got {held_out!r}")
-    if limit_tokens is not None:
-        limit_tokens = whole_number("limit_tokens", limit_tokens, least=1)
+    limit_tokens = None if limit_tokens is None else whole_number("limit_tokens", limit_tokens, least=1)
     reading = Reading(tuple(rows), to, skip_first, tuple(hooks), tuple(target_hooks), share, choose, limit_tokens, offload)
     with alone(checkpoint, processes()):
         collecting = Collecting(model, reading, checkpoint, checkpoint_every, note)

@@ -119,8 +119,7 @@ def fit_jacobian(
     text = Text.of(tokens).to_run("fit_jacobian")
     one_of("rule", rule, ("jacobian", "relevance"))
     flag("skip_last", skip_last)
-    if limit_prompts is not None:
-        limit_prompts = whole_number("limit_prompts", limit_prompts, least=1)
+    limit_prompts = None if limit_prompts is None else whole_number("limit_prompts", limit_prompts, least=1)
     skip_first = whole_number("skip_first", skip_first, least=0)
     rows_per_pass = whole_number("rows_per_pass", rows_per_pass, least=1)
     averaging = Averaging(

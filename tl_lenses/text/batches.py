@@ -83,8 +83,7 @@ def token_batches(
             raise ValueError(
                 f"limit_tokens is {limit_tokens}: expected at least {fewest}, which is {fewest_text} of seq_len {seq_len}"
             )
-    if shuffle_seed is not None:
-        shuffle_seed = whole_number("shuffle_seed", shuffle_seed)
+    shuffle_seed = None if shuffle_seed is None else whole_number("shuffle_seed", shuffle_seed)
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
         raise TypeError(f"expected a Hugging Face tokenizer, such as model.tokenizer, got {type(tokenizer).__name__}")
     start, name = reader(source, text_column, split, streaming)

@@ -147,8 +147,7 @@ def fine_tune(
         transferred = Lens(model, base, check="warn")
     lenses = {LOGIT: Lens(model), BASE: transferred, OWN: Lens(model, own)}
     subject = Subject.of(model, lenses, layers, what="fine-tune")
-    if bytes_per_token is not None:
-        bytes_per_token = finite_number("bytes_per_token", bytes_per_token, above=0)
+    bytes_per_token = None if bytes_per_token is None else finite_number("bytes_per_token", bytes_per_token, above=0)
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size, least=1)
     decoders, readout = decoders_of(lenses, subject.layers), transferred.readout
     size, hooks = BytesPerToken(model, bytes_per_token), checked_hooks(model, hooks)
