@@ -169,16 +169,17 @@ def sample(states: States, args: argparse.Namespace) -> None:
 
     pairs = states.train[1]
 
-    def answer(call: Any) -> tuple[Any, Any, float]:
+    def answer(seed: int | None) -> tuple[Any, Any, float]:
         gradient, began = [torch.zeros_like(states.delta), torch.zeros_like(states.biases)], time.process_time()
-        losses = call(pairs, states.delta, states.biases, states.head, *gradient)
+        some, head = (pairs, states.head) if seed is None else sampled.on_sample(pairs, states.head, seed)
+        losses = loss_and_gradient(some, states.delta, states.biases, head, *gradient, exact=True)
         return losses / len(pairs), gradient[0].flatten(1), time.process_time() - began
 
-    exact, true, seconds = answer(lambda *x: loss_and_gradient(*x, exact=True))
+    exact, true, seconds = answer(None)
     print(f"exact           {row(exact)}  {seconds:7.1f} s", flush=True)
-    for draws in (1024, 2048, 4096):
+    for draws in (512, 1024, 2048):
         sampled.DRAWS = draws
-        answers = [answer(lambda *x, seed=seed: sampled.sampled_loss_and_gradient(*x, seed=seed)) for seed in range(3)]
+        answers = [answer(seed) for seed in range(3)]
         apart = torch.stack([losses - exact for losses, *_ in answers])
         cosine = torch.stack([torch.cosine_similarity(gradient, true) for _, gradient, _ in answers])
         seconds = sum(s for *_, s in answers) / len(answers)

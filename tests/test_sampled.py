@@ -1,5 +1,7 @@
 """Steps on a sample of the vocabulary: the right expectation, the exact step where the sample is everything, the same end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -15,19 +17,24 @@ from tl_lenses.unembed import Readout
 KIND = zoo.FEW_KINDS[0]
 
 
-def both(arch="gpt2", seeds=1, **settings):
-    """Losses and gradients of a batch: exact, and the mean of estimates."""
+def both(arch="gpt2", seeds=1, logits=False, chunk_size=None, **settings):
+    """Losses and gradients of a batch: exact, and the mean of estimates; with `logits` the model's are made, as where a hook sees them."""
     model = zoo.build(arch, KIND)
     rows, readout = rows_for(model, None), Readout(model)
     pairs = scored_pairs(model, Batch(zoo.tokens(4, 16)), rows, [], True, 0, "kl", readout)
+    if logits:
+        pairs = replace(pairs, teacher=readout.whole(pairs.teacher).detach(), hidden=False)
     head, d = head_of(readout, "float32"), model.cfg.d_model
     delta = 0.1 * torch.randn(len(rows), d, d, generator=torch.Generator().manual_seed(0))
     results = []
-    for work, n in ((loss_and_gradient, 1), (sampled.sampled_loss_and_gradient, seeds)):
+    for draws in (None, range(seeds)):
         grad_w, grad_b, losses = torch.zeros_like(delta), torch.zeros(len(rows), d), torch.zeros(len(rows))
-        for seed in range(n):
-            losses += work(pairs, delta, torch.zeros(len(rows), d), head, grad_w, grad_b, seed=seed, **settings)
-        results.append((losses / n / len(pairs), grad_w / n / len(pairs), grad_b / n / len(pairs)))
+        for seed in draws or [0]:
+            some = (pairs, head) if draws is None else sampled.on_sample(pairs, head, seed, chunk_size)
+            maps = delta, torch.zeros(len(rows), d)
+            losses += loss_and_gradient(some[0], *maps, some[1], grad_w, grad_b, seed=seed, chunk_size=chunk_size, **settings)
+        n = len(draws or [0]) * len(pairs)
+        results.append((losses / n, grad_w / n, grad_b / n))
     return results
 
 
@@ -46,12 +53,28 @@ def test_draws_have_the_right_expectation_and_a_seed_draws_the_same():
     assert torch.equal(again.ids, sample.ids) and torch.equal(again.log_weights, sample.log_weights)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_a_sample_of_everything_is_exact(arch, chunk_size, monkeypatch):
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gptj", "gemma2"])  # the third has a bias, the fourth caps its logits
+@pytest.mark.parametrize("how", [{}, {"chunk_size": 7}, {"logits": True}], ids=str)
+def test_a_sample_of_everything_is_exact(arch, how, monkeypatch):
     monkeypatch.setattr(sampled, "TOP", 10**6)
-    for exact, estimate in zip(*both(arch, chunk_size=chunk_size), strict=True):
+    for exact, estimate in zip(*both(arch, **how), strict=True):
         assert torch.allclose(exact, estimate, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2"])
+def test_where_a_layer_says_what_the_model_says_a_sample_adds_no_noise(arch, monkeypatch):
+    monkeypatch.setattr(sampled, "TOP", 1)
+    monkeypatch.setattr(sampled, "DRAWS", 8)
+    model = zoo.build(arch, KIND)
+    readout, last = Readout(model), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    pairs = scored_pairs(model, Batch(zoo.tokens(4, 16)), [(last, last)], [], True, 0, "kl", readout)
+    assert pairs.hidden
+    pairs, head = sampled.on_sample(pairs, head_of(readout, "float32"), seed=0)
+    d = model.cfg.d_model
+    grads = torch.zeros(1, d, d), torch.zeros(1, d)
+    loss = loss_and_gradient(pairs, torch.zeros(1, d, d), torch.zeros(1, d), head, *grads, exact=True)
+    assert head.w_u.shape[1] < 80 < model.cfg.d_vocab and loss.abs() < 1e-4
+    assert all(grad.abs().max() < 1e-4 for grad in grads)
 
 
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
@@ -92,12 +115,10 @@ def test_a_sampled_fit_ends_where_an_exact_one_does_and_resumes(tmp_path, monkey
 
 def test_who_is_sampled(unchecked):
     assert [Settings(vocabulary=v).samples(2**15) for v in ("exact", "sampled", "auto")] == [False, True, True]
-    assert not Settings(vocabulary="auto").samples(2**14) and not Settings(vocabulary="auto").samples(2**18, True)
+    assert not Settings(vocabulary="auto").samples(2**14)
     assert not Settings(vocabulary="auto", init="identity").samples(2**18)
     assert not Settings(vocabulary="auto", loss="ce").samples(2**18)
     with pytest.raises(ValueError, match="for the loss 'kl'"):
         Settings(vocabulary="sampled", loss="ce")
-    with pytest.raises(ValueError, match="needs logits that are linear"):
-        Settings(vocabulary="sampled").samples(2**18, transformed=True)
     with pytest.raises(ValueError, match="vocabulary"):
         Settings(vocabulary="some")

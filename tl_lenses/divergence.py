@@ -107,7 +107,7 @@ def teacher_of(
     p = torch.empty(z.shape, dtype=wide, device=z.device)
     negentropy = torch.empty(len(z), dtype=wide, device=z.device)
     bias = None if b_u is None else b_u.to(wide)
-    for block in _blocks(len(z), w_u):
+    for block in blocks(len(z), w_u):
         s = z[block].to(wide)
         if hidden:
             s = s if bias is None else s + bias
@@ -152,7 +152,7 @@ def score(
             h = h if teacher.state is None else h - teacher.state[positions]
             each = each - torch.linalg.vecdot(h, teacher.mean[positions])
         losses[row] = each.sum()
-        for block in _blocks(n, w_u):
+        for block in blocks(n, w_u):
             p = teacher.p[block] if picks is None else teacher.p[picks[row, block]]
             out = z[row * n + block.start : row * n + block.stop]
             losses[row] += _residual(out, p, bias, transform, wide, teacher.mean is not None, gradient)
@@ -175,7 +175,7 @@ def unembedded_back(p: Float[Tensor, "n d_vocab"], w_u: Float[Tensor, "d_model d
     return p @ w_u.mT
 
 
-def _blocks(n: int, w_u: Tensor) -> Iterator[slice]:
+def blocks(n: int, w_u: Float[Tensor, "d_model d_vocab"]) -> Iterator[slice]:
     """Rows worked on at once; on a CPU as many for each thread, since each core has a cache of its own."""
     kind = w_u.device.type
     size = max(1, BLOCK.get(kind, BLOCK["cuda"]) // (4 * w_u.shape[1]))

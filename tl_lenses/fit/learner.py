@@ -1,6 +1,5 @@
 """The translators of a tuned lens in training: maps, gradients and optimisers, without text, files or processes."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_lenses.fit.optim import map_sizes, move_state, optimizer_step, optimizers_of, rate_scales, set_scales
-from tl_lenses.fit.sampled import sampled_loss_and_gradient
+from tl_lenses.fit.sampled import on_sample
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.step import Head, Pairs, clip_gradients, loss_and_gradient
 from tl_lenses.fit.whiten import whiten
@@ -47,12 +46,12 @@ class Learner:
 
     def add(self, pairs: Pairs, head: Head, *, seed: int = 0, exact: bool = False) -> None:
         """Add the loss and gradient sums of these positions, and their number, to the buffers."""
+        chunk_size = self.settings.chunk_size
         if len(pairs):
-            sampled = self.samples and not exact
-            score = sampled_loss_and_gradient if sampled else partial(loss_and_gradient, exact=exact)
-            self.losses += score(
-                pairs, self.delta, self.biases, head, self.grad_w, self.grad_b, chunk_size=self.settings.chunk_size,
-                subsample=self.settings.subsample, seed=seed,
+            scored = on_sample(pairs, head, seed, chunk_size) if self.samples else (pairs, head)
+            self.losses += loss_and_gradient(
+                scored[0], self.delta, self.biases, scored[1], self.grad_w, self.grad_b, chunk_size=chunk_size,
+                subsample=self.settings.subsample, seed=seed, exact=exact,
             )  # fmt: skip
         self.counts[0] += len(pairs)
 

@@ -25,7 +25,7 @@ from tl_lenses.fit.step import PASS
 # products 4, to fp32 6, maximum 4, difference 8, exp 8, sum 4, p - q 12, back 6.
 LOGIT_BYTES = 52
 # Tokens of a sample of the vocabulary (`fit.sampled`), about: draws, and likely ones of each position.
-SAMPLE = (2048, 3)
+SAMPLE = (1024, 1.5)
 AUTO_STEPS = 250  # counted where `steps` is "auto"
 _STATES = {"muon": 1, "sgd": 1, "adam": 2}  # fp32 numbers of optimiser state per weight
 
@@ -178,13 +178,13 @@ def _operations(settings: Settings, sizes: _Sizes, steps: int, tokens: int, star
     """Floating-point operations by part, of the whole fit."""
     d, vocabulary, rows = sizes.d_model, sizes.d_vocab, sizes.rows
     inner = max(sizes.params - d * vocabulary, 0)
-    sample = min(vocabulary, SAMPLE[0] + SAMPLE[1] * min(sizes.tokens_per_batch, PASS[sizes.device]))
+    sample = min(vocabulary, SAMPLE[0] + int(SAMPLE[1] * min(sizes.tokens_per_batch, PASS[sizes.device])))
     per_cube = (30.0 + (4.0 if settings.whitens else 0.0)) if settings.muon else 0.0
     return {
         "start": start_tokens * (2.0 * inner * groups + 4.0 * rows * d**2),
         "model": 2.0 * inner * tokens * groups,
         "translators": 4.0 * rows * d**2 * tokens * settings.subsample,
-        "vocabulary": 4.0 * d * tokens * (groups * vocabulary + rows * sample * settings.subsample)
+        "vocabulary": 2.0 * d * tokens * (groups * vocabulary + 2 * rows * sample * settings.subsample)
         if settings.samples(vocabulary)
         else 4.0 * rows * d * vocabulary * tokens * settings.subsample,
         "optimiser": per_cube * rows * d**3 * steps,

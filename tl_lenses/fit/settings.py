@@ -139,21 +139,10 @@ class Settings:
         """
         return (self.init_tokens or max(128 * d_model, 8192)) if self.init == "regression" else 0
 
-    def samples(self, d_vocab: int, transformed: bool = False) -> bool:
-        """Whether steps score a sample of the vocabulary (`fit.sampled`).
-
-        Args:
-            transformed: whether the model changes its logits after the unembedding (a soft cap).
-
-        Raises:
-            ValueError: "sampled", of such a model.
-        """
-        if self.vocabulary == "sampled" and transformed:
-            raise ValueError(
-                "vocabulary='sampled' needs logits that are linear, and this model caps or scales them: use 'exact' or 'auto'"
-            )
-        large = self.vocabulary == "auto" and d_vocab >= SAMPLED_FROM and self.loss == "kl" and self.init == "regression"
-        return self.vocabulary == "sampled" or (large and not transformed)
+    def samples(self, d_vocab: int) -> bool:
+        """Whether steps score a sample of the vocabulary (`fit.sampled`)."""
+        large = d_vocab >= SAMPLED_FROM and self.loss == "kl" and self.init == "regression"
+        return self.vocabulary == "sampled" or (self.vocabulary == "auto" and large)
 
     @property
     def whitens(self) -> bool:

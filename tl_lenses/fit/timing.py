@@ -110,8 +110,8 @@ def time_tuned(
         if training.watched is not None:  # held-out text, or the guard: at the start and at the end
             look = _seconds(training.look) * (1 if apart is None else apart.n_batches or 1)
             looks = 2 if apart is None else 2 + (steps - 1) // settings.held_out_every
-        # Samples of positions or vocabulary are drawn from the second step on, and the first one searches its length.
-        alike = settings.subsample == 1 and not training.learner.samples and not training.settings.lr_search
+        # Samples of positions are drawn from the second step on, and the first one searches its length.
+        alike = settings.subsample == 1 and not training.settings.lr_search
         step = [_seconds(training.step) for _ in range(1 if alike else 2)][-1]
     finally:
         training.bar.close()

@@ -14,6 +14,7 @@ from tl_lenses.fit.common import Log, NotFinite, logger, shown
 from tl_lenses.fit.guard import SHARES, Guard, guard_of, guard_of_rows, tokens_read
 from tl_lenses.fit.learner import Learner
 from tl_lenses.fit.optim import AFTER, LENGTHS, best_lengths, multiply_scales, noise_share
+from tl_lenses.fit.sampled import on_sample
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.start import first_batches, regression_start, start_of
 from tl_lenses.fit.state import Checkpoint, guilty_text, random_state, set_random_state, unbroken
@@ -94,10 +95,10 @@ class Training:
         else:
             self.resume(state)
         self.head = head_of(self.readout, self.settings.precision)
-        self.learner.samples = self.settings.samples(self.head.w_u.shape[1], self.head.transform is not None)
+        self.learner.samples = self.settings.samples(self.head.w_u.shape[1])
         self.bar = StepBar(
             self.watch.last, self.done, list(map(_label, self.rows)), self.n_tokens, self.show,
-            alike=self.settings.subsample == 1 and not self.learner.samples,  # else the first step is exact
+            alike=self.settings.subsample == 1,
         )  # fmt: skip
 
     def _tokens_trained(self, of_batch: int) -> int:
@@ -229,7 +230,7 @@ class Training:
         learner.update(rate)
         shares = [lambda share=share: learner.on_the_way(before, share) for share in (0.0, *LENGTHS)]
         # one pass of the model for all
-        losses = self._mean_losses([batch], "the text after the first step", maps=shares)
+        losses = self._mean_losses([batch], "the text after the first step", maps=shares, sampled=learner.samples)
         lengths = best_lengths(losses[0], losses[1:])
         learner.move(before, lengths)
         multiply_scales(learner.optimizers, (AFTER * lengths).clamp(max=1.0))
@@ -265,12 +266,14 @@ class Training:
 
     def _add(self, batch: Batch, row: int) -> None:
         """Add a batch's gradients to the learner's; `row` is the number of the row after it, for the random positions."""
-        seed = (self.settings.seed * 1_000_003 + row) * 1009
-        for pairs in self._pairs(batch):
+        for i, pairs in enumerate(self._pairs(batch)):
             # the first losses set each layer's rate
-            self.learner.add(pairs, self.head, seed=seed, exact=self.done == 0)
-            seed += 1
+            self.learner.add(pairs, self.head, seed=self._seed(row) + i, exact=self.done == 0)
             del pairs  # before the next pass
+
+    def _seed(self, row: int) -> int:
+        """Of the random positions and tokens of a batch that ends before a row of the text."""
+        return (self.settings.seed * 1_000_003 + row) * 1009
 
     def look(self) -> None:
         """Evaluate the held-out loss if it is due and was not evaluated before a resume. All processes get the same numbers."""
@@ -283,7 +286,8 @@ class Training:
             if self.settings.guards and looks:
                 self._end(bar.update)
             else:
-                losses = self._mean_losses(self.watched, "held_out", bar.update)[0]
+                sampled = self.learner.samples and self.settings.guards  # held-out losses are exact
+                losses = self._mean_losses(self.watched, "held_out", bar.update, sampled=sampled)[0]
                 with unbroken():
                     self.watch.look(self.done, losses, self.learner.delta, self.learner.biases)
         self.look_seconds = time.perf_counter() - began
@@ -294,7 +298,7 @@ class Training:
         assert self.watched is not None and watch.delta is not None and watch.biases is not None
         origin = watch.delta.to(learner.device, copy=True), watch.biases.to(learner.device, copy=True)
         ways = [lambda share=share: learner.on_the_way(origin, share) for share in SHARES]
-        losses = self._mean_losses(self.watched, "guard", tick, maps=ways)
+        losses = self._mean_losses(self.watched, "guard", tick, maps=ways, sampled=learner.samples)
         best = losses.nan_to_num(float("inf")).argmin(0).cpu()
         again = self._start_again() if self.guard.start_again else origin
         with unbroken():
@@ -324,9 +328,15 @@ class Training:
         name: str,
         tick: Callable[[], object] = lambda: None,
         maps: Sequence[Callable[[], tuple[Tensor, Tensor]]] = (),
+        sampled: bool = False,
     ) -> Float[Tensor, "maps rows"]:
-        """Each row's mean loss on a text, the same in all processes. `maps` make D and b; those of the learner by default."""
-        learner, first = self.learner, 0
+        """Each row's mean loss on a text, the same in all processes.
+
+        Args:
+            maps: make D and b; those of the learner by default.
+            sampled: on a sample of the vocabulary, the same for all maps and in all looks at a text.
+        """
+        learner, first, size = self.learner, 0, self.settings.chunk_size
         maps = maps or [lambda: (learner.delta, learner.biases)]
         sums = torch.zeros(len(maps) * len(self.rows) + 2, device=learner.device)  # losses, positions, errors
         losses = sums[:-2].view(len(maps), -1)
@@ -336,11 +346,12 @@ class Training:
                 rows, _ = self.team.rows_of(batch, first)
                 first += len(batch.tokens)
                 with self._in_step(batch):
-                    for pairs in () if rows is None else self._pairs(rows):
+                    for i, pairs in enumerate(() if rows is None else self._pairs(rows)):
+                        scored = on_sample(pairs, self.head, self._seed(first) + i, size) if sampled else (pairs, self.head)
                         for loss, of in zip(losses, maps, strict=True):
-                            loss += summed_losses(pairs, *of(), self.head, chunk_size=self.settings.chunk_size)
+                            loss += summed_losses(scored[0], *of(), scored[1], chunk_size=size)
                         sums[-2] += len(pairs)
-                        del pairs
+                        del pairs, scored
         if sums[-2] == 0:
             raise ValueError(f"no position to score in {name}: rows of one token with skip_first, or all pads")
         return losses / sums[-2]

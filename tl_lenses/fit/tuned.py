@@ -94,10 +94,9 @@ def fit_tuned(
         clip: gradient norm per layer, above 0 (over all layers together with `joint_clip`, as published); None for none.
         precision: of the products with the unembedding: bf16 (accumulated in fp32) where the hardware multiplies it, with "auto".
         subsample: share of the positions, in (0, 1], that each layer is trained on, its own random ones.
-        vocabulary: "sampled" scores layers on the teacher's 16 most likely tokens of every position and 2,048 weighted draws (`fit.sampled`):
-            the teacher alone has products with the whole vocabulary. The first step, held-out text and the guard are exact. "auto"
-            samples 32,768 tokens and more, from a regression: far from the model, estimates are low. Not of a model that caps its logits.
-            `meta["sampled"]` says which it was.
+        vocabulary: "sampled" scores teacher and layers on the teacher's 8 most likely tokens of every position and 1,024 weighted draws
+            (`fit.sampled`): only the teacher has a product with the whole vocabulary. Held-out text is scored exactly. "auto" samples
+            32,768 tokens and more, from a regression: far from the model, estimates are low. `meta["sampled"]` says which it was.
         init_tokens: tokens for the regression start; by default `max(128 d_model, 8192)`.
         held_out: text that is not trained on (as `tokens`), or of a tensor `[n, seq]` the share of its last rows. Its loss is taken
             before the first step, every `held_out_every` steps and at the end; each layer's translators of its best look are the
