@@ -18,14 +18,14 @@ from tl_lenses.tokens import Batch
 if not zoo.HAS_BRIDGE:
     pytest.skip("a HookedTransformer has one kind of cache, tested in test_hooks.py", allow_module_level=True)
 
-WIDE = zoo._WIDE
+WIDE = zoo.WIDE
 CONFIGS = {
-    "mamba": lambda: transformers.MambaConfig(**zoo._TOKENS, hidden_size=32, num_hidden_layers=3, state_size=8),
+    "mamba": lambda: transformers.MambaConfig(**zoo.VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=8),
     "jamba": lambda: transformers.JambaConfig(
         **zoo._LLAMA | dict(num_hidden_layers=4), num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
         expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False,
     ),
-    "rwkv": lambda: transformers.RwkvConfig(**zoo._TOKENS, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32),
+    "rwkv": lambda: transformers.RwkvConfig(**zoo.VOCABULARY, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32),
     "openai": lambda: transformers.OpenAIGPTConfig(vocab_size=zoo.D_VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4),
 }  # fmt: skip
 TOKENS = zoo.tokens(2, 10)
@@ -141,7 +141,7 @@ def filled_layers(output):
 
 @pytest.mark.parametrize("broken", [returns_none, loses_a_column, holds_other_numbers])
 def test_a_cache_that_is_of_no_use_is_not_used(broken, fresh):
-    bridge, _ = zoo.boot(zoo._CONFIGS["llama"]())
+    bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
     edit = [tll.patch(1, tll.edits.scale(2.0), pos=3, when="every_step")]
     expected = tll.generate(bridge, TOKENS, edit, 6, stop_at_eos=False, use_cache=False)
     handle = bridge.original_model.register_forward_hook(broken)
@@ -155,7 +155,7 @@ def test_a_cache_that_is_of_no_use_is_not_used(broken, fresh):
 
 
 def test_a_cache_that_cannot_lose_rows_runs_whole_sequences(fresh, monkeypatch):
-    bridge, plain = zoo.boot(zoo._CONFIGS["llama"]())
+    bridge, plain = zoo.boot(zoo.CONFIGS["llama"]())
     monkeypatch.setattr(transformers.cache_utils.Cache, "reorder_cache", None)
     assert decoding.abilities_of(bridge) == decoding.Abilities(steps=True, padded=True, drops=False)
     decoder = Decoder(bridge)
@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_lose_rows_runs_whole_sequences(fresh, monkeypatch):
 
 
 def test_nobodys_hooks_see_how_a_model_is_tried(fresh):
-    bridge, _ = zoo.boot(zoo._CONFIGS["llama"]())
+    bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
     widths = []
     with bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: widths.append(tuple(x.shape[:2])))]):
         tll.generate(bridge, TOKENS, max_new_tokens=3, stop_at_eos=False)
@@ -177,7 +177,7 @@ def test_nobodys_hooks_see_how_a_model_is_tried(fresh):
 
 
 def test_nothing_is_said_about_caches_that_work(fresh):
-    bridge, _ = zoo.boot(zoo._CONFIGS["gpt2"]())
+    bridge, _ = zoo.boot(zoo.CONFIGS["gpt2"]())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tll.generate(bridge, TOKENS, max_new_tokens=3)

@@ -82,8 +82,7 @@ def test_cosines_by_finite_differences(arch):
         assert torch.allclose(report.cosine[:, layer], want, rtol=1e-3, atol=1e-6)
 
 
-def test_random_directions_have_the_spread_of_their_dimension():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_random_directions_have_the_spread_of_their_dimension(model):
     report = gradients(model, zoo.tokens(8, 12), draws=50)
     low, high = report.bounds()
     want = 1.645 / (10 * 32) ** 0.5  # of a normal with variance 1 / dimensions: 0.092; the gradient is not spread evenly
@@ -112,8 +111,7 @@ def test_gradients_are_there_inside_no_grad(model):
         assert torch.allclose(gradients(model, zoo.tokens(1, 6)).cosine, plain)
 
 
-def test_bad_input_is_refused_before_a_pass(monkeypatch):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_bad_input_is_refused_before_a_pass(model, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(module, "run", None)
         with pytest.raises(ValueError, match=r"there is no block 3: layer 3 is the final residual"):

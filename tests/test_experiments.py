@@ -626,9 +626,8 @@ def fitted(model):
 
 @pytest.mark.parametrize("layer", [20, -20])
 @pytest.mark.parametrize("name", sorted(CALLS))
-def test_a_layer_out_of_range_is_the_same_error_in_every_experiment(name, layer):
+def test_a_layer_out_of_range_is_the_same_error_in_every_experiment(model, name, layer):
     assert set(CALLS) == set(commands())
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     with pytest.raises(ValueError, match=rf"no layer {layer}: this model has layers 0\.\.3"):
         CALLS[name](model, tll.Lens(model), layers=[layer])
 

@@ -91,8 +91,7 @@ def test_scores_do_not_depend_on_what_is_shared(kind, options, monkeypatch):
     assert not torch.allclose(shared["vector"], shared["unpatched"], atol=1e-2)
 
 
-def test_the_text_that_was_generated_is_the_likeliest_first_token_under_its_own_vector():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_the_text_that_was_generated_is_the_likeliest_first_token_under_its_own_vector(model):
     result = tll.patchscope(model, WORDS, TARGET)
     found = tll.faithfulness(result, controls=["random vector"])
     own = found.scores["vector"].diagonal(dim1=1, dim2=2).T
@@ -123,8 +122,7 @@ def test_distinct_tokens_from_layer_0_into_layer_0_are_identified():
     assert found.best == 0 and "= text" in str(found)
 
 
-def test_controls_are_what_they_are_called():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_controls_are_what_they_are_called(model):
     result = tll.patchscope(model, WORDS, TARGET, layers=[1, 2], max_new_tokens=3)
     found = tll.faithfulness(result)
     assert list(found.scores) == ["vector", *CONTROLS] and found.settings["left_out"] == {}
@@ -147,8 +145,7 @@ def test_controls_are_what_they_are_called():
                 assert float(found.scores[name][0, i, j]) == pytest.approx(expected, abs=1e-4), name
 
 
-def test_an_inversion_is_asked_in_words():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_an_inversion_is_asked_in_words(model):
     result = tll.patchscope(model, WORDS[:2], TARGET, layers=[1], max_new_tokens=2)
     repeat = tll.Target("the dog", pos=-1)
     found = tll.faithfulness(result, repeat=repeat, controls=["inverted as text"])
@@ -174,8 +171,7 @@ def test_a_random_vector_has_the_norm_of_the_vector(monkeypatch):
         assert not torch.allclose(noise, vector, atol=0.1)
 
 
-def test_texts_are_told_from_those_of_few_sources():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_texts_are_told_from_those_of_few_sources(model):
     result = tll.patchscope(model, WORDS, TARGET, layers=[1], max_new_tokens=2)
     every, few = (tll.faithfulness(result, among=n, draws=10) for n in (None, 2))
     there = ~few.scores["vector"].isnan()
@@ -195,33 +191,48 @@ def test_statistics_in_closed_form():
     assert specificity(a)[0, 0] == pytest.approx(1.0) and identified(a)[0, 0] == 1.0
 
 
-def test_intervals_hold_the_mean_and_the_seed_decides():
-    result = tll.patchscope(zoo.build("gpt2", zoo.FEW_KINDS[0]), WORDS, TARGET, max_new_tokens=2)
-    found, again, other = (tll.faithfulness(result, seed=s, controls=[]) for s in (0, 0, 1))
-    for name in ("identified", "specificity"):
-        x, low, high = (found.grid[name + end] for end in ("", "_low", "_high"))
-        assert bool((low <= x).all() and (x <= high).all() and (low < high).any())
-        assert torch.equal(low, again.grid[f"{name}_low"])
-    assert not torch.equal(found.grid["specificity_low"], other.grid["specificity_low"])
+@pytest.fixture(scope="module")
+def scored(model):
+    """Faithfulness of one result with seeds 0, 0 again and 1."""
+    result = tll.patchscope(model, WORDS, TARGET, max_new_tokens=2)
+    return [tll.faithfulness(result, seed=seed, controls=[]).grid for seed in (0, 0, 1)]
 
 
-def test_what_cannot_be_asked_is_left_out_and_said():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    in_words = {"source as text", "token as text", "inverted as text"}
+@pytest.mark.parametrize("name", ["identified", "specificity"])
+def test_an_interval_holds_its_mean(scored, name):
+    x, low, high = (scored[0][name + end] for end in ("", "_low", "_high"))
+    assert bool((low <= x).all() and (x <= high).all() and (low < high).any())
+
+
+def test_the_seed_decides_the_interval(scored):
+    for name in ("identified_low", "specificity_low"):
+        assert torch.equal(scored[0][name], scored[1][name])
+    assert not torch.equal(scored[0]["specificity_low"], scored[2]["specificity_low"])
+
+
+IN_WORDS = {"source as text", "token as text", "inverted as text"}
+
+
+def test_vectors_cannot_be_asked_in_words(model):
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     found = tll.faithfulness(tll.patchscope(model, tll.Source(vectors), TARGET, target_layers=[1], max_new_tokens=2))
-    assert set(found.settings["left_out"]) == in_words - {"inverted as text"} and "the sources are no text" in str(found)
-    same = tll.patchscope(model, [tll.Source("the cat sat", 1), tll.Source("a dog ran far", 1)], None, layers=[1, 2])
-    found = tll.faithfulness(same)
-    assert set(found.settings["left_out"]) == in_words and set(found.scores) == {"vector", *CONTROLS} - in_words
-    spans = tll.patchscope(
-        model, [tll.Source("the cat sat", [1, 2]), tll.Source("a dog", [-1])], tll.Target("a cat sat", [1, 2]), layers=[1]
-    )
+    assert set(found.settings["left_out"]) == IN_WORDS - {"inverted as text"} and "the sources are no text" in str(found)
+
+
+def test_without_a_target_nothing_can_be_asked_in_words(model):
+    sources = [tll.Source("the cat sat", 1), tll.Source("a dog ran far", 1)]
+    found = tll.faithfulness(tll.patchscope(model, sources, None, layers=[1, 2]))
+    assert set(found.settings["left_out"]) == IN_WORDS and set(found.scores) == {"vector", *CONTROLS} - IN_WORDS
+
+
+def test_spans_of_other_lengths_have_no_mean(model):
+    sources = [tll.Source("the cat sat", [1, 2]), tll.Source("a dog", [-1])]
+    spans = tll.patchscope(model, sources, tll.Target("a cat sat", [1, 2]), layers=[1])
     assert "mean vector" in tll.faithfulness(spans).settings["left_out"]
 
 
-def test_the_source_of_another_model_is_read_through_its_map():
-    model, other = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.build("llama", zoo.FEW_KINDS[0])
+def test_the_source_of_another_model_is_read_through_its_map(model):
+    other = zoo.build("llama", zoo.FEW_KINDS[0])
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
     result = tll.patchscope(model, WORDS[:3], TARGET, pairs=[(2, 1)], to=other, map=lambda v: v @ turn, max_new_tokens=2)
     found = tll.faithfulness(result)
@@ -234,8 +245,7 @@ def test_the_source_of_another_model_is_read_through_its_map():
         assert float(found.scores["vector"][0, 0, j]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_cannot_be_scored_is_refused(unchecked):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_what_cannot_be_scored_is_refused(model, unchecked):
     result = tll.patchscope(model, WORDS[:2], TARGET, layers=[1])
     with pytest.raises(TypeError, match=r"expected the result of tll\.patchscope, got str"):
         tll.faithfulness("text")

@@ -129,8 +129,8 @@ def test_the_same_fit_gives_the_same_maps(name, kind):
 
 
 @each_fitter
-def test_a_fit_in_inference_mode_gives_the_same_maps(name):
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 16)
+def test_a_fit_in_inference_mode_gives_the_same_maps(model, name):
+    tokens = zoo.tokens(20, 16)
     fit = lambda: fit_tuned(model, tokens, steps=3, init_tokens=200) if name == "tuned" else _regression(model, tokens)
     plain = fit()
     with torch.inference_mode():
@@ -153,16 +153,14 @@ def test_the_last_layer_of_a_fitted_lens_is_the_model(kind):
 # --- regression
 
 
-def test_regression_does_not_depend_on_batches():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_regression_does_not_depend_on_batches(model):
     tokens = zoo.tokens(24, 12)
     single = tll.fit_regression(model, [tokens])
     many = tll.fit_regression(model, [tokens[i : i + 5] for i in range(0, 24, 5)])
     assert torch.allclose(single.weights, many.weights, atol=1e-5)
 
 
-def test_moments_of_shards_add_up_to_the_regression_of_all():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_moments_of_shards_add_up_to_the_regression_of_all(model):
     tokens = zoo.tokens(24, 12)
     single = tll.fit_regression(model, [tokens])
     rows = rows_for(model, None)
@@ -170,8 +168,7 @@ def test_moments_of_shards_add_up_to_the_regression_of_all():
     assert torch.allclose(single.weights, merged.weights, atol=1e-5) and merged.meta["tokens_seen"] == 24 * 11
 
 
-def test_regression_equals_least_squares_in_float64():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_regression_equals_least_squares_in_float64(model):
     tokens = zoo.tokens(40, 12)
     resid = {}
     tll.run(model, tokens, [tll.read(tll.site(model, i), resid, key=i) for i in (1, 3)])
@@ -182,8 +179,7 @@ def test_regression_equals_least_squares_in_float64():
     assert torch.allclose(got.bias.double(), solution[-1], atol=1e-4)
 
 
-def test_regression_chooses_a_strength_per_layer_on_rows_set_aside():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_regression_chooses_a_strength_per_layer_on_rows_set_aside(model):
     tokens = zoo.tokens(60, 12)
     batches = [tokens[i : i + 3] for i in range(0, 60, 3)]
     t = tll.fit_regression(model, batches, ridge=[1e-4, 1e-1, 1e3])
@@ -215,23 +211,25 @@ def test_a_shift_keeps_the_weights_of_the_identity():
     assert torch.equal(skip[0].weight, torch.eye(32))
 
 
-def test_procrustes_is_a_rotation():
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(40, 12)
+def test_procrustes_is_a_rotation(model):
+    tokens = zoo.tokens(40, 12)
     turned = tll.fit_regression(model, tokens, layers=[1], method="procrustes")[1].weight
     assert torch.allclose(turned @ turned.T, torch.eye(32), atol=1e-4)
 
 
-def test_hooks_and_masks_reach_a_fit():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_hooks_reach_a_fit(model):
     tokens = zoo.tokens(24, 12)
-    plain = tll.fit_regression(model, tokens)
-    hooked = tll.fit_regression(model, tokens, hooks=[tll.patch(2, edits.scale(0.5))])
+    plain, hooked = (tll.fit_regression(model, tokens, hooks=hooks) for hooks in ([], [tll.patch(2, edits.scale(0.5))]))
     for part in ("weight", "bias"):  # the hook is after the sources 0 and 1, and before their target
         before, after = (getattr(maps[0], part) for maps in (plain, hooked))
         assert before.isfinite().all() and not torch.allclose(before, after, atol=1e-2), part
+
+
+def test_masked_positions_are_not_fitted(model):
+    tokens = zoo.tokens(24, 12)
     padded = torch.cat([torch.full((24, 3), zoo.PAD), tokens], 1)
     mask = torch.cat([torch.zeros(24, 3), torch.ones(24, 12)], 1).long()
-    masked = tll.fit_regression(model, tll.Batch(padded, mask))
+    plain, masked = (tll.fit_regression(model, text) for text in (tokens, tll.Batch(padded, mask)))
     assert torch.allclose(plain.weights, masked.weights, atol=1e-3) and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
 
 
@@ -276,8 +274,7 @@ def test_one_sgd_step_is_the_gradient(arch, loss):
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam"])
 @pytest.mark.parametrize("init", ["identity", "regression"])
-def test_training_lowers_the_loss(optimizer, init):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_training_lowers_the_loss(model, optimizer, init):
     tokens = zoo.tokens(120, 16)
     log = []
     t = tll.fit_tuned(model, tokens, steps=25, optimizer=optimizer, init=init, init_tokens=600, log=log)
@@ -289,8 +286,7 @@ def test_training_lowers_the_loss(optimizer, init):
         assert fitted.value("lens", layer) < logit.value("lens", layer)
 
 
-def test_bias_only_keeps_the_identity_of_layers_and_sites():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_bias_only_keeps_the_identity_at_every_site(model):
     tokens = zoo.tokens(32, 16)
     t = tll.fit_tuned(model, tokens, steps=4, bias_only=True, init="identity", layers=[1, "blocks.1.hook_resid_mid"])
     assert torch.equal(t.delta, torch.zeros_like(t.delta)) and t.biases.abs().sum() > 0
@@ -305,16 +301,14 @@ def test_translators_are_a_start():
     assert torch.equal(again.delta, t.delta) and torch.equal(again.biases, t.biases)
 
 
-def test_decay_pulls_to_the_identity():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_decay_pulls_to_the_identity(model):
     start = zoo.random_maps(model)
     settings = dict(steps=1, init=start, optimizer="sgd", lr=0.1, momentum=0.0, clip=None)
     with_decay, without = (tll.fit_tuned(model, zoo.tokens(4, 8), weight_decay=d, **settings) for d in (0.5, 0.0))
     assert torch.allclose(with_decay.delta, without.delta - 0.1 * 0.5 * start.delta, atol=1e-6)
 
 
-def test_clips_are_per_layer_or_joint():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_clips_are_per_layer_or_joint(model):
     settings = dict(steps=1, init="identity", optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip=0.01)
     norm = lambda t: (t.delta**2).sum((1, 2)) + (t.biases**2).sum(1)
     alone = norm(tll.fit_tuned(model, zoo.tokens(4, 8), **settings)).sqrt()
@@ -329,8 +323,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, _Stop])
 @pytest.mark.parametrize("optimizer", ["muon", "sgd"])
-def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path, error, optimizer):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_an_interrupted_fit_resumes_to_the_same_result(model, tmp_path, error, optimizer):
     tokens = zoo.tokens(40, 16)
     settings = dict(steps=9, optimizer=optimizer, init="identity", tokens_per_step=200)
     whole = tll.fit_tuned(model, tokens, **settings)
@@ -361,8 +354,7 @@ def test_an_interrupted_fit_resumes_to_the_same_result(tmp_path, error, optimize
         tll.fit_tuned(model, tokens, checkpoint=file, **settings)
 
 
-def test_refusals(unchecked):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_refusals(model, unchecked):
     tokens = zoo.tokens(8, 16)
     cases = [
         (dict(loss="mse"), "loss must be"),
@@ -395,14 +387,17 @@ def test_refusals(unchecked):
     assert solve.ridge  # public
 
 
-def test_a_layer_is_a_target_layer_and_its_old_name_says_so():
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 12)
+def test_a_target_layer_under_its_old_name_is_the_same(model):
+    tokens = zoo.tokens(20, 12)
     new = tll.fit_regression(model, tokens, layers=[1], target_layer=2)
     with pytest.warns(DeprecationWarning, match=r"fit_regression\(target_layer=2\)"):
         old = tll.fit_regression(model, tokens, layers=[1], to=2)
     assert old.rows == new.rows and torch.equal(old.delta, new.delta)
+
+
+def test_a_target_layer_under_both_names_is_refused(model):
     with pytest.raises(TypeError, match="got both to= and target_layer="):
-        tll.fit_regression(model, tokens, to=2, target_layer=2)
+        tll.fit_regression(model, zoo.tokens(), to=2, target_layer=2)
 
 
 def test_held_out_text_scores_a_regression():
@@ -480,8 +475,7 @@ def test_the_ranges_of_a_regression(name, wrong, unchecked):
             tll.fit_regression(zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(20, 8), **{name: value})
 
 
-def test_a_step_count_of_any_integer_type_ends(unchecked):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_step_count_of_any_integer_type_ends(model, unchecked):
     for steps in (np.int64(2), torch.tensor(2)):
         log = []
         tll.fit_tuned(model, zoo.tokens(8, 8), steps=steps, init="identity", log=log)
@@ -494,27 +488,44 @@ def test_a_step_count_of_any_integer_type_ends(unchecked):
 FITS = {"tuned": dict(steps=2, init="identity", checkpoint_every=1), "regression": dict(checkpoint_every=1)}
 
 
-@each_fitter
-def test_a_checkpoint_knows_its_text_and_its_model(name, tmp_path, unchecked):
+def _noted(name, folder, model, note):
+    """A fit with a checkpoint, whose text is called as the note says."""
     fit = {"tuned": tll.fit_tuned, "regression": tll.fit_regression}[name]
-    model, other = zoo.build("gpt2", zoo.FEW_KINDS[0]), copy.deepcopy(zoo.build("gpt2", zoo.FEW_KINDS[0]))
+    return fit(model, zoo.tokens(24, 12), checkpoint=folder / "state", note=note, **FITS[name])
+
+
+@each_fitter
+def test_a_checkpoint_goes_on_with_its_text(model, name, tmp_path):
+    whole, again = (_noted(name, tmp_path, model, {"data": "a.txt", "seq_len": 12}) for _ in range(2))
+    assert torch.equal(again.delta, whole.delta)
+
+
+@each_fitter
+def test_a_checkpoint_refuses_another_text(model, name, tmp_path):
+    _noted(name, tmp_path, model, {"data": "a.txt", "seq_len": 12})
+    with pytest.raises(ValueError, match="was made with data='a.txt', now it is 'b.txt': use the same settings"):
+        _noted(name, tmp_path, model, {"data": "b.txt", "seq_len": 12})
+
+
+@each_fitter
+def test_a_checkpoint_refuses_another_model(model, name, tmp_path):
+    _noted(name, tmp_path, model, {"data": "a.txt"})
+    other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(1.3)
-    tokens = zoo.tokens(24, 12)
-    run = lambda model, note: fit(model, tokens, checkpoint=tmp_path / "state", note=note, **FITS[name])
-    whole = run(model, {"data": "a.txt", "seq_len": 12})
-    with pytest.raises(ValueError, match="was made with data='a.txt', now it is 'b.txt': use the same settings"):
-        run(model, {"data": "b.txt", "seq_len": 12})
     with pytest.raises(ValueError, match="is of another model: it was made with .* now it is .*use the same model"):
-        run(other, {"data": "a.txt", "seq_len": 12})
+        _noted(name, tmp_path, other, {"data": "a.txt"})
+
+
+@each_fitter
+def test_a_note_that_is_no_json_is_refused(model, name, tmp_path, unchecked):
     with pytest.raises(TypeError, match="note must be a dict of JSON values"):
-        run(model, {"data": object()})
-    assert torch.equal(run(model, {"data": "a.txt", "seq_len": 12}).delta, whole.delta)
+        _noted(name, tmp_path, model, {"data": object()})
 
 
-def test_a_fit_that_ends_early_on_a_full_disk_keeps_its_translators(tmp_path):
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(24, 12)
+def test_a_fit_that_ends_early_on_a_full_disk_keeps_its_translators(model, tmp_path):
+    tokens = zoo.tokens(24, 12)
     (tmp_path / "file").write_text("in the way")
     settings = dict(init="identity", checkpoint=tmp_path / "file" / "state")
 

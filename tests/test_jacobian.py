@@ -63,55 +63,76 @@ def test_it_equals_the_one_of_transformer_lens(arch):
 @pytest.mark.parametrize("kind", zoo.AFFINE_KINDS)
 @pytest.mark.parametrize("rule", ["jacobian", "relevance"])
 def test_on_a_linear_model_it_is_the_regression_and_the_truth(kind, rule):
-    model = zoo.affine_model(kind)
-    got = tll.fit_jacobian(model, ONE_TOKEN[:40], rule=rule, skip_first=0, skip_last=False)
-    least_squares = tll.fit_regression(model, ONE_TOKEN, ridge=0.0, skip_first=False)
-    for layer in range(3):
-        assert torch.allclose(got[layer].weight.double(), zoo.truth(model)[layer][0], atol=1e-5)
-        assert torch.allclose(got[layer].weight, least_squares[layer].weight, atol=1e-3)
+    linear = zoo.affine_model(kind)
+    got = tll.fit_jacobian(linear, ONE_TOKEN[:40], rule=rule, skip_first=0, skip_last=False)
+    assert torch.allclose(got.weights, zoo.exact_maps(linear).weights, atol=1e-5)
+    assert torch.allclose(got.weights, tll.fit_regression(linear, ONE_TOKEN, ridge=0.0, skip_first=False).weights, atol=1e-3)
+
+
+def _right_padded():
+    """Three prompts of which the third is too short: padded, and one by one."""
+    tokens = zoo.tokens(3, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, 6:], mask[2, 3:] = 0, 0
+    return Batch(tokens, mask), [tokens[:1], tokens[1:2, :6], tokens[2:, :3]]
 
 
 @pytest.mark.parametrize("kind", zoo.FEW_KINDS)
-def test_pads_and_short_prompts_do_not_count(kind):
-    model, tokens = zoo.build("gpt2", kind), zoo.tokens(3, 9)
-    mask = torch.ones_like(tokens)
-    mask[1, 6:], mask[2, 3:] = 0, 0  # the third is too short
-    fit = lambda batches: tll.fit_jacobian(model, batches, skip_first=3)
-    padded, alone = fit([Batch(tokens, mask)]), fit([tokens[:1], tokens[1:2, :6], tokens[2:, :3]])
-    assert padded.meta["n_prompts"] == alone.meta["n_prompts"] == 2
+def test_pads_on_the_right_do_not_count(kind):
+    padded, alone = (tll.fit_jacobian(zoo.build("gpt2", kind), text, skip_first=3) for text in _right_padded())
     assert torch.allclose(padded.delta, alone.delta, atol=1e-5)
-    batch = Batch(torch.cat([tokens[1:2, 6:], tokens[1:2, :6]], 1), mask[1:2].flip(1))
+
+
+@pytest.mark.parametrize("kind", zoo.FEW_KINDS)
+def test_prompts_that_are_too_short_do_not_count(kind):
+    padded, alone = (tll.fit_jacobian(zoo.build("gpt2", kind), text, skip_first=3) for text in _right_padded())
+    assert padded.meta["n_prompts"] == alone.meta["n_prompts"] == 2
+
+
+@pytest.mark.parametrize("kind", zoo.FEW_KINDS)
+def test_pads_on_the_left_do_not_count(kind):
+    fit = lambda text: tll.fit_jacobian(zoo.build("gpt2", kind), [text], skip_first=3)
+    tokens = zoo.tokens(3, 9)[1:2]
+    batch = Batch(torch.cat([tokens[:, 6:], tokens[:, :6]], 1), torch.tensor([[0] * 3 + [1] * 6]))
     if kind == "processed" and version("transformer-lens").startswith("3."):
         with pytest.raises(NotFinite, match="are not finite"):  # its rows of nothing but pads have no gradient
-            fit([batch])
-        return
-    left = fit([batch])
-    assert torch.allclose(left.delta, fit([tokens[1:2, :6]]).delta, atol=1e-5)
+            fit(batch)
+    else:
+        assert torch.allclose(fit(batch).delta, fit(tokens[:, :6]).delta, atol=1e-5)
 
 
-def test_other_sites_and_targets():
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(2, 9)
-    fit = lambda **settings: tll.fit_jacobian(model, tokens, skip_first=2, **settings)
-    assert fit(target_layer=2).pairs == ((0, 2), (1, 2))
-    heads = fit(layers=["blocks.1.attn.hook_z", 1])
-    assert heads.pairs[0] == ("blocks.1.attn.hook_z", 3) and torch.allclose(heads[1].weight, fit()[1].weight, atol=1e-6)
+def _jacobian(model, **settings):
+    return tll.fit_jacobian(model, zoo.tokens(2, 9), skip_first=2, **settings)
+
+
+def test_heads_are_sites_like_others(model):
+    heads = _jacobian(model, layers=["blocks.1.attn.hook_z", 1])
+    assert heads.pairs[0] == ("blocks.1.attn.hook_z", 3)
+    assert torch.allclose(heads[1].weight, _jacobian(model)[1].weight, atol=1e-6)
+
+
+def test_maps_may_lead_to_another_layer(model):
+    assert _jacobian(model, target_layer=2).pairs == ((0, 2), (1, 2))
     with pytest.raises(ValueError, match="does not lead to"):
-        fit(layers=[2], target_layer=1)
-    assert tll.Lens(model, fit()).layers == [0, 1, 2, 3]
+        _jacobian(model, layers=[2], target_layer=1)
+
+
+def test_a_lens_takes_maps_into_the_final_residual_alone(model):
+    assert tll.Lens(model, _jacobian(model)).layers == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="a lens needs maps into the final residual"):
-        tll.Lens(model, fit(target_layer=2))
+        tll.Lens(model, _jacobian(model, target_layer=2))
 
 
-def test_interventions_act():
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(2, 9)
+def test_interventions_act(model):
+    tokens = zoo.tokens(2, 9)
     hooks = [tll.patch("blocks.1.hook_mlp_out", tll.edits.zero)]
     plain, hooked = (tll.fit_jacobian(model, tokens, skip_first=2, hooks=h) for h in ((), hooks))
     assert not torch.allclose(plain[0].weight, hooked[0].weight, atol=1e-3)
     assert torch.equal(plain[2].weight, plain[2].weight)
 
 
-def test_shards_merge_by_prompts(tmp_path):
-    model, tokens = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.tokens(7, 9)
+def test_shards_merge_by_prompts(model, tmp_path):
+    tokens = zoo.tokens(7, 9)
     fit = lambda rows, **settings: tll.fit_jacobian(model, rows, skip_first=2, **settings)
     parts = [fit(tokens[:2]), fit(tokens[2:])]
     parts[0].save(tmp_path / "part")
@@ -146,8 +167,7 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     assert torch.equal(fit(text(9), checkpoint=file).delta, fit(text(9)).delta)
 
 
-def test_what_cannot_be_fitted_is_refused():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_what_cannot_be_fitted_is_refused(model):
     with pytest.raises(ValueError, match="a row needs 18 tokens"):
         tll.fit_jacobian(model, zoo.tokens(2, 9))
     if zoo.available("bloom", "bridge"):
@@ -155,8 +175,7 @@ def test_what_cannot_be_fitted_is_refused():
             tll.fit_jacobian(zoo.build("bloom", "bridge"), zoo.tokens(2, 9), rule="relevance", skip_first=2)
 
 
-def test_a_lens_of_ours_is_read_by_others(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_lens_of_ours_is_read_by_others(model, tmp_path):
     maps = tll.fit_jacobian(model, zoo.tokens(2, 9), layers=[1, 2], skip_first=2)
     maps.export("jacobian-lens", tmp_path / "theirs")
     again = tll.Translators.load(tmp_path / "theirs" / "lens.pt")

@@ -22,18 +22,42 @@ def whole(model, lens, tokens, layer):
     return lens[layer](seen["h"]).double().log_softmax(-1)
 
 
-def test_they_are_mean_and_spread_of_log_probabilities(model):
+@pytest.fixture(scope="module")
+def usual(model):
+    """Marginals of two lenses on `TOKENS`, and the log-probabilities that the first one gives there at layer 1."""
     lens = tll.Lens(model, zoo.random_maps(model))
-    usual = tll.marginals(model, {"fit": lens, "logit": tll.Lens(model)}, TOKENS.split(4), show_progress=False)
-    assert usual.n == 6 * 13 and set(usual.mean) == {(n, i) for n in ("fit", "logit") for i in range(3)}
-    logp = whole(model, lens, TOKENS, 1)[:, 1:].flatten(0, 1)
-    for name, expected in (("mean", logp.mean(0)), ("sd", logp.std(0, correction=0)), ("log_marginal", logp.exp().mean(0).log())):
-        torch.testing.assert_close(getattr(usual, name)["fit", 1].double(), expected, atol=1e-4, rtol=1e-4)
-    z = usual.score("fit", 1, logp)  # on the rows that they are from
+    found = tll.marginals(model, {"fit": lens, "logit": tll.Lens(model)}, TOKENS.split(4), show_progress=False)
+    return found, whole(model, lens, TOKENS, 1)[:, 1:].flatten(0, 1)
+
+
+def test_there_are_marginals_of_every_lens_at_every_layer(usual):
+    found, _ = usual
+    assert found.n == 6 * 13 and set(found.mean) == {(n, i) for n in ("fit", "logit") for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("mean", lambda logp: logp.mean(0)),
+        ("sd", lambda logp: logp.std(0, correction=0)),
+        ("log_marginal", lambda logp: logp.exp().mean(0).log()),
+    ],
+)
+def test_a_marginal_is_over_positions(usual, name, of):
+    found, logp = usual
+    torch.testing.assert_close(getattr(found, name)["fit", 1].double(), of(logp), atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_their_own_text_are_standardised(usual):
+    found, logp = usual
+    z = found.score("fit", 1, logp)
     assert float(z.mean(0).abs().max()) < 1e-3 and float((z.std(0, correction=0) - 1).abs().max()) < 1e-3
-    minus = usual.by("marginal").score("fit", 1, logp)
-    # means of q / mean q are 1
-    torch.testing.assert_close(minus.exp().mean(0), torch.ones(zoo.D_VOCAB).double(), atol=1e-3, rtol=0)
+
+
+def test_ratios_to_the_marginal_are_one_in_the_mean(usual):
+    found, logp = usual
+    ratios = found.by("marginal").score("fit", 1, logp).exp()
+    torch.testing.assert_close(ratios.mean(0), torch.ones(zoo.D_VOCAB).double(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["z", "marginal"])
@@ -76,7 +100,7 @@ def test_a_token_that_never_changes_is_never_first(model):
     assert not (top == 5).any()
 
 
-def test_it_is_drawn_and_saved(model, tmp_path):
+def test_calibrated_scores_are_drawn(model, tmp_path):
     lens = tll.Lens(model)
     usual = tll.marginals(model, lens, TOKENS, show_progress=False)
     traj = tll.trajectory(model, lens, TOKENS[:1], calibrated=usual)

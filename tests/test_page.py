@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import zoo
 from test_views import fake, parsed
 from test_views_scope import fake as scope
 
@@ -223,8 +222,7 @@ def test_a_vector_is_that_of_a_cell_if_all_up_to_its_token_is_the_same():
         tll.page(scope(), scopes=[other])
 
 
-def test_a_page_of_real_results(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_page_of_real_results(model, tmp_path):
     prompt = "the cat sat on the mat"
     result = tll.patchscope(model, [tll.Source(prompt, 2), tll.Source(prompt, "mat")], tll.Target("the sat is cat", 3), [0, 2])
     (taken, _), (put,) = result.source_prompts, result.target_prompts

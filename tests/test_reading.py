@@ -169,8 +169,7 @@ class _Widest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("positions", [20, 60])
-def test_no_more_logits_exist_than_there_is_room_for(positions, monkeypatch):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_no_more_logits_exist_than_there_is_room_for(model, positions, monkeypatch):
     lens = {"a": tll.Lens(model), "b": tll.Lens(model, zoo.random_maps(model))}
     d_vocab, tokens = model.cfg.d_vocab, zoo.tokens(4, positions)
     tll.evaluate(model, lens, tokens)  # what is done once per model
@@ -187,8 +186,7 @@ def test_no_more_logits_exist_than_there_is_room_for(positions, monkeypatch):
         monkeypatch.setitem(decode.ROOM, "cpu", 24 * d_vocab * 4)
 
 
-def test_a_model_is_tried_out_as_always_where_its_logits_are_left_out():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_model_is_tried_out_as_always_where_its_logits_are_left_out(model):
     from tl_lenses.model import _PADDING
 
     expected = padding_of(model)

@@ -14,11 +14,11 @@ from tl_lenses import unembed
 from tl_lenses.unembed import Readout
 
 TOKENS = zoo.tokens(2, 10)
-OPT = zoo._TOKENS | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64)
+OPT = zoo.VOCABULARY | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64)
 HEADS = {
     "projection": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),  # OPT-350m's shape
     "norm and projection": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16),
-    "norm, dense and norm": lambda: transformers.ModernBertDecoderConfig(**zoo._WIDE),
+    "norm, dense and norm": lambda: transformers.ModernBertDecoderConfig(**zoo.WIDE),
 }
 
 
@@ -56,7 +56,7 @@ def test_a_fit_reads_the_whole_head():
 
 @pytest.mark.skipif(not zoo.HAS_BRIDGE, reason="only bridges wrap other models")
 def test_a_head_that_no_chain_of_modules_gives_is_refused():
-    bridge, _ = zoo.boot(zoo._CONFIGS["llama"]())
+    bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
     handle = bridge.original_model.register_forward_hook(
         lambda module, args, output: output.__setitem__("logits", output.logits * 3) or output
     )
@@ -68,24 +68,24 @@ def test_a_head_that_no_chain_of_modules_gives_is_refused():
     tll.Lens(bridge)
 
 
-@pytest.mark.skipif(not zoo.HAS_BRIDGE, reason="only bridges wrap other models")
-def test_encoder_decoders_and_models_without_weights_are_refused():
+@pytest.fixture(scope="module", params=["encoder-decoder", "without weights"])
+def unreadable(request):
+    """A model, and what is said of it."""
+    if request.param == "without weights":
+        return zoo.boot(zoo.CONFIGS["gpt2"]())[0].to("meta"), "on the meta device"
     config = transformers.BartConfig(
-        **zoo._TOKENS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        **zoo.VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
     )  # fmt: skip
-    bart, _ = zoo.boot(config, family="AutoModelForSeq2SeqLM")
-    empty = zoo.boot(zoo._CONFIGS["gpt2"]())[0].to("meta")
-    for call in (
-        tll.Lens,
-        lambda m: tll.run(m, TOKENS),
-        lambda m: tll.generate(m, TOKENS),
-        lambda m: tll.fit_regression(m, TOKENS),
-    ):
-        with pytest.raises(ValueError, match="has no decoder stack blocks.* but .*encoder_blocks"):
-            call(bart)
-        with pytest.raises(ValueError, match="on the meta device"):
-            call(empty)
+    return zoo.boot(config, family="AutoModelForSeq2SeqLM")[0], "has no decoder stack blocks.* but .*encoder_blocks"
+
+
+@pytest.mark.skipif(not zoo.HAS_BRIDGE, reason="only bridges wrap other models")
+@pytest.mark.parametrize("call", [tll.Lens, tll.run, tll.generate, tll.fit_regression])
+def test_a_model_that_cannot_be_read_is_refused(unreadable, call):
+    model, message = unreadable
+    with pytest.raises(ValueError, match=message):
+        call(model, *([] if call is tll.Lens else [TOKENS]))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
@@ -107,7 +107,7 @@ def test_norms_come_before_casts(arch):
 @pytest.mark.skipif(not zoo.HAS_BRIDGE, reason="only bridges wrap other models")
 def test_residuals_that_are_wider_than_the_model():
     """Mamba keeps its residual stream in fp32 whatever the type of its weights."""
-    config = transformers.MambaConfig(**zoo._TOKENS, hidden_size=32, num_hidden_layers=3, state_size=8, residual_in_fp32=True)
+    config = transformers.MambaConfig(**zoo.VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=8, residual_in_fp32=True)
     bridge, plain = zoo.boot(config, torch.bfloat16)
     seen = {}
     with torch.no_grad():
@@ -115,8 +115,7 @@ def test_residuals_that_are_wider_than_the_model():
         assert torch.equal(seen[3], plain(TOKENS).logits) and seen["x"].dtype == torch.float32
 
 
-def test_hooks_of_others_do_not_see_the_comparison(monkeypatch):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_hooks_of_others_do_not_see_the_comparison(model, monkeypatch):
     monkeypatch.setattr(unembed, "_HEADS", WeakKeyDictionary())  # as if it had not been compared yet
     calls = []
     hooks = [(name, lambda x, hook: calls.append(1)) for name in ("blocks.1.hook_resid_pre", "ln_final.hook_scale")]

@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_fit_goes_on(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_name_layer_step_and_text(tmp_path, monkeypatch, part):
+def test_numbers_that_are_not_finite_name_layer_step_and_text(model, tmp_path, monkeypatch, part):
     compute, calls = tl_lenses.fit.learner.loss_and_gradient, []
 
     def wrong(pairs, delta, biases, head, grad_w, grad_b, **settings):
@@ -200,7 +200,6 @@ def test_numbers_that_are_not_finite_name_layer_step_and_text(tmp_path, monkeypa
 
     rows = list(_text())
     target = rows[6].tokens[1]  # batches of 3 rows, two a step: the fourth step
-    model = zoo.build("gpt2", KIND)
     resid = {}
     tll.run(model, target[None], [tll.read(0, resid)])
     mark = resid[0][0, 3]
@@ -216,22 +215,25 @@ def test_numbers_that_are_not_finite_name_layer_step_and_text(tmp_path, monkeypa
     assert saved["step"] == 3 and saved["delta"].isfinite().all()
 
 
-def test_activations_that_are_not_finite_name_site_and_text():
-    model = zoo.build("gpt2", KIND)
-    tokens = zoo.tokens(8, 12)
-
-    def spoil(x, *args):
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (
+            lambda *args, **how: tll.fit_tuned(*args, steps=2, init="identity", **how),
+            "the activation at 'blocks.1.hook_resid_pre' .* in the text .*at step 0",
+        ),
+        (tll.fit_regression, "in the text .*, among the 8 rows behind row 0"),
+    ],
+    ids=["tuned", "regression"],
+)
+def test_activations_that_are_not_finite_name_their_text(model, fit, message):
+    def spoil(x, hook):
         x = x.clone()
         x[1] = float("inf")
         return x
 
-    hooks = [("blocks.1.hook_resid_pre", lambda x, hook: spoil(x))]
-    decoded = lambda row: "the text" in row
-    with pytest.raises(ValueError, match="the activation at 'blocks.1.hook_resid_pre' .* in the text .*at step 0") as error:
-        tll.fit_tuned(model, tokens, steps=2, init="identity", hooks=hooks)
-    assert decoded(str(error.value))
-    with pytest.raises(ValueError, match="in the text .*, among the 8 rows behind row 0"):
-        tll.fit_regression(model, tokens, hooks=hooks)
+    with pytest.raises(ValueError, match=message):
+        fit(model, zoo.tokens(8, 12), hooks=[("blocks.1.hook_resid_pre", spoil)])
 
 
 def test_maps_that_are_not_finite_are_not_saved(tmp_path):
@@ -256,12 +258,17 @@ def test_what_hooks_draw_is_drawn_again(tmp_path):
     assert _same(_fit(tmp_path / "state", hooks=noise), whole)
 
 
-def test_older_states_and_states_of_other_fits_are_refused(tmp_path):
-    files.save_state(tmp_path / "state", {"format": "tl_lenses.fit_tuned", "settings": {}})
-    with pytest.raises(ValueError, match="has version 1, this tl_lenses goes on from 3"):
-        _fit(tmp_path / "state")
-    files.save_state(tmp_path / "state", {"format": "tl_lenses.fit_regression", "version": state.VERSION})
-    with pytest.raises(ValueError, match="is not a checkpoint of fit_tuned"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": "tl_lenses.fit_tuned", "settings": {}}, "has version 1, this tl_lenses goes on from 3"),
+        ({"format": "tl_lenses.fit_regression", "version": state.VERSION}, "is not a checkpoint of fit_tuned"),
+    ],
+    ids=["older", "another fit"],
+)
+def test_a_state_of_another_kind_is_refused(tmp_path, content, message):
+    files.save_state(tmp_path / "state", content)
+    with pytest.raises(ValueError, match=message):
         _fit(tmp_path / "state")
 
 
@@ -299,33 +306,42 @@ def test_groups_are_refused_where_they_would_change_the_result(unchecked):
         tll.fit_tuned(zoo.build("gpt2", KIND), iter([zoo.tokens(8, 16)]), layers_at_once=1, init="identity")
 
 
-def test_regression_in_groups_on_the_cpu_and_going_on(tmp_path):
-    model = zoo.build("gpt2", KIND)
-    settings = dict(pairs=[(2, 3), (0, 1), (0, 3), (1, 2)], ridge=[1e-3, 1.0], held_out=0.1)
-    whole = tll.fit_regression(model, _text(), **settings)
-    parts = tll.fit_regression(model, _text(), layers_at_once=1, offload=True, **settings)
-    assert parts.rows == whole.rows and torch.equal(parts.delta, whole.delta)
-    assert parts.meta["held_out"] == whole.meta["held_out"] and parts.meta["settings"] == whole.meta["settings"]
-    assert parts.meta["r_squared"] == whole.meta["r_squared"]
+REGRESSION = dict(pairs=[(2, 3), (0, 1), (0, 3), (1, 2)], ridge=[1e-3, 1.0], held_out=0.1)
 
-    class Dies:  # a text that cannot be read to its end at first
-        def __init__(self, n):
-            self.n = n
 
-        def __iter__(self):
-            for i, batch in enumerate(_text()):
-                if i == self.n:
-                    raise OSError("the network is gone")
-                yield batch
+@pytest.fixture(scope="module")
+def regression(model):
+    return tll.fit_regression(model, _text(), **REGRESSION)
 
-    file = tmp_path / "state"
-    keep = dict(checkpoint=file, checkpoint_every=3)
+
+class Dies:
+    """A text that cannot be read further than `n` batches."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        for i, batch in enumerate(_text()):
+            if i == self.n:
+                raise OSError("the network is gone")
+            yield batch
+
+
+def test_regression_in_groups_on_the_cpu_is_the_same(model, regression):
+    parts = tll.fit_regression(model, _text(), layers_at_once=1, offload=True, **REGRESSION)
+    assert parts.rows == regression.rows and torch.equal(parts.delta, regression.delta)
+    for key in ("held_out", "settings", "r_squared"):
+        assert parts.meta[key] == regression.meta[key]
+
+
+def test_regression_goes_on_where_its_text_broke_off(model, regression, tmp_path):
+    keep = dict(checkpoint=tmp_path / "state", checkpoint_every=3)
     with pytest.raises(OSError, match="the network is gone"):
-        tll.fit_regression(model, Dies(14), **settings, **keep)
-    assert files.load_state(file)["counts"][3] == 12
-    assert torch.equal(tll.fit_regression(model, Dies(999), **settings, **keep).delta, whole.delta)
+        tll.fit_regression(model, Dies(14), **REGRESSION, **keep)
+    assert files.load_state(tmp_path / "state")["counts"][3] == 12
+    assert torch.equal(tll.fit_regression(model, Dies(999), **REGRESSION, **keep).delta, regression.delta)
     with pytest.raises(ValueError, match="was made with skip_first=True, now it is False"):
-        tll.fit_regression(model, Dies(999), skip_first=False, **settings, **keep)
+        tll.fit_regression(model, Dies(999), skip_first=False, **REGRESSION, **keep)
 
 
 def test_the_progress_line_gives_loss_rate_and_time_left(capsys):
@@ -339,9 +355,9 @@ def test_the_progress_line_gives_loss_rate_and_time_left(capsys):
 
 @pytest.mark.parametrize("groups", [None, 1])
 @pytest.mark.parametrize("fit", ["tuned", "regression"])
-def test_a_second_fit_with_the_same_checkpoint_is_refused_at_its_start(fit, groups, tmp_path):
+def test_a_second_fit_with_the_same_checkpoint_is_refused_at_its_start(model, fit, groups, tmp_path):
     """As the command does: two fits would replace each other's states. The file is free again after an error too."""
-    model, file = zoo.build("gpt2", zoo.FEW_KINDS[0]), tmp_path / "state"
+    file = tmp_path / "state"
     tokens, seen = zoo.tokens(16, 12), []
 
     def start(hooks=()):

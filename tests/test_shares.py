@@ -1,5 +1,8 @@
 """A logit as a sum: over the components of a lens' state, and over the states of a layer."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 import zoo
@@ -27,28 +30,40 @@ def _by_hand(model, lens, layer, ids):
     return h, lambda x: (direction * remove(x @ weight.T) / scale).sum(-1)
 
 
-@each_model
-@pytest.mark.parametrize("fitted", [False, True])
-def test_components_are_the_formula_and_sum_to_the_lens(arch, kind, fitted):
-    model = zoo.build(arch, kind)
+@pytest.fixture(
+    scope="module", params=[(*case.values, fitted) for case in zoo.cases(kinds=zoo.FEW_KINDS) for fitted in (False, True)], ids=str
+)
+def parted(request):
+    """Components of a lens' logits, with what they are compared with: the share of a vector by the formula, the state, the logits."""
+    arch, kind, fitted = request.param
+    model, ids = zoo.build(arch, kind), torch.arange(5, 14)
     lens = tll.Lens(model, zoo.random_maps(model)) if fitted else tll.Lens(model)
     layer = 2 if fitted else model.cfg.n_layers
     parts = tll.components(model, lens, TOKENS, layer, targets=list(range(5, 14)))
-    ids = torch.arange(5, 14)
     h, share = _by_hand(model, lens, layer, ids)
     with torch.no_grad():
-        hidden = lens[layer].hidden(h)
         bias = getattr(model, "b_U", torch.zeros(zoo.D_VOCAB))[ids]
-        logits = (hidden * model.W_U[:, ids].T).sum(-1) + bias
-    assert torch.allclose(parts.total, logits, atol=1e-5)
-    assert torch.allclose(parts.values.sum(0) + parts.rest, logits, atol=1e-5)
-    assert torch.allclose(parts.values.sum(0), share(h), atol=1e-4, rtol=1e-4)  # so that rest has biases only
+        logits = (lens[layer].hidden(h) * model.W_U[:, ids].T).sum(-1) + bias
+    return SimpleNamespace(model=model, arch=arch, parts=parts, h=h, share=share, logits=logits)
+
+
+def test_components_sum_to_the_logits_of_the_lens(parted):
+    assert torch.allclose(parted.parts.total, parted.logits, atol=1e-5)
+    assert torch.allclose(parted.parts.values.sum(0) + parted.parts.rest, parted.logits, atol=1e-5)
+
+
+def test_what_is_left_of_components_has_biases_only(parted):
+    assert torch.allclose(parted.parts.values.sum(0), parted.share(parted.h), atol=1e-4, rtol=1e-4)
+
+
+def test_a_component_is_the_formula(parted):
     seen = {}
     with torch.no_grad():
-        tll.run(model, TOKENS, [tll.read(0, seen), tll.read("blocks.1.hook_mlp_out", seen, key="mlp")])
-    assert torch.allclose(parts.values[0], share(seen[0][0]), atol=1e-4, rtol=1e-4)
-    if arch != "bloom":  # its module adds the residual itself
-        assert torch.allclose(parts.values[parts.rows.index("1 mlp")], share(seen["mlp"][0]), atol=1e-4, rtol=1e-4)
+        tll.run(parted.model, TOKENS, [tll.read(0, seen), tll.read("blocks.1.hook_mlp_out", seen, key="mlp")])
+    values, rows = parted.parts.values, parted.parts.rows
+    assert torch.allclose(values[0], parted.share(seen[0][0]), atol=1e-4, rtol=1e-4)
+    if parted.arch != "bloom":  # its module adds the residual itself
+        assert torch.allclose(values[rows.index("1 mlp")], parted.share(seen["mlp"][0]), atol=1e-4, rtol=1e-4)
 
 
 @each_model
@@ -64,8 +79,7 @@ def test_heads_sum_to_their_attention(arch, kind):
         assert float(heads.values[heads.rows.index("1 attention bias")].abs().max()) < 1e-5
 
 
-def test_a_head_is_its_z_through_w_o():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_head_is_its_z_through_w_o(model):
     lens, seen = tll.Lens(model), {}
     parts = tll.components(model, lens, TOKENS, 2, targets=7, heads=True)
     with torch.no_grad():
@@ -109,29 +123,72 @@ def test_at_the_last_layer_it_is_direct_logit_attribution():
 
 # --- detached
 
+own_backward = lambda arch, kind: arch == "bloom" and not kind.startswith("ht")  # a HookedTransformer has an activation of its own
+each_exact = pytest.mark.parametrize(
+    "arch,kind", [case for case in zoo.cases(kinds=zoo.FEW_KINDS) if not own_backward(*case.values)]
+)
+without_biases = zoo.cases(("llama", "mistral", "gemma2", "gemma3", "qwen3"), zoo.FEW_KINDS)
 
-@each_model
-def test_states_and_biases_add_up_in_float64(arch, kind):
+
+@functools.cache
+def _runs_in_float64(arch, kind):
     model = zoo.build(arch, kind, torch.float64)
-    if arch == "bloom" and not kind.startswith("ht"):  # a HookedTransformer has an activation of its own
-        with pytest.raises(ValueError, match="a backward of its own"):
-            tll.detached(model, TOKENS)
-        return
     try:
         model(TOKENS)
     except RuntimeError as error:  # biases that processing adds are float32 in TransformerLens 3.9
         assert "same dtype" in str(error)
-        pytest.skip(f"the model itself does not run in float64: {error}")
-    flags = [p.requires_grad for p in model.parameters()]
-    parts = tll.detached(model, TOKENS, 7, pos=5)
-    assert flags == [p.requires_grad for p in model.parameters()]
+        return None
+    return model
+
+
+@functools.cache
+def _parts(arch, kind):
+    return tll.detached(_runs_in_float64(arch, kind), TOKENS, 7, pos=5)
+
+
+@pytest.fixture
+def in_float64(arch, kind):
+    """A model, and its logit of token 7 at position 5 as a sum over states."""
+    if _runs_in_float64(arch, kind) is None:
+        pytest.skip("the model itself does not run in float64")
+    return _runs_in_float64(arch, kind), _parts(arch, kind)
+
+
+@pytest.mark.parametrize("arch,kind", [case for case in zoo.cases(kinds=zoo.FEW_KINDS) if own_backward(*case.values)])
+def test_a_model_with_a_backward_of_its_own_is_refused(arch, kind):
+    with pytest.raises(ValueError, match="a backward of its own"):
+        tll.detached(zoo.build(arch, kind, torch.float64), TOKENS)
+
+
+@each_exact
+def test_states_with_what_is_left_add_up_to_the_logit(in_float64):
+    _, parts = in_float64
     assert float((parts.values.sum(1) + parts.rest - parts.total).abs().max()) < 1e-10
-    assert not parts.values[:, 6:].any()  # later states
-    if arch in ("llama", "mistral", "gemma2", "gemma3", "qwen3"):  # no biases
-        assert float(parts.rest.abs().max()) < 1e-10
+
+
+@each_exact
+def test_later_states_have_no_share(in_float64):
+    assert not in_float64[1].values[:, 6:].any()
+
+
+@pytest.mark.parametrize("arch,kind", without_biases)
+def test_without_biases_nothing_is_left(in_float64):
+    assert float(in_float64[1].rest.abs().max()) < 1e-10
+
+
+@each_exact
+def test_the_total_is_the_models_logit(in_float64, arch):
+    model, parts = in_float64
     if "soft" not in str(vars(model.cfg).get("output_logits_soft_cap")) and arch != "gemma2":
         with torch.no_grad():
             assert abs(float(parts.total[0] - model(TOKENS)[0, 5, 7])) < 1e-5
+
+
+def test_parameters_want_gradients_as_before():
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0], torch.float64)
+    flags = [p.requires_grad for p in model.parameters()]
+    tll.detached(model, TOKENS, 7, pos=5)
+    assert flags == [p.requires_grad for p in model.parameters()]
 
 
 def test_it_is_the_affine_function_of_a_layer():
@@ -161,8 +218,7 @@ def test_on_a_linear_model_it_is_the_true_map(kind):
         assert abs(float(parts.values[layer, 0] - expected)) < 1e-10
 
 
-def test_what_does_not_add_up_is_an_error():
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_what_does_not_add_up_is_an_error(model):
     square = ("blocks.1.hook_mlp_out", lambda x, hook: x * x)
     with pytest.raises(ValueError, match="no exact sum for it"):
         tll.detached(model, TOKENS, hooks=[square])

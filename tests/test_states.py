@@ -1,16 +1,19 @@
 """Stored states: a fit on them is the fit on their text, no pass over the text is made, and folders that do not fit are refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from typer.testing import CliRunner
 
 import tl_lenses as tll
 import tl_lenses.decode
 from tl_lenses import files
+from tl_lenses.cli import app
 from tl_lenses.fit.evidence import collect
 from tl_lenses.fit.regression import maps_of
 from tl_lenses.text.batches import Text
@@ -18,7 +21,6 @@ from tl_lenses.text.batches import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import write_states  # noqa: E402
 
-kinds = pytest.mark.parametrize("kind", zoo.KINDS)
 ROWS = [("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post")]
 
 
@@ -46,19 +48,31 @@ def equal(a, b):
     assert torch.equal(a.weights, b.weights) and torch.equal(a.biases, b.biases)
 
 
-@kinds
-@pytest.mark.parametrize("source", ["ids", "batches", "corpus"])
-def test_fits_and_scores_of_stored_states_are_those_of_the_text_bit_for_bit(kind, source, tmp_path):
+@pytest.fixture(
+    scope="module", params=[(kind, source) for kind in zoo.KINDS for source in ("ids", "batches", "corpus")], ids="-".join
+)
+def stored(request, tmp_path_factory):
+    """A model, a text, and its states in several files."""
+    kind, source = request.param
     model = zoo.build("gpt2", kind)
-    text = texts(model)[source]
-    folder = tll.capture(model, text, to=tmp_path / "states", shard_tokens=100)
-    assert len(list(folder.glob("*.safetensors"))) >= 2
-    equal(tll.fit_regression(model, text), tll.fit_regression(model, folder))
-    settings = dict(steps=4, tokens_per_step=200, seed=3)
-    equal(tll.fit_tuned(model, text, **settings), tll.fit_tuned(model, str(folder), **settings))
-    lenses = {"logit": tll.Lens(model)}
-    live, stored = tll.evaluate(model, lenses, text), tll.evaluate(model, lenses, folder)
-    assert live.rows == stored.rows and live.tokens == stored.tokens and live.settings == stored.settings
+    text, folder = texts(model)[source], tmp_path_factory.mktemp("stored") / "states"
+    assert len(list(tll.capture(model, text, to=folder, shard_tokens=100).glob("*.safetensors"))) >= 2
+    return model, text, folder
+
+
+TUNED = dict(steps=4, tokens_per_step=200, seed=3)
+
+
+@pytest.mark.parametrize("fit", [tll.fit_regression, lambda *args: tll.fit_tuned(*args, **TUNED)], ids=["regression", "tuned"])
+def test_a_fit_on_stored_states_is_that_on_the_text_bit_for_bit(stored, fit):
+    model, text, folder = stored
+    equal(fit(model, text), fit(model, str(folder)))
+
+
+def test_scores_of_stored_states_are_those_of_the_text_bit_for_bit(stored):
+    model, text, folder = stored
+    live, again = (tll.evaluate(model, {"logit": tll.Lens(model)}, it) for it in (text, folder))
+    assert live.rows == again.rows and live.tokens == again.tokens and live.settings == again.settings
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "opt", "qwen3", "neox"])
@@ -89,9 +103,12 @@ def test_the_text_is_not_run_again(tmp_path, monkeypatch):
     assert longest[1:] == [8, 8, 8]
 
 
-def test_shards_are_made_side_by_side_and_lost_ones_again(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    whole = capture(model, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    return capture(model, tmp_path_factory.mktemp("states") / "whole")
+
+
+def test_shards_are_made_side_by_side(model, whole, tmp_path):
     for i in (2, 0):
         capture(model, tmp_path / "parts", shard=(i, 3))
     with pytest.raises(ValueError, match="states-00001.safetensors is missing"):
@@ -99,20 +116,24 @@ def test_shards_are_made_side_by_side_and_lost_ones_again(tmp_path):
     parts = capture(model, tmp_path / "parts", shard=(1, 3))
     names = sorted(file.name for file in whole.iterdir())
     assert len(names) == 4 and names == sorted(file.name for file in parts.iterdir())
-    for name in names:
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    before = (parts / names[2]).stat().st_mtime_ns
-    (parts / names[0]).unlink()
-    (parts / names[1]).write_bytes((whole / names[1]).read_bytes()[:5000])  # cut off
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+
+
+def test_lost_shards_are_made_again_and_no_others(model, whole, tmp_path):
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    gone, cut, kept = sorted(parts.glob("*.safetensors"))
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:5000])
     with pytest.raises(ValueError, match="missing"):
         tll.fit_regression(model, parts, [1, 2])
     capture(model, parts)
-    assert (parts / names[2]).stat().st_mtime_ns == before and (parts / names[1]).read_bytes() == (whole / names[1]).read_bytes()
+    assert kept.stat().st_mtime_ns == before
+    assert all(file.read_bytes() == (whole / file.name).read_bytes() for file in parts.iterdir())
     equal(tll.fit_regression(model, whole, [1, 2]), tll.fit_regression(model, parts, [1, 2]))
 
 
-def test_moments_of_shards_add(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_moments_of_shards_add(model, tmp_path):
     folder = capture(model, tmp_path / "states")
     shards = [collect(model, str(file), ROWS, show_progress=False) for file in sorted(folder.glob("*.safetensors"))]
     assert len(shards) == 3
@@ -121,8 +142,7 @@ def test_moments_of_shards_add(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["ids", "batches"])
-def test_a_fit_goes_on_inside_the_states(source, tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_a_fit_goes_on_inside_the_states(model, source, tmp_path):
     text = tokens(160, 16) if source == "ids" else list(tokens(160, 16).split(16))
     folder = tll.capture(model, text, [1], tmp_path / "states", shard_tokens=300)
     settings = dict(steps=8, tokens_per_step=256, layers=[1], checkpoint_every=1)
@@ -139,31 +159,34 @@ def test_a_fit_goes_on_inside_the_states(source, tmp_path):
     equal(straight, tll.fit_tuned(model, text, **settings))
 
 
-def test_a_share_is_held_out_and_groups_of_layers_are_fitted(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    folder = capture(model, tmp_path / "states")
-    settings = dict(layers=[1, 2], steps=2, held_out=0.25)
-    equal(tll.fit_tuned(model, tokens(), **settings), tll.fit_tuned(model, folder, **settings))
-    one_by_one = dict(layers=[1, 2], layers_at_once=1, ridge=[1e-3, 1e-1], held_out=0.1)
-    equal(tll.fit_regression(model, tokens(), **one_by_one), tll.fit_regression(model, folder, **one_by_one))
+@pytest.mark.parametrize(
+    ("fit", "settings"),
+    [
+        (tll.fit_tuned, dict(steps=2, held_out=0.25)),
+        (tll.fit_regression, dict(layers_at_once=1, ridge=[1e-3, 1e-1], held_out=0.1)),
+    ],
+    ids=["a share held out", "groups of layers"],
+)
+def test_stored_states_are_fitted_as_text_is(model, whole, fit, settings):
+    equal(*(fit(model, text, layers=[1, 2], **settings) for text in (tokens(), whole)))
 
 
-def test_half_precision_and_what_it_does_not_hold(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    live = tll.evaluate(model, tll.Lens(model), tokens(), layers=[1])
-    for dtype, error in (("float16", 1e-3), ("bfloat16", 1e-2)):
-        folder = capture(model, tmp_path / dtype, dtype=dtype)
-        stored = tll.evaluate(model, tll.Lens(model), folder, layers=[1])
-        assert 0 < abs(live.value("lens", 1) - stored.value("lens", 1)) < error
-        assert folder.joinpath("states-00000.safetensors").stat().st_size < 8 * 16 * (3 * 32 * 2 + 8) + 4000
+@pytest.mark.parametrize("dtype,error", [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_half_precision_is_near_and_half_as_large(model, tmp_path, dtype, error):
+    folder = capture(model, tmp_path / dtype, dtype=dtype)
+    live, near = (tll.evaluate(model, tll.Lens(model), text, layers=[1]).value("lens", 1) for text in (tokens(), folder))
+    assert 0 < abs(live - near) < error
+    assert folder.joinpath("states-00000.safetensors").stat().st_size < 8 * 16 * (3 * 32 * 2 + 8) + 4000
+
+
+def test_what_half_precision_does_not_hold_is_refused(model, tmp_path):
     large = [("blocks.1.hook_resid_pre", lambda x, hook: x * 1e6)]
     with pytest.raises(ValueError, match="torch.float16 does not hold them: store bfloat16 or float32"):
         capture(model, tmp_path / "large", dtype="float16", hooks=large)
     assert not (tmp_path / "large" / files.INDEX).exists()
 
 
-def test_under_interventions(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_under_interventions(model, tmp_path):
     hooks = [tll.patch(1, tll.edits.scale(0.5))]
     folder = capture(model, tmp_path / "states", hooks=hooks)
     equal(tll.fit_regression(model, tokens(), [1, 2], hooks=hooks), tll.fit_regression(model, folder, [1, 2]))
@@ -171,15 +194,14 @@ def test_under_interventions(tmp_path):
         tll.fit_regression(model, folder, [1, 2], hooks=hooks)
 
 
-def test_maps_into_another_model_read_the_sources_from_the_disk(tmp_path):
-    model, other = zoo.build("gpt2", zoo.FEW_KINDS[0]), zoo.build("llama", zoo.FEW_KINDS[0])
+def test_maps_into_another_model_read_the_sources_from_the_disk(model, tmp_path):
+    other = zoo.build("llama", zoo.FEW_KINDS[0])
     folder = capture(model, tmp_path / "states")
     settings = dict(to=other, pairs=[(1, 2), (2, 3)])
     equal(tll.fit_regression(model, tokens(), **settings), tll.fit_regression(model, folder, **settings))
 
 
-def test_states_of_another_model_or_site_or_capture_are_refused(tmp_path):
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+def test_states_of_another_model_or_site_or_capture_are_refused(model, tmp_path):
     folder = capture(model, tmp_path / "states")
     with pytest.raises(ValueError, match="holds no states at 'blocks.0.hook_resid_pre', only at blocks.1"):
         tll.fit_regression(model, folder)
@@ -196,9 +218,8 @@ def test_states_of_another_model_or_site_or_capture_are_refused(tmp_path):
         tll.fit_regression(model, folder, [1, 2])
 
 
-def test_what_runs_the_model_itself_takes_no_states(tmp_path):
+def test_what_runs_the_model_itself_takes_no_states(model, tmp_path):
     """The text of the folder is there, but not the interventions under which its states were made."""
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     folder = capture(model, tmp_path / "states")
     for what, call in {
         "fit_jacobian": lambda: tll.fit_jacobian(model, folder, skip_first=2),
@@ -271,30 +292,52 @@ def test_the_stream_of_vllm_is_the_sum_of_two_arguments():
 # --- the command line
 
 
-def test_capture_fit_and_eval_on_the_command_line(tmp_path, capsys, monkeypatch):
-    from tl_lenses.cli.commands import app
+TEXT = ["--limit-tokens", "2048", "--seq-len", "64"]
+FIT = ["fit", "--method", "regression", "--no-progress", "--output"]
 
-    monkeypatch.chdir(tmp_path)
 
-    def command(*args):
-        with pytest.raises(SystemExit) as done:
-            app(list(args))
-        said = capsys.readouterr()
-        return done.value.code, said.out + said.err
+def _command(*args):
+    done = CliRunner().invoke(app, list(map(str, args)))
+    return done.exit_code, done.stdout + done.stderr
 
-    text = ["--limit-tokens", "2048", "--seq-len", "64"]
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    """The states of a text, in two parts, by the command."""
+    states = tmp_path_factory.mktemp("command") / "states"
     for shard in ("0/2", "1/2"):
-        code, said = command("capture", "--output", "states", "--layers", "1,3", "--shard", shard, "--shard-tokens", "600", *text)
+        code, said = _command(
+            "capture", "--output", states, "--layers", "1,3", "--shard", shard, "--shard-tokens", 600, *TEXT
+        )  # fmt: skip
         assert code == 0, said
-    fits = ["--method", "regression", "--no-progress", "--output"]
-    assert command("fit", *fits, "live", "--layers", "1,3", *text)[0] == 0
-    code, said = command("fit", *fits, "stored", "--data", "states")
-    assert code == 0, said
-    equal(tll.Translators.load("live"), tll.Translators.load("stored"))
-    code, said = command("fit", "--output", "tuned", "--data", "states", "--steps", "2", "--no-progress")
-    assert code == 0 and tll.Translators.load("tuned").sources == (1, 3), said
-    assert "about" in command("fit", *fits, "dry", "--data", "states", "--dry-run")[1]
-    code, said = command("eval", "--lens", "stored", "--data", "states", "--layers", "1,3")
+    return states
+
+
+@pytest.mark.usefixtures("models_once")
+def test_a_fit_of_captured_states_is_that_of_the_text_on_the_command_line(captured, tmp_path):
+    for name, text in (("live", ["--layers", "1,3", *TEXT]), ("stored", ["--data", captured])):
+        code, said = _command(*FIT, tmp_path / name, *text)
+        assert code == 0, said
+    equal(tll.Translators.load(tmp_path / "live"), tll.Translators.load(tmp_path / "stored"))
+    code, said = _command("eval", "--lens", tmp_path / "stored", "--data", captured, "--layers", "1,3")
     assert code == 0 and "stored" in said, said
-    assert "--seq-len is of text" in command("fit", *fits, "no", "--data", "states", "--seq-len", "8")[1]
-    assert "--shard should be i/n" in command("capture", "--output", "no", "--shard", "2/2")[1]
+
+
+@pytest.mark.usefixtures("models_once")
+def test_training_takes_captured_states_on_the_command_line(captured, tmp_path):
+    code, said = _command("fit", "--output", tmp_path / "tuned", "--data", captured, "--steps", 2, "--no-progress")
+    assert code == 0 and tll.Translators.load(tmp_path / "tuned").sources == (1, 3), said
+
+
+@pytest.mark.usefixtures("models_once")
+def test_a_fit_of_captured_states_has_a_dry_run(captured, tmp_path):
+    assert "about" in _command(*FIT, tmp_path / "dry", "--data", captured, "--dry-run")[1]
+
+
+@pytest.mark.usefixtures("models_once")
+def test_options_of_text_are_refused_for_captured_states(captured, tmp_path):
+    assert "--seq-len is of text" in _command(*FIT, tmp_path / "no", "--data", captured, "--seq-len", 8)[1]
+
+
+def test_a_part_out_of_range_is_refused(tmp_path):
+    assert "--shard should be i/n" in _command("capture", "--output", tmp_path / "no", "--shard", "2/2")[1]

@@ -88,8 +88,8 @@ def test_a_held_out_loss_keeps_its_digits_where_a_layer_is_nearly_right():
     assert torch.equal(losses[True][1], losses[False][1])  # the gradient is the same
 
 
-def test_held_out_losses_are_the_exact_ones():
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(6, 16)
+def test_held_out_losses_are_the_exact_ones(model):
+    tokens = zoo.tokens(6, 16)
     pairs, resid, depth = _step(model, tokens)[0], {}, int(model.cfg.n_layers)
     tll.run(model, tokens, [tll.read(tll.site(model, depth), resid, key=depth)])
     final = resid[depth].flatten(0, 1)
@@ -147,8 +147,8 @@ def test_logits_of_a_tile_fit_in_their_bytes(rows, n, size):
 
 
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
-def test_many_tiles_equal_one(subsample, monkeypatch):
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+def test_many_tiles_equal_one(model, subsample, monkeypatch):
+    tokens = zoo.tokens(4, 16)
     whole = _step(model, tokens, subsample=subsample, chunk_size=1000)
     monkeypatch.setattr(D, "LAYERS", 1)
     many = _step(model, tokens, subsample=subsample, chunk_size=1000)
@@ -160,8 +160,8 @@ def test_many_tiles_equal_one(subsample, monkeypatch):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_scoring_alone_gives_the_losses_of_a_step():
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+def test_scoring_alone_gives_the_losses_of_a_step(model):
+    tokens = zoo.tokens(4, 16)
     pairs, losses, *_ = _step(model, tokens, chunk_size=1000)
     alone = summed_losses(pairs, *_maps(model, len(losses)), head_of(Readout(model), "float32"), chunk_size=5)
     assert torch.allclose(alone / len(pairs), losses, rtol=1e-5)
@@ -180,9 +180,9 @@ class _Logits(TorchDispatchMode):
         return made
 
 
-def test_memory_of_a_step_does_not_grow_with_a_smaller_share(monkeypatch):
+def test_memory_of_a_step_does_not_grow_with_a_smaller_share(model, monkeypatch):
     monkeypatch.setitem(D.CHUNK, "cpu", 4 * zoo.D_VOCAB * 12)  # twelve rows of logits
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(4, 16)
+    tokens = zoo.tokens(4, 16)
     for share in (1.0, 0.5, 0.1):
         with _Logits() as seen:
             _step(model, tokens, subsample=share)
@@ -197,16 +197,16 @@ def test_cross_entropy_of_a_float64_model_with_a_bias():
     assert all(part.isfinite().all() for part in step[1:]) and step[2].abs().max() > 0
 
 
-def test_a_fit_under_an_edited_pattern_has_its_own_teacher():
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(3, 12)
+def test_a_fit_under_an_edited_pattern_has_its_own_teacher(model):
+    tokens = zoo.tokens(3, 12)
     hook = tll.patch("blocks.1.attn.hook_pattern", scale(0.5))
     tl_lenses.effects._LEADS.pop(model, None)  # as at first use, when the check of patterns makes a pass of its own
     first, second = (_step(model, tokens, hooks=[hook]) for _ in range(2))
     assert first[0].hidden and torch.equal(first[0].teacher, second[0].teacher) and torch.equal(first[1], second[1])
 
 
-def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(monkeypatch):
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(5, 16)
+def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(model, monkeypatch):
+    tokens = zoo.tokens(5, 16)
     monkeypatch.setitem(PASS, "cpu", 40)
     mask = torch.ones_like(tokens)
     mask[1, 9:] = 0
@@ -285,8 +285,7 @@ def test_a_step_is_the_same_without_the_models_logits(arch, kind):
     assert model(tokens).shape[1] == 16  # nothing is left on the model
 
 
-def test_hooks_that_change_the_logits_reach_the_teacher():
-    model = zoo.build("gpt2", KIND)
+def test_hooks_that_change_the_logits_reach_the_teacher(model):
     if "unembed.hook_out" not in model.hook_dict:
         pytest.skip("no hook after the unembedding")
     tokens = zoo.tokens(4, 16)
@@ -299,8 +298,7 @@ def test_hooks_that_change_the_logits_reach_the_teacher():
         model.reset_hooks()
 
 
-def test_subsampling_has_the_right_expectation():
-    model = zoo.build("gpt2", KIND)
+def test_subsampling_has_the_right_expectation(model):
     tokens = zoo.tokens(4, 16)
     _, losses, grad_w, grad_b = _step(model, tokens)
     steps = [_step(model, tokens, subsample=0.25, seed=seed, chunk_size=20)[1:] for seed in range(200)]
@@ -335,8 +333,7 @@ def test_refusals_of_the_loss(unchecked):
         fused_kl(torch.zeros(1, 3, 4), torch.zeros(3, 4), w)
 
 
-def test_refusals_of_the_fit(unchecked):
-    model = zoo.build("gpt2", KIND)
+def test_refusals_of_the_fit(model, unchecked):
     for kwargs, message in ((dict(precision="int8"), "precision must be"), (dict(subsample=0.0), "subsample is a share")):
         with pytest.raises(ValueError, match=message):
             tll.fit_tuned(model, zoo.tokens(4, 8), steps=1, init="identity", **kwargs)
@@ -345,8 +342,7 @@ def test_refusals_of_the_fit(unchecked):
 # --- the start, and the end
 
 
-def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stream():
-    model = zoo.build("gpt2", KIND)
+def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stream(model):
     tokens = zoo.tokens(30, 16)
     batches = [tokens[i : i + 5] for i in range(0, 30, 5)]
     start = tll.fit_regression(model, batches[:2])
@@ -362,8 +358,7 @@ def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stre
         tll.fit_tuned(model, iter(batches), steps=7, init_tokens=10_000)
 
 
-def test_the_best_translators_on_held_out_text_are_the_result():
-    model = zoo.build("gpt2", KIND)
+def test_the_best_translators_on_held_out_text_are_the_result(model):
     tokens = zoo.tokens(40, 16)
     log = []
     got = tll.fit_tuned(
@@ -380,8 +375,7 @@ def test_the_best_translators_on_held_out_text_are_the_result():
         assert best[layer] <= min(row[layer] for row in seen) + 1e-6
 
 
-def test_a_share_of_a_tensor_is_its_last_rows():
-    model = zoo.build("gpt2", KIND)
+def test_a_share_of_a_tensor_is_its_last_rows(model):
     tokens = zoo.tokens(40, 16)
     settings = dict(steps=4, init="identity", held_out_every=2)
     a = tll.fit_tuned(model, tokens, held_out=0.2, **settings)
@@ -389,8 +383,7 @@ def test_a_share_of_a_tensor_is_its_last_rows():
     assert torch.equal(a.weights, b.weights)
 
 
-def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(tmp_path):
-    model = zoo.build("gpt2", KIND)
+def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(model, tmp_path):
     tokens = zoo.tokens(40, 16)
     settings = dict(steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05)
     log = []
@@ -411,8 +404,7 @@ def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(tmp_path
     assert torch.allclose(again.weights, whole.weights, atol=1e-6)
 
 
-def test_refusals_of_held_out(unchecked):
-    model = zoo.build("gpt2", KIND)
+def test_refusals_of_held_out(model, unchecked):
     tokens = zoo.tokens(8, 8)
     for kwargs, message in (
         (dict(steps="auto"), "'auto' with held_out= text"),
@@ -477,8 +469,8 @@ def test_a_step_of_muon_is_as_large_beside_the_map_at_any_width():
     assert 0.2 * 0.68 < sizes[0] < 0.2 * 1.13 and sizes[1] == pytest.approx(sizes[0], rel=0.1), sizes
 
 
-def test_a_fit_does_not_depend_on_the_scale_that_its_start_has(unchecked):
-    model, tokens = zoo.build("gpt2", KIND), zoo.tokens(8, 12)
+def test_a_fit_does_not_depend_on_the_scale_that_its_start_has(model, unchecked):
+    tokens = zoo.tokens(8, 12)
     d = model.cfg.d_model
     generator = torch.Generator().manual_seed(1)
     first = 8 * (torch.eye(d) + 0.3 * torch.randn(d, d, generator=generator) / d**0.5)

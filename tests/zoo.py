@@ -59,16 +59,16 @@ _IMPOSSIBLE: list[tuple[str, tuple[str, ...], tuple[int, int], tuple[int, int], 
 
 def _gpt2() -> Any:
     # n_ctx is what HookedTransformer reads; GPT2Config does not write it by itself.
-    return transformers.GPT2Config(**_TOKENS, n_positions=N_CTX, n_ctx=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS)
+    return transformers.GPT2Config(**VOCABULARY, n_positions=N_CTX, n_ctx=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS)
 
 
 def _neox() -> Any:
-    return transformers.GPTNeoXConfig(**_WIDE, rotary_pct=0.25, use_parallel_residual=True)
+    return transformers.GPTNeoXConfig(**WIDE, rotary_pct=0.25, use_parallel_residual=True)
 
 
 def _gptneo() -> Any:
     return transformers.GPTNeoConfig(
-        **_TOKENS,
+        **VOCABULARY,
         hidden_size=D_MODEL,
         num_layers=4,
         num_heads=N_HEADS,
@@ -80,13 +80,13 @@ def _gptneo() -> Any:
 
 def _gptj() -> Any:
     return transformers.GPTJConfig(
-        **_TOKENS, n_positions=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, rotary_dim=4, tie_word_embeddings=False
+        **VOCABULARY, n_positions=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, rotary_dim=4, tie_word_embeddings=False
     )
 
 
 def _opt() -> Any:
     return transformers.OPTConfig(
-        **_TOKENS,
+        **VOCABULARY,
         hidden_size=D_MODEL,
         num_hidden_layers=N_LAYERS,
         num_attention_heads=N_HEADS,
@@ -97,7 +97,7 @@ def _opt() -> Any:
 
 
 def _bloom() -> Any:
-    return transformers.BloomConfig(**_TOKENS, hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS)
+    return transformers.BloomConfig(**VOCABULARY, hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS)
 
 
 def _gemma2() -> Any:
@@ -107,18 +107,18 @@ def _gemma2() -> Any:
     )
 
 
-_TOKENS: dict[str, Any] = dict(vocab_size=D_VOCAB, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-_WIDE: dict[str, Any] = _TOKENS | dict(
+VOCABULARY: dict[str, Any] = dict(vocab_size=D_VOCAB, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+WIDE: dict[str, Any] = VOCABULARY | dict(
     hidden_size=D_MODEL,
     num_hidden_layers=N_LAYERS,
     num_attention_heads=N_HEADS,
     intermediate_size=64,
     max_position_embeddings=N_CTX,
 )
-_LLAMA: dict[str, Any] = _WIDE | dict(num_key_value_heads=2, tie_word_embeddings=False)
+_LLAMA: dict[str, Any] = WIDE | dict(num_key_value_heads=2, tie_word_embeddings=False)
 _GEMMA: dict[str, Any] = _LLAMA | dict(tie_word_embeddings=True, num_hidden_layers=4, head_dim=8)
 
-_CONFIGS: dict[str, Callable[[], Any]] = {
+CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": _gpt2,
     "neox": _neox,
     "gptneo": _gptneo,
@@ -129,11 +129,11 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "gptj": _gptj,
     "opt": _opt,
     "bloom": _bloom,
-    "phi": lambda: transformers.PhiConfig(**_WIDE, partial_rotary_factor=0.5),
+    "phi": lambda: transformers.PhiConfig(**WIDE, partial_rotary_factor=0.5),
     "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=8, sliding_window=16),
 }
-ARCHS = tuple(_CONFIGS)
+ARCHS = tuple(CONFIGS)
 
 
 def unavailable(arch: str, kind: str) -> str | None:
@@ -166,7 +166,7 @@ def reference(arch: str, dtype: torch.dtype = torch.float32) -> Any:
     """The plain transformers model. Never given to a bridge, which would rewrite it in place."""
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)
-        config = _CONFIGS[arch]()
+        config = CONFIGS[arch]()
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model.config.architectures = [type(model).__name__]
     _randomise(model)
