@@ -131,19 +131,26 @@ def test_covariances_are_shared_between_pairs():
     assert evidence.xx.shape == (1, 16, 16) and evidence.yx.shape == (4, 32, 16) and evidence.xx.dtype == torch.float64
 
 
-def test_batches_do_not_matter_and_shards_add_up(maps):
-    many = tll.fit_regression(small(), [TOKENS[i : i + 7] for i in range(0, 60, 7)], to=big(), pairs=PAIRS)
-    rows = maps.rows
-    shards = [collect(small(), TOKENS[i : i + 20], rows, to=big(), held_out=0.1) for i in (0, 20, 40)]
-    merged = maps_of(small(), sum(shards), to=big())
-    for got in (many, merged):
-        assert torch.allclose(got.weights, maps.weights, atol=1e-6)
-        assert torch.allclose(got.biases, maps.biases, atol=1e-6)
-        for key in ("tokens", "r_squared", "agreed", "agreement"):
-            assert got.meta["held_out"][key] == pytest.approx(maps.meta["held_out"][key])
-        assert got.meta["tokens_seen"] == maps.meta["tokens_seen"]
+def same_maps(got, maps):
+    assert torch.allclose(got.weights, maps.weights, atol=1e-6) and torch.allclose(got.biases, maps.biases, atol=1e-6)
+    for key in ("tokens", "r_squared", "agreed", "agreement"):
+        assert got.meta["held_out"][key] == pytest.approx(maps.meta["held_out"][key])
+    assert got.meta["tokens_seen"] == maps.meta["tokens_seen"]
+
+
+def test_batches_do_not_matter(maps):
+    same_maps(tll.fit_regression(small(), [TOKENS[i : i + 7] for i in range(0, 60, 7)], to=big(), pairs=PAIRS), maps)
+
+
+def test_shards_add_up(maps):
+    shards = [collect(small(), TOKENS[i : i + 20], maps.rows, to=big(), held_out=0.1) for i in (0, 20, 40)]
+    same_maps(maps_of(small(), sum(shards), to=big()), maps)
+
+
+def test_shards_of_different_maps_do_not_add_up(maps):
+    one, other = (collect(small(), TOKENS[:20], rows, to=big()) for rows in (maps.rows, maps.rows[:1]))
     with pytest.raises(ValueError, match="evidence of different maps does not add up"):
-        shards[0] + collect(small(), TOKENS[:20], rows[:1], to=big())
+        one + other
 
 
 def test_held_out_rows_enter_no_map():
@@ -232,19 +239,26 @@ def test_a_round_trip_keeps_pairs_controls_and_models(maps, tmp_path):
     assert r_squared == maps.meta["held_out"]["r_squared"] and f"{r_squared[0]:.3g}" in shown
 
 
-def test_hooks_and_masks_reach_both_models(maps):
-    fit = lambda **k: tll.fit_regression(small(), TOKENS, to=big(), pairs=[(3, 4)], **k)
-    plain = fit()
-    source, target = (fit(hooks=[tll.patch(1, edits.scale(0.5))]), fit(target_hooks=[tll.patch(1, edits.scale(0.5))]))
-    assert not torch.allclose(plain.weights, source.weights, atol=1e-2)
-    assert not torch.allclose(plain.weights, target.weights, atol=1e-2)
-    with torch.no_grad():
-        padded = torch.cat([TOKENS, torch.full((60, 3), zoo.PAD)], 1)
+def fit(tokens=TOKENS, **settings):
+    return tll.fit_regression(small(), tokens, to=big(), pairs=[(3, 4)], **settings)
+
+
+@pytest.mark.parametrize("name", ["hooks", "target_hooks"])
+def test_hooks_reach_their_model(name):
+    hooked = fit(**{name: [tll.patch(1, edits.scale(0.5))]})
+    assert not torch.allclose(fit().weights, hooked.weights, atol=1e-2)
+
+
+def test_masks_reach_both_models():
+    padded = torch.cat([TOKENS, torch.full((60, 3), zoo.PAD)], 1)
     mask = torch.cat([torch.ones(60, 12), torch.zeros(60, 3)], 1).long()
-    masked = tll.fit_regression(small(), tll.Batch(padded, mask), to=big(), pairs=[(3, 4)])
+    plain, masked = fit(), fit(tll.Batch(padded, mask))
     assert torch.allclose(masked.weights, plain.weights, atol=1e-3)
     assert masked.meta["held_out"]["tokens"] == 66 and masked.meta["tokens_seen"] == plain.meta["tokens_seen"]
     assert masked.meta["held_out"]["agreed"] == plain.meta["held_out"]["agreed"]
+
+
+def test_first_positions_count_where_asked():
     first = fit(skip_first=False)
     assert first.meta["tokens_seen"] == 54 * 12 and first.meta["held_out"]["tokens"] == 72
 
@@ -369,17 +383,20 @@ def test_tokenizers_that_differ_are_refused(tmp_path):
     assert "of the ids, 2 differ, the first is" in message and "use two models that share a tokenizer" in message
 
 
-def test_added_special_tokens_are_no_difference_and_no_tokenizer_is_said():
-    ours, theirs = small(), copy.deepcopy(big())
+def test_added_special_tokens_are_no_difference():
+    theirs = copy.deepcopy(big())
     theirs.tokenizer = zoo.tokenizer()
     theirs.tokenizer.add_special_tokens({"additional_special_tokens": ["<|chat|>"]})
-    assert check_tokenizers(ours, theirs) and check_tokenizers(theirs, ours)
+    assert check_tokenizers(small(), theirs) and check_tokenizers(theirs, small())
+
+
+def test_a_model_without_a_tokenizer_is_not_compared():
+    theirs = copy.deepcopy(big())
     theirs.tokenizer = None
-    got = tll.fit_regression(ours, TOKENS, to=theirs, pairs=[(1, 1)])
-    assert got.meta["to"]["tokenizer"] == "not compared"
+    assert tll.fit_regression(small(), TOKENS, to=theirs, pairs=[(1, 1)]).meta["to"]["tokenizer"] == "not compared"
     theirs.cfg.d_vocab = 321
     with pytest.raises(ValueError, match="vocabularies of 320 and 321 ids and not both a tokenizer to compare"):
-        check_tokenizers(ours, theirs)
+        check_tokenizers(small(), theirs)
 
 
 def test_check_pair_takes_the_models_fitted(maps):
@@ -401,23 +418,33 @@ def _stranger(model):
     return model
 
 
-def test_check_pair_refuses_other_models_bases_and_layers(maps):
-    lead = r"these translators lead from '.*' \(d_model 16, 3 layers\) to '.*' \(d_model 32, 4 layers\); "
-    with pytest.raises(ValueError, match=lead + r"expected these two models, got .* alone: pass the other one as to="):
-        check_pair(maps, small())
-    with pytest.raises(ValueError, match=lead + r"the models came the other way round, .*: swap them"):
-        check_pair(maps, big(), small())
-    again = r"fit maps for these models with fit_regression\(source, tokens, to=target\)"
-    with pytest.raises(ValueError, match=lead + r"the source model here is .*, which has d_model 32: " + again):
-        check_pair(maps, other(), big())
-    with pytest.raises(ValueError, match=lead + r"the target model here is .*, which has n_layers 3: " + again):
-        check_pair(maps, small(), other())
-    with pytest.raises(ValueError, match=r"the target model here is .*, whose readout behaves differently .*: " + again):
-        check_pair(maps, small(), _stranger(big()))
-    with pytest.raises(ValueError, match=r"the source model here is .*, whose readout behaves differently .*: " + again):
-        check_pair(maps, _stranger(small()), big())
+LEAD = r"these translators lead from '.*' \(d_model 16, 3 layers\) to '.*' \(d_model 32, 4 layers\); "
+AGAIN = r"fit maps for these models with fit_regression\(source, tokens, to=target\)"
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (lambda: (small(),), LEAD + "expected these two models, got .* alone: pass the other one as to="),
+        (lambda: (big(), small()), LEAD + "the models came the other way round, .*: swap them"),
+        (lambda: (other(), big()), LEAD + "the source model here is .*, which has d_model 32: " + AGAIN),
+        (lambda: (small(), other()), LEAD + "the target model here is .*, which has n_layers 3: " + AGAIN),
+        (lambda: (small(), _stranger(big())), "the target model here is .*, whose readout behaves differently .*: " + AGAIN),
+        (lambda: (_stranger(small()), big()), "the source model here is .*, whose readout behaves differently .*: " + AGAIN),
+    ],
+    ids=["alone", "swapped", "another source", "another target", "a stranger as target", "a stranger as source"],
+)
+def test_maps_are_of_their_two_models(maps, models, message):
+    with pytest.raises(ValueError, match=message):
+        check_pair(maps, *models())
+
+
+def test_maps_are_of_their_pairs_of_layers(maps):
     with pytest.raises(ValueError, match=r"fitted are the pairs \[\(0, 0\), .*\], and \(2, 3\) is asked for: use one of"):
         check_pair(maps, small(), big(), pairs=[(0, 0), (2, 3)])
+
+
+def test_maps_within_a_model_do_not_lead_into_another():
     within = tll.fit_regression(other(), TOKENS, pairs=[(0, 2)])
     stay = r"these translators stay within '.*' \(d_model 32, 3 layers\); the target model here is .*"
     with pytest.raises(ValueError, match=stay + r"n_layers 4: fit maps .* fit_regression\(source, tokens, to=target\)"):
@@ -437,7 +464,7 @@ def test_check_pair_compares_bases():
         check_pair(of(big(), raw), big(), centred)
 
 
-def test_patchscope_uses_the_maps_and_a_lens_refuses_them(maps):
+def test_a_patchscope_uses_the_maps(maps):
     """A vector of the small model through the map (l, l*) into the big one, as the direct computation does it."""
     a, b = small(), big()
     pairs = list(maps.pairs)[:2]
@@ -450,7 +477,13 @@ def test_patchscope_uses_the_maps_and_a_lens_refuses_them(maps):
         with torch.no_grad():
             want = tll.run(b, tokens, [tll.patch(tll.site(b, into), edit, pos=-1)])[0, -1]
         torch.testing.assert_close(result.logits[0, cell], want, atol=1e-4, rtol=0)
+
+
+def test_a_patchscope_refuses_maps_the_other_way_round(maps):
     with pytest.raises(ValueError, match="swap them|lead from"):
-        tll.patchscope(b, tll.Source("the cat sat on"), pairs=[(0, 0)], map=maps, to=a)
+        tll.patchscope(big(), tll.Source("the cat sat on"), pairs=[(0, 0)], map=maps, to=small())
+
+
+def test_a_lens_refuses_maps_between_models(maps):
     with pytest.raises(ValueError, match=r"use them with patchscope\(map=..., to=...\)"):
-        tll.Lens(a, maps)
+        tll.Lens(small(), maps)

@@ -4,6 +4,8 @@ The letters are those of the list in the project's notes on the Patchscopes code
 correct one must do.
 """
 
+import contextlib
+
 import pytest
 import torch
 import zoo
@@ -96,22 +98,26 @@ def test_i_bos_is_left_out_of_fits(model):
     assert with_bos - without == len(tokens)
 
 
-def test_j_nothing_stays_on_the_model_and_nothing_is_written_in_place(model):
-    count = lambda: sum(len(point.fwd_hooks) for point in set(model.hook_dict.values()))
-    before, plain = count(), residuals(model, TARGET)
+def test_j_nothing_is_written_in_place(model):
+    plain = residuals(model, TARGET)
     kept = {layer: x.clone() for layer, x in plain.items()}
     tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_layers=range(4), max_new_tokens=3)
-    assert count() == before and all(torch.equal(plain[layer], x) for layer, x in kept.items())
+    assert all(torch.equal(plain[layer], x) for layer, x in kept.items())
 
-    def broken(*args, hook=None):
-        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), target_hooks=[("blocks.1.hook_resid_pre", broken)])
-    assert count() == before
-    with pytest.raises(ZeroDivisionError):
-        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), map=broken)
-    assert count() == before
+def _broken(*args, hook=None):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "more", [{"max_new_tokens": 3}, {"target_hooks": [("blocks.1.hook_resid_pre", _broken)]}, {"map": _broken}],
+    ids=["done", "a hook that fails", "a map that fails"],
+)  # fmt: skip
+def test_j_nothing_stays_on_the_model(model, more):
+    before = zoo.n_hooks(model)
+    with contextlib.nullcontext() if "max_new_tokens" in more else pytest.raises(ZeroDivisionError):
+        tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), **more)
+    assert zoo.n_hooks(model) == before
 
 
 def test_k_probabilities_of_half_precision_models_are_computed_in_fp32():
@@ -145,18 +151,23 @@ def test_the_patch_does_not_move_while_text_is_generated(model):
     assert tokens[0, n:].tolist() == at_end.tokens[0, 0].tolist()
 
 
-def test_a_substring_is_its_last_token_and_twice_is_an_error(model):
+def test_a_substring_is_its_last_token(model):
     """A peer takes the first token of the first occurrence."""
-    source = tll.Source("the old bridge and the tree", pos="bridge and")
-    last = tll.positions(model, source.prompt, source.pos)[0, 0]
-    span = tll.positions(model, source.prompt, tll.at("bridge and", span=True))[0]
-    assert last == span[-1]
-    # BOS is no text: "s" and ">" are in "<s>", and yet here only once.
+    last = tll.positions(model, "the old bridge and the tree", "bridge and")[0, 0]
+    span = tll.positions(model, "the old bridge and the tree", tll.at("bridge and", span=True))[0]
+    assert last == span[-1] and len(span) > 1
+
+
+def test_a_substring_is_of_text_and_not_of_bos(model):
+    """ "s" and ">" are in "<s>", and yet here only once."""
     bos = model.tokenizer.bos_token
     letter = next(c for c in bos if c.isalpha())
     prompt = f"12 {letter} 34"
     assert tll.positions(model, prompt, letter)[0, 0] > 0
     assert tll.positions(model, prompt, bos)[0, 0] == 0
+
+
+def test_a_substring_that_is_there_twice_is_refused(model):
     with pytest.raises(ValueError, match="occurs 2 times"):
         tll.patchscope(model, tll.Source("the old bridge and the tree", pos="the"), tll.Target(TARGET))
 
@@ -205,22 +216,34 @@ def test_several_targets_are_averaged_or_intersected(model):
         tll.patchscope(model, tll.Source(PROMPT), targets, layers=[2], max_new_tokens=2)
 
 
-def test_norms_and_scales(model):
-    resid, depth = residuals(model, PROMPT), model.cfg.n_layers
-    v, target = resid[3][0, -1], residuals(model, TARGET)
-    source, scope = tll.Source(v), tll.Target(TARGET)
-    direct = lambda w: tll.patchscope(model, tll.Source(w), scope, target_layers=[1]).logits[0, 0]
-    replaced = target[1][0, -1].norm()
-    mean = target[1][0, 1:].norm(dim=-1).mean()
-    for norm, length in (("replaced", replaced), ("mean", mean), (2.5, 2.5), (torch.arange(depth + 1.0) + 3, 4.0)):
-        got = tll.patchscope(model, source, scope, target_layers=[1], norm=norm).logits[0, 0]
-        torch.testing.assert_close(got, direct(v / v.norm() * length), atol=1e-4, rtol=0)
-    sweep = tll.patchscope(model, source, scope, target_layers=[1], scale=[0.5, 2.0])
+def _vector(model, vector, **more):
+    """What the target says with a vector in place of its last state at layer 1."""
+    return tll.patchscope(model, tll.Source(vector), tll.Target(TARGET), target_layers=[1], **more)
+
+
+@pytest.mark.parametrize("norm", ["replaced", "mean", 2.5, torch.arange(4.0) + 3], ids=str)
+def test_a_vector_gets_the_norm_that_is_asked_for(model, norm):
+    v, target = residuals(model, PROMPT)[3][0, -1], residuals(model, TARGET)[1][0]
+    length = (
+        {"replaced": target[-1].norm(), "mean": target[1:].norm(dim=-1).mean()}.get(norm, 2.5)
+        if not isinstance(norm, torch.Tensor)
+        else 4.0
+    )
+    want = _vector(model, v / v.norm() * length).logits
+    torch.testing.assert_close(_vector(model, v, norm=norm).logits, want, atol=1e-4, rtol=0)
+
+
+def test_scales_are_a_sweep(model):
+    v = residuals(model, PROMPT)[3][0, -1]
+    sweep = _vector(model, v, scale=[0.5, 2.0])
     assert sweep.scales == [0.5, 2.0] and sweep.sources == ["vector 0 x 0.5", "vector 0 x 2"]
     for row, factor in enumerate((0.5, 2.0)):
-        torch.testing.assert_close(sweep.logits[row, 0], direct(v * factor), atol=1e-4, rtol=0)
+        torch.testing.assert_close(sweep.logits[row], _vector(model, v * factor).logits[0], atol=1e-4, rtol=0)
+
+
+def test_a_vector_without_length_gets_none(model):
     with pytest.raises(ValueError, match="length 0"):
-        tll.patchscope(model, tll.Source(torch.zeros(32)), scope, norm="replaced")
+        _vector(model, torch.zeros(32), norm="replaced")
 
 
 def test_several_layers_at_once(model):
@@ -260,15 +283,23 @@ def test_the_sources_own_prompt_is_the_target_by_default(model):
         torch.testing.assert_close(result.logits[row], plain.expand(4, -1), atol=1e-4, rtol=0)
 
 
-def test_ranks_and_probabilities(model):
+def test_the_most_likely_token_has_rank_one(model):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0, 3])
     top = result.top_k(1).ids[0, 0, 0].item()
-    assert result.rank(top)[0, 0] == 1
-    assert torch.allclose(result.probability(top)[0, 0], result.top_probs[0, 0, 0], rtol=1e-6, atol=0)
-    assert sorted(result.rank(i)[0, 1].item() for i in range(320))[-1] <= 320
-    word = model.tokenizer.decode([top])
-    if len(model.tokenizer.encode(word, add_special_tokens=False)) == 1:
-        assert torch.equal(result.rank(word), result.rank(top))
+    assert result.rank(top)[0, 0] == 1 and torch.allclose(
+        result.probability(top)[0, 0], result.top_probs[0, 0, 0], rtol=1e-6, atol=0
+    )
+
+
+def test_a_rank_is_at_most_the_vocabulary(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[3])
+    assert sorted(result.rank(i).item() for i in range(320))[-1] <= 320
+
+
+def test_a_word_of_one_token_has_its_rank(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0, 3])
+    (cat,) = model.tokenizer.encode(" cat", add_special_tokens=False)
+    assert torch.equal(result.rank(" cat"), result.rank(cat))
     with pytest.raises(ValueError, match="expected one: mind the leading space"):
         result.rank("the cat sat on the mat")
 
@@ -307,36 +338,47 @@ def test_bad_input_is_refused_before_anything_runs(model, unchecked, monkeypatch
             tll.patchscope(model, **kwargs)
 
 
-def test_texts_paths_and_templates_that_nobody_can_read_are_refused(tmp_path, monkeypatch):
-    """Half of a surrogate pair, a template that raises, folders in place of files: said so, and not by somebody else's code."""
-    from tl_lenses import files
+HALF = "a\ud800b"
 
-    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    half = "a\ud800b"
-    for call in (
-        lambda: tll.run(model, half),
-        lambda: tll.patchscope(model, tll.Source(half), layers=[1]),
-        lambda: tll.patchscope(model, "the cat", layers=[1], max_new_tokens=1, stop=[half]),
-        lambda: tll.patchscope(model, "the cat", layers=[1]).rank(half),
-        lambda: tll.trajectory(model, tll.Lens(model), "the cat", targets=half),
-        lambda: list(tll.token_batches([half] * 9, model.tokenizer, seq_len=4, batch_size=2)),
-    ):
-        with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
-            call()
-    with monkeypatch.context() as patch:
-        patch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('no system message') }}")
-        with pytest.raises(ValueError, match="chat template does not take these messages: no system message"):
-            tll.run(model, [{"role": "user", "content": "x"}])
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: tll.run(model, HALF),
+        lambda model: tll.patchscope(model, tll.Source(HALF), layers=[1]),
+        lambda model: tll.patchscope(model, "the cat", layers=[1], max_new_tokens=1, stop=[HALF]),
+        lambda model: tll.patchscope(model, "the cat", layers=[1]).rank(HALF),
+        lambda model: tll.trajectory(model, tll.Lens(model), "the cat", targets=HALF),
+        lambda model: list(tll.token_batches([HALF] * 9, model.tokenizer, seq_len=4, batch_size=2)),
+    ],
+    ids=["run", "source", "stop", "rank", "targets", "token_batches"],
+)
+def test_half_of_a_surrogate_pair_is_refused(model, call):
+    with pytest.raises(ValueError, match="half of a surrogate pair at character 1"):
+        call(model)
+
+
+def test_a_template_that_raises_is_named(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('no system message') }}")
+    with pytest.raises(ValueError, match="chat template does not take these messages: no system message"):
+        tll.run(model, [{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("path,message", [("file/heat.html", "file is a file: expected a folder"), ("", "empty text")])
+def test_a_path_that_cannot_be_written_is_refused(model, tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
-    trajectory = tll.trajectory(model, tll.Lens(model), "the cat")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file is a file: expected a folder"):
-        trajectory.save("file/heat.html")
-    for name, message in (("", "empty text"), (".", "is a folder")):
-        with pytest.raises(ValueError, match=message):
-            tll.fit_tuned(model, zoo.tokens(2, 8), 1, init="identity", checkpoint=name)
-    with pytest.raises(ValueError, match="empty text"):
-        trajectory.save("")
-    assert (tmp_path / "file").read_text() == "mine" and files.as_path("file").name == "file"
+    with pytest.raises(ValueError, match=message):
+        tll.trajectory(model, tll.Lens(model), "the cat").save(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path,message", [("", "empty text"), (".", "is a folder")])
+def test_a_checkpoint_that_cannot_be_written_is_refused(model, path, message):
+    with pytest.raises(ValueError, match=message):
+        tll.fit_tuned(model, zoo.tokens(2, 8), 1, init="identity", checkpoint=path)
+
+
+def test_a_direction_of_another_width_is_refused(model):
     with pytest.raises(ValueError, match=r"direction must be \[..., \d+\] at layer 1"):
         tll.Lens(model).read(torch.zeros(2, 3), 1)

@@ -34,10 +34,14 @@ def test_a_round_trip_of_random_translators_is_exact(saved):
     assert torch.equal(tll.Translators.load(path.parent / "again").delta, t.delta)
 
 
-def test_the_file_is_safetensors_and_json_and_fits_only_its_model(saved):
+def test_a_lens_is_safetensors_with_json(saved):
     _, path = saved
     assert sorted(os.listdir(path)) == ["config.json", "translators.safetensors"]
     assert json.loads((path / "config.json").read_text())["format"] == "tl_lenses.translators"
+
+
+def test_a_file_fits_only_its_model(saved):
+    _, path = saved
     tll.Lens(zoo.build("gpt2", zoo.FEW_KINDS[0]), tll.Translators.load(path))
     with pytest.raises(ValueError, match="fitted for 'tiny'"):
         tll.Lens(zoo.build("neox", zoo.FEW_KINDS[0]), tll.Translators.load(path))
@@ -103,32 +107,37 @@ def test_what_is_not_translators_is_refused(saved, tmp_path):
             tll.Translators.load(tmp_path / name)
 
 
-def test_truncated_and_changed_files_are_refused(saved):
-    _, path = saved
-    weights = path / "translators.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="damaged or truncated"):
-        tll.Translators.load(path)
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="its checksum is not the one in config.json"):
-        tll.Translators.load(path)
-    weights.unlink()
-    with pytest.raises(ValueError, match="but no translators.safetensors: copy the whole folder"):
-        tll.Translators.load(path)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file, whole: file.write_bytes(whole[:-100]), "damaged or truncated"),
+        (lambda file, whole: file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "its checksum is not the one in config.json"),
+        (lambda file, whole: file.unlink(), "but no translators.safetensors: copy the whole folder"),
+    ],
+    ids=["truncated", "changed", "gone"],
+)
+def test_damaged_files_are_refused(saved, damage, message):
+    file = saved[1] / "translators.safetensors"
+    damage(file, file.read_bytes())
+    with pytest.raises(ValueError, match=message):
+        tll.Translators.load(saved[1])
 
 
-def test_states_round_trip_and_are_written_whole(tmp_path, monkeypatch):
+def test_states_round_trip(tmp_path):
     tree = {"a": torch.randn(3), "b": [{"c": torch.arange(2), 5: None}, "text", 1.5], "empty": {}}
-    file = tmp_path / "deep" / "state"
-    files.save_state(file, tree)
-    back = files.load_state(file)
+    files.save_state(tmp_path / "deep" / "state", tree)
+    back = files.load_state(tmp_path / "deep" / "state")
     assert torch.equal(back["a"], tree["a"]) and back["b"][0][5] is None and back["b"][1:] == ["text", 1.5] and back["empty"] == {}
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    file = tmp_path / "state"
+    files.save_state(file, {"a": torch.ones(3)})
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         files.save_state(file, {"a": torch.zeros(3)})
     monkeypatch.undo()
-    assert torch.equal(files.load_state(file)["a"], tree["a"]) and os.listdir(file.parent) == ["state"]
+    assert torch.equal(files.load_state(file)["a"], torch.ones(3)) and os.listdir(tmp_path) == ["state"]
 
 
 def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):

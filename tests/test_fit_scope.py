@@ -125,16 +125,17 @@ def test_a_planted_map_is_found(model):
     assert scores["shuffled"]["loss"][0] > scores["bias"]["loss"][0] > scores["loss"][0]
 
 
-def test_pairs_do_not_change_each_other_and_a_seed_is_a_fit(model):
-    together = fitted(model, rank=1)
-    assert torch.equal(together.weights, fitted(model, rank=1).weights)
-    assert not torch.equal(together.weights, fitted(model, rank=1, seed=1).weights)
-    for i, pair in enumerate(together.pairs):
+def test_a_seed_is_a_fit(model):
+    assert torch.equal(fitted(model, rank=1).weights, fitted(model, rank=1).weights)
+    assert not torch.equal(fitted(model, rank=1).weights, fitted(model, rank=1, seed=1).weights)
+
+
+def test_pairs_do_not_change_each_other(model):
+    both = fitted(model)
+    for i, pair in enumerate(both.pairs):
         alone = fitted(model, pairs=[pair])
-        both = fitted(model)
-        assert torch.allclose(both.weights[i], alone.weights[0], rtol=1e-4) and torch.allclose(
-            both.biases[i], alone.biases[0], atol=1e-4
-        )
+        assert torch.allclose(both.weights[i], alone.weights[0], rtol=1e-4)
+        assert torch.allclose(both.biases[i], alone.biases[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -193,24 +194,28 @@ def test_sources_with_words_of_the_user(model):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_it_is_saved_and_is_a_selfie_adapter(tmp_path, rank):
+def test_a_saved_map_says_the_same(tmp_path, rank):
     model = zoo.build("gpt2", zoo.FEW_KINDS[0])
     maps = fitted(model, rank=rank)
     maps.save(tmp_path / "maps")
     back = tll.Translators.load(tmp_path / "maps")
     assert back.unit and json.dumps(back.meta["held_out"]) == json.dumps(maps.meta["held_out"])
-    args = dict(source="the dog ran", target=TARGET, pairs=[(2, 0)])
-    said = tll.patchscope(model, **args, map=maps)
-    assert torch.equal(said.logits, tll.patchscope(model, **args, map=back).logits)
+    said, again = (tll.patchscope(model, "the dog ran", TARGET, pairs=[(2, 0)], map=it) for it in (maps, back))
+    assert torch.equal(said.logits, again.logits)
+
+
+@pytest.mark.parametrize("rank,keys", [(0, {"log_scale", "bias"}), (2, {"weight", "bias"})])
+def test_a_map_is_a_selfie_adapter(tmp_path, rank, keys):
+    model = zoo.build("gpt2", zoo.FEW_KINDS[0])
+    maps = fitted(model, rank=rank)
     file = maps.select([(2, 0)]).export("selfie", tmp_path / "selfie")
     with safe_open(str(file), "pt") as content:
-        assert (
-            content.metadata()["format"] == "selfie_adapter_v1"
-            and json.loads(content.metadata()["config_json"])["projection"]["normalize_input"]
-        )
-        assert set(content.keys()) == ({"log_scale", "bias"} if rank == 0 else {"weight", "bias"})
+        about = content.metadata()
+        assert about["format"] == "selfie_adapter_v1" and json.loads(about["config_json"])["projection"]["normalize_input"]
+        assert set(content.keys()) == keys
     theirs = tll.Translators.load(file, source_layer=2, n_layers=3)
-    assert torch.allclose(said.logits, tll.patchscope(model, **args, map=theirs).logits, atol=1e-4)
+    said, again = (tll.patchscope(model, "the dog ran", TARGET, pairs=[(2, 0)], map=it) for it in (maps, theirs))
+    assert torch.allclose(said.logits, again.logits, atol=1e-4)
 
 
 def test_maps_of_directions_have_no_other_basis(model):
@@ -226,15 +231,18 @@ def test_it_leaves_the_model_as_it_was(model):
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_it_goes_through_hooks_soft_prompts_and_another_model(model):
-    other, soft = zoo.build("llama"), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+def test_every_setting_of_the_scope_reaches_the_fit(model):
+    soft = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     quiet = [tll.patch(1, tll.edits.scale(0.5))]
-    fits = [
-        fitted(model, target=tll.Target(soft, 2)), fitted(model, source_hooks=quiet), fitted(model, target_hooks=quiet), fitted(model),
-        fitted(model, to=other),
-    ]  # fmt: skip
-    assert len({round(float(maps.biases.sum()), 4) for maps in fits}) == len(fits)
-    assert fits[-1].n_target_layers == 3 and tll.patchscope(model, "the dog", TARGET, pairs=[(2, 0)], map=fits[-1], to=other).pairs
+    settings = [{}, {"target": tll.Target(soft, 2)}, {"source_hooks": quiet}, {"target_hooks": quiet}, {"to": zoo.build("llama")}]
+    sums = [round(float(fitted(model, **more).biases.sum()), 4) for more in settings]
+    assert len(set(sums)) == len(settings)
+
+
+def test_a_map_into_another_model_leads_there(model):
+    other = zoo.build("llama")
+    maps = fitted(model, to=other)
+    assert maps.n_target_layers == 3 and tll.patchscope(model, "the dog", TARGET, pairs=[(2, 0)], map=maps, to=other).pairs
 
 
 @pytest.mark.parametrize(

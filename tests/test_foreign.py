@@ -99,18 +99,27 @@ def test_logits_are_those_of_the_tuned_lens_package_both_ways(tmp_path, arch):
         quietly(tll.Lens, zoo.build("neox" if arch == "gpt2" else "gpt2", zoo.RAW_KINDS[0]), tmp_path / "theirs")
 
 
-def test_another_unembedding_is_refused_and_one_that_may_be_folded_is_said(tmp_path):
+@pytest.fixture
+def hashed(tmp_path):
+    """A tuned lens of `raw_model`, and one of another unembedding."""
+    for name, sha in (("right", unembedding_hash(raw_model())), ("wrong", "0" * 64)):
+        write_tuned_lens(tmp_path / name, unembed_hash=sha)
+    return tmp_path
+
+
+def test_another_unembedding_is_refused(hashed):
     model = raw_model()
-    write_tuned_lens(tmp_path / "right", unembed_hash=unembedding_hash(model))
-    write_tuned_lens(tmp_path / "wrong", unembed_hash="0" * 64)
-    quietly(tll.Lens, model, tmp_path / "right")
+    quietly(tll.Lens, model, hashed / "right")
     with pytest.raises(ValueError, match=r"another unembedding .*check='warn'"):
-        quietly(tll.Lens, model, tmp_path / "wrong")
+        quietly(tll.Lens, model, hashed / "wrong")
     with pytest.warns(UserWarning, match="another unembedding"):
-        tll.Lens(model, tmp_path / "wrong", check="warn")
+        tll.Lens(model, hashed / "wrong", check="warn")
+
+
+def test_an_unembedding_that_may_be_folded_cannot_be_compared(hashed):
     folded = zoo.build("llama", "processed" if zoo.HAS_BRIDGE else "ht-default")
     with pytest.warns(UserWarning, match="cannot be compared"):
-        tll.Lens(folded, tmp_path / "wrong")
+        tll.Lens(folded, hashed / "wrong")
 
 
 @pytest.mark.parametrize(
@@ -142,14 +151,17 @@ class _Runs:
         return (print, ("this ran",))
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["params.pt", "0_1.pickle"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, capsys, name):
     write_tuned_lens(tmp_path / "lens")
-    for name, write in (("params.pt", torch.save), ("0_1.pickle", lambda x, file: file.write_bytes(pickle.dumps(x)))):
-        file = tmp_path / "lens" / name
-        write({"0.weight": _Runs()}, file)
-        with pytest.raises(ValueError, match="more than plain tensors, which reading it would run"):
-            read_foreign(tmp_path / "lens" if name == "params.pt" else file)
+    file = tmp_path / "lens" / name
+    torch.save({"0.weight": _Runs()}, file) if name == "params.pt" else file.write_bytes(pickle.dumps({"0.weight": _Runs()}))
+    with pytest.raises(ValueError, match="more than plain tensors, which reading it would run"):
+        read_foreign(tmp_path / "lens" if name == "params.pt" else file)
     assert "this ran" not in capsys.readouterr().out
+
+
+def test_what_is_no_pickle_is_refused(tmp_path):
     (tmp_path / "noise.pt").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match="is damaged, or holds more than plain tensors"):
         tll.Translators.load(tmp_path / "noise.pt")
@@ -239,11 +251,14 @@ def test_a_format_is_told_by_what_is_in_the_file_and_not_by_its_name(tmp_path):
     for name in ("lens.safetensors", "stored.pt"):
         lens = quietly(tll.Translators.load, tmp_path / name, n_layers=N)
         assert torch.allclose(lens.weights, torch.stack(list(matrices.values())), atol=1e-6), name
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "stored.pt").read_bytes()[:-100])
-    (tmp_path / "text.safetensors").write_bytes(b"nothing of the kind")
-    for name in ("cut", "text"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors: is damaged or no safetensors file"):
-            tll.Translators.load(tmp_path / f"{name}.safetensors", n_layers=N)
+
+
+@pytest.mark.parametrize("content", [lambda whole: whole[:-100], lambda whole: b"nothing of the kind"], ids=["cut", "text"])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
+    save_file({"jacobians.0": torch.eye(D)}, tmp_path / "whole")
+    (tmp_path / "a.safetensors").write_bytes(content((tmp_path / "whole").read_bytes()))
+    with pytest.raises(ValueError, match="a.safetensors: is damaged or no safetensors file"):
+        tll.Translators.load(tmp_path / "a.safetensors", n_layers=N)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 import threading
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -345,16 +346,27 @@ def test_installed_removes_on_error(model):
 # --- positions
 
 
-def test_positions_of_ints_slices_and_lists(model):
-    assert tll.positions(model, TOKENS, -1).tolist() == [[9], [9]]
-    assert tll.positions(model, TOKENS, [0, -2]).tolist() == [[0, 8], [0, 8]]
-    assert tll.positions(model, TOKENS, slice(7, None)).tolist() == [[7, 8, 9]] * 2
-    assert tll.positions(model, TOKENS, torch.tensor([2, -1])).tolist() == [[2], [9]]
-    assert tll.positions(model, TOKENS[0], None).tolist() == [list(range(10))]
-    with pytest.raises(ValueError, match="position 10 is not there: the prompt has 10 tokens"):
-        tll.positions(model, TOKENS, 10)
-    with pytest.raises(TypeError):
-        tll.positions(model, TOKENS, 1.5)
+@pytest.mark.parametrize(
+    ("pos", "columns"),
+    [
+        (-1, [[9], [9]]),
+        ([0, -2], [[0, 8], [0, 8]]),
+        (slice(7, None), [[7, 8, 9]] * 2),
+        (torch.tensor([2, -1]), [[2], [9]]),
+        (None, [list(range(10))] * 2),
+    ],
+    ids=["int", "list", "slice", "by row", "all"],
+)
+def test_positions_are_columns(model, pos, columns):
+    assert tll.positions(model, TOKENS, pos).tolist() == columns
+
+
+@pytest.mark.parametrize(
+    ("pos", "error", "message"), [(10, ValueError, "position 10 is not there: the prompt has 10 tokens"), (1.5, TypeError, "")]
+)
+def test_a_position_that_is_not_there_is_refused(model, pos, error, message):
+    with pytest.raises(error, match=message):
+        tll.positions(model, TOKENS, pos)
 
 
 def test_positions_count_real_tokens_only(model):
@@ -452,26 +464,34 @@ def test_two_threads_on_one_model_wait_for_each_other(model):
     assert not wrong
 
 
-def test_a_chat_is_what_its_template_says_and_never_has_two_bos(model):
-    tokenizer = model.tokenizer
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    messages = [{"role": "user", "content": "the cat"}]
-    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = theirs["input_ids"]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+MESSAGES = [{"role": "user", "content": "the cat"}]
+
+
+@pytest.fixture
+def chat(model, monkeypatch):
+    """What the template makes of the messages."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    return model.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def test_a_chat_is_what_its_template_says(model, chat):
+    ids = chat["input_ids"]
     assert (ids == zoo.BOS).sum() == 1
-    try:
-        want = tll.run(model, ids)
-        for prompt in (ids, theirs, dict(theirs), messages, [messages]):
-            assert torch.equal(tll.run(model, prompt), want), type(prompt)
-            assert torch.equal(tll.generate(model, prompt, max_new_tokens=2)[:, : ids.shape[1]], ids)
-        other = [{"role": "user", "content": "the old green tree"}]
-        both = tll.run(model, [messages, other])[:, -1]
-        torch.testing.assert_close(both[:1], want[:, -1], atol=1e-4, rtol=0)
-        tokenizer.chat_template = None
-        with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
-            tll.run(model, messages)
-    finally:
-        tokenizer.chat_template = None
+    want = tll.run(model, ids)
+    for prompt in (ids, chat, dict(chat), MESSAGES, [MESSAGES]):
+        assert torch.equal(tll.run(model, prompt), want), type(prompt)
+        assert torch.equal(tll.generate(model, prompt, max_new_tokens=2)[:, : ids.shape[1]], ids)
+
+
+def test_chats_of_several_lengths_are_a_batch(model, chat):
+    both = tll.run(model, [MESSAGES, [{"role": "user", "content": "the old green tree"}]])[:, -1]
+    torch.testing.assert_close(both[:1], tll.run(model, chat["input_ids"])[:, -1], atol=1e-4, rtol=0)
+
+
+def test_a_chat_without_a_template_is_refused(model):
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+        tll.run(model, MESSAGES)
 
 
 def test_a_list_of_eos_ids_ends_a_text():
@@ -527,49 +547,68 @@ def test_a_source_is_a_chat_with_one_bos(model, eager, monkeypatch):
         assert torch.equal(tll.patchscope(model, prompt, layers=[1, 2]).logits, want)
 
 
-def test_numbers_of_any_type_and_their_ranges(model, unchecked):
-    import numpy
-
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1)], ids=["numpy", "torch"])
+def test_numbers_of_numpy_and_torch_are_numbers(model, unchecked, one):
     want = tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=3)])
-    for single in (numpy.int64(1), torch.tensor(1)):
-        assert torch.equal(tll.run(model, TOKENS, [tll.patch(single, edits.zero, pos=single + 2)]), want)
-        assert tll.site(model, single) == tll.site(model, 1)
-    assert tll.generate(model, TOKENS, max_new_tokens=numpy.int32(2), stop_at_eos=False).shape[1] == 12
-    patch = lambda pos: lambda: tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=pos)])
-    generate = lambda **given: lambda: tll.generate(model, TOKENS, **given)
-    for call, error, message in (
-        (patch(True), TypeError, "pos must be a whole number, got True"),
-        (patch(1.0), TypeError, "pos must be a whole number, got 1.0"),
-        (patch([0, 1.5]), TypeError, "pos must be a whole number, got 1.5"),
-        (generate(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
-        (generate(max_new_tokens=2.5), TypeError, "max_new_tokens must be a whole number"),
-        (generate(max_new_tokens=True), TypeError, "max_new_tokens must be a whole number"),
-        (generate(temperature=0), ValueError, "temperature must be positive"),
-        (generate(temperature=-1.0), ValueError, "temperature must be positive"),
-        (generate(temperature=float("nan")), ValueError, "temperature must be positive"),
-        (generate(hooks=None), TypeError, "hooks must be a list of pairs"),
-        (lambda: tll.run(model, TOKENS, None), TypeError, "hooks must be a list of pairs"),
-        (lambda: tll.run(None, TOKENS), TypeError, "expected a TransformerLens model"),
-        (lambda: tll.run(model, None), TypeError, "expected text"),
-        (lambda: tll.site(model, True), TypeError, "expected a layer"),
-        (lambda: tll.patch(True, edits.zero), TypeError, "expected a layer"),
-        (lambda: tll.at("a", occurrence=True), TypeError, "occurrence must be a whole number"),
-    ):
-        with pytest.raises(error, match=message):
-            call()
-    n = model.cfg.n_layers
-    with pytest.raises(ValueError, match=r"blocks 0..\d. For the final residual use tll.site\(model, -1\)"):
-        tll.run(model, TOKENS, [tll.patch(n, edits.zero)])
+    assert torch.equal(tll.run(model, TOKENS, [tll.patch(one, edits.zero, pos=one + 2)]), want)
+    assert tll.site(model, one) == tll.site(model, 1)
+    assert tll.generate(model, TOKENS, max_new_tokens=one + 1, stop_at_eos=False).shape[1] == 12
 
 
-def test_masks_are_zeros_and_ones(model, unchecked):
-    with pytest.raises(ValueError, match="should be 1 at real tokens and 0 at pads; got other values"):
-        tll.run(model, TOKENS, attention_mask=2 * torch.ones_like(TOKENS))
-    assert torch.equal(tll.run(model, TOKENS, attention_mask=torch.ones_like(TOKENS).bool()), tll.run(model, TOKENS))
-    with pytest.raises(ValueError, match="hides every token of a row"):
-        tll.run(model, TOKENS, attention_mask=torch.zeros_like(TOKENS))
-    with pytest.raises(ValueError, match=r"should be a tensor of shape \(2, 10\), got \(2, 9\)"):
-        tll.run(model, TOKENS, attention_mask=torch.ones_like(TOKENS)[:, 1:])
+_patch = lambda pos: lambda model: tll.run(model, TOKENS, [tll.patch(1, edits.zero, pos=pos)])
+_generate = lambda **given: lambda model: tll.generate(model, TOKENS, **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (_patch(True), TypeError, "pos must be a whole number, got True"),
+        (_patch(1.0), TypeError, "pos must be a whole number, got 1.0"),
+        (_patch([0, 1.5]), TypeError, "pos must be a whole number, got 1.5"),
+        (_generate(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
+        (_generate(max_new_tokens=2.5), TypeError, "max_new_tokens must be a whole number"),
+        (_generate(max_new_tokens=True), TypeError, "max_new_tokens must be a whole number"),
+        (_generate(temperature=0), ValueError, "temperature must be positive"),
+        (_generate(temperature=-1.0), ValueError, "temperature must be positive"),
+        (_generate(temperature=float("nan")), ValueError, "temperature must be positive"),
+        (_generate(hooks=None), TypeError, "hooks must be a list of pairs"),
+        (lambda model: tll.run(model, TOKENS, None), TypeError, "hooks must be a list of pairs"),
+        (lambda model: tll.run(None, TOKENS), TypeError, "expected a TransformerLens model"),
+        (lambda model: tll.run(model, None), TypeError, "expected text"),
+        (lambda model: tll.site(model, True), TypeError, "expected a layer"),
+        (lambda model: tll.patch(True, edits.zero), TypeError, "expected a layer"),
+        (lambda model: tll.at("a", occurrence=True), TypeError, "occurrence must be a whole number"),
+        (
+            lambda model: tll.run(model, TOKENS, [tll.patch(model.cfg.n_layers, edits.zero)]),
+            ValueError,
+            r"blocks 0..\d. For the final residual use tll.site\(model, -1\)",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_refused(model, unchecked, call, error, message):
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+ONES = torch.ones_like(TOKENS)
+
+
+def test_a_mask_of_ones_hides_nothing(model):
+    assert torch.equal(tll.run(model, TOKENS, attention_mask=ONES.bool()), tll.run(model, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (2 * ONES, "should be 1 at real tokens and 0 at pads; got other values"),
+        (0 * ONES, "hides every token of a row"),
+        (ONES[:, 1:], r"should be a tensor of shape \(2, 10\), got \(2, 9\)"),
+    ],
+    ids=["values", "all hidden", "shape"],
+)
+def test_what_is_no_mask_is_refused(model, unchecked, mask, message):
+    with pytest.raises(ValueError, match=message):
+        tll.run(model, TOKENS, attention_mask=mask)
 
 
 def test_threads_wait_for_what_others_leave_out_of_their_passes():

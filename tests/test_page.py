@@ -69,7 +69,7 @@ def test_ranks_are_a_character_each_and_read_back_to_a_few_percent():
 
 
 @pytest.mark.parametrize("worst", [1, 2, 60, 89, 90, 91, 50_257, 262_144])
-def testrank_steps_fit_the_characters_and_are_exact_first(worst):
+def test_rank_steps_fit_the_characters_and_are_exact_first(worst):
     steps = rank_steps(worst)
     assert steps[0] == 1 and steps[-1] == worst and len(steps) <= len(CODES) and steps == sorted(set(steps))
     assert steps[:9] == list(range(1, 10))[: len(steps)] and (worst > len(CODES)) == (steps != list(range(1, worst + 1)))
@@ -124,33 +124,51 @@ def test_divergences_are_drawn():
     assert "KL(tuned ‖ logit)" in views.svg(trajs, "between_kl", diff=("tuned", "logit"))
 
 
-def test_several_lenses_are_small_multiples_on_one_scale_and_long_prompts_wrap():
-    trajs = two(pos=30)
-    root = ET.fromstring(views.svg(trajs, "kl"))
-    texts = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_several_lenses_are_small_multiples_on_one_scale():
+    root = ET.fromstring(views.svg(two(pos=30), "kl"))
+    texts = ["".join(e.itertext()) for e in root.iter(f"{SVG}text")]
     assert texts.count("toy, logit lens") == texts.count("toy, tuned lens") == texts.count("KL(model ‖ lens), nats") == 1
-    one, wrapped = (ET.fromstring(views.svg(trajs["logit"], "kl", width=w)) for w in (None, 700))
+
+
+def test_long_prompts_wrap():
+    t = two(pos=30)["logit"]
+    one, wrapped = (ET.fromstring(views.svg(t, "kl", width=w)) for w in (None, 700))
     size = lambda e: (int(e.get("width")), int(e.get("height")))
     assert size(one)[0] > 1400 and size(wrapped)[0] <= 700 and size(wrapped)[1] > 2 * size(one)[1] - 100
-    assert len(list(one.iter("{http://www.w3.org/2000/svg}title"))) == len(list(wrapped.iter("{http://www.w3.org/2000/svg}title")))
+    assert len(list(one.iter(f"{SVG}title"))) == len(list(wrapped.iter(f"{SVG}title")))
 
 
-def test_a_slide_has_lenses_side_by_side_and_the_answer_beside_their_layers(tmp_path):
-    trajs = two(n_layers=30, pos=9)
-    one = views.slide(trajs, "kl", answer=" Paris", tokens=3)
-    root = ET.fromstring(one.svg())
-    texts = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+def slide(trajs):
+    return views.slide(trajs, "kl", answer=" Paris", tokens=3)
+
+
+def test_a_slide_has_lenses_side_by_side():
+    root = ET.fromstring(slide(two(n_layers=30, pos=9)).svg())
+    texts = ["".join(e.itertext()) for e in root.iter(f"{SVG}text")]
     assert (root.get("width"), root.get("height")) == ("1920", "1080")
     assert texts.count("logit lens") == texts.count("tuned lens") == texts.count("KL(model ‖ lens), nats") == 1
-    for heat, t in zip(one.heats, trajs.values(), strict=True):
+
+
+def test_a_slide_has_the_answer_beside_the_layers():
+    trajs = two(n_layers=30, pos=9)
+    for heat, t in zip(slide(trajs).heats, trajs.values(), strict=True):
         assert len(heat.columns) == 3 and [int(row) for row in heat.rows] == list(range(30, -1, -3))
         assert heat.bars == pytest.approx(t.tracked.probs[:, 0, -1, 0].flip(0)[::3].tolist())
         assert heat.beside[0].endswith(f"#{int(t.tracked.ranks[-1, 0, -1, 0]):,}")
+
+
+def test_an_answer_that_was_not_tracked_is_refused():
     with pytest.raises(ValueError, match=r"the answer ' Rome' was not tracked, only \[' Paris', ' is'\]: pass track=\[' Rome'\]"):
-        views.slide(trajs, answer=" Rome")
-    assert 'width="1920"' in views.save(trajs, tmp_path / "x.svg", answer=" Paris").read_text("utf-8")
+        views.slide(two(), answer=" Rome")
+
+
+def test_a_slide_is_saved_by_its_answer(tmp_path):
+    assert 'width="1920"' in views.save(two(), tmp_path / "x.svg", answer=" Paris").read_text("utf-8")
     with pytest.raises(ValueError, match="no difference"):
-        views.save(trajs, tmp_path / "x.svg", answer=" Paris", diff=("tuned", "logit"))
+        views.save(two(), tmp_path / "x.svg", answer=" Paris", diff=("tuned", "logit"))
 
 
 def test_the_picture_of_a_slide_is_16_to_9():
@@ -162,14 +180,27 @@ def test_the_picture_of_a_slide_is_16_to_9():
 # --- matrices
 
 
-def test_a_matrix_has_a_page_a_picture_a_text_and_a_frame():
-    m = views.heat([[0.0, 1.5], [math.nan, -2.0]], rows=["a", "b"], title="drop", unit="nats", down="layer", across="head")
-    assert repr(m) == "Matrix('drop', 2 x 2)" and "1.50" in str(m) and "–" in str(m)
-    assert [row[1:] for row in parsed(m.html()).rows] == [["0", "1"], ["0.00", "1.50"], ["", "−2.00"]]
-    data = data_of(m.html())
+MATRIX = views.heat([[0.0, 1.5], [math.nan, -2.0]], rows=["a", "b"], title="drop", unit="nats", down="layer", across="head")
+
+
+def test_a_matrix_is_text():
+    assert repr(MATRIX) == "Matrix('drop', 2 x 2)" and "1.50" in str(MATRIX) and "–" in str(MATRIX)
+
+
+def test_a_matrix_is_a_page():
+    page = MATRIX.html()
+    assert [row[1:] for row in parsed(page).rows] == [["0", "1"], ["0.00", "1.50"], ["", "−2.00"]]
+    data = data_of(page)
     assert data["lenses"][0]["rows"][0]["stats"]["value"] == [None, -2, 0, 1.5] and data["layers"] == ["b", "a"]
-    assert "drop, nats" in m.svg() and m.to_frame()["value"].tolist()[1] == 1.5
-    assert not re.search(r"https?://(?!www.w3.org)|@import", m.html())
+    assert not re.search(r"https?://(?!www.w3.org)|@import", page)
+
+
+def test_a_matrix_is_a_picture():
+    assert "drop, nats" in MATRIX.svg()
+
+
+def test_a_matrix_is_a_frame():
+    assert MATRIX.to_frame()["value"].tolist()[1] == 1.5
 
 
 def test_bright_is_good():
@@ -240,13 +271,20 @@ def test_a_page_of_real_results(model, tmp_path):
 # --- names, and few colours
 
 
-def test_models_by_their_base_name_and_lenses_by_their_kind():
-    assert [base_name(x) for x in ("HuggingFaceTB/SmolLM2-135M", "C:\\models\\my-model", "/tmp/run/7/", "gpt2")] == [
-        "SmolLM2-135M",
-        "my-model",
-        "7",
-        "gpt2",
-    ]
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("C:\\models\\my-model", "my-model"),
+        ("/tmp/run/7/", "7"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_a_model_is_called_by_its_base_name(name, base):
+    assert base_name(name) == base
+
+
+def test_a_lens_without_a_name_is_called_by_its_kind():
     t = fake(name="")
     t.settings = {"lens": "tuned"}
     assert heading(t) == "toy, tuned lens"

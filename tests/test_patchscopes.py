@@ -178,14 +178,22 @@ def test_a_frame_has_a_row_per_cell(model):
     assert list(frame["text"]) == result.text[0]
 
 
-def test_probability_and_rank_are_those_of_the_logits(model, unchecked):
+def test_probabilities_are_those_of_the_logits(model, unchecked):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET))
     assert torch.allclose(result.probability(5), result.logits.softmax(-1)[..., 5])
-    best = int(result.top_k(1).ids[0, 2, 0])
-    assert result.rank(best)[0, 2] == 1 and result.probability(torch.tensor(5)).shape == (1, 4)
-    for token, error in ((320, ValueError), (True, TypeError), (1.5, TypeError)):
-        with pytest.raises(error, match="a token id must be"):
-            result.probability(token)
+    assert result.probability(torch.tensor(5)).shape == (1, 4)
+
+
+def test_a_rank_is_one_more_than_the_number_of_larger_logits(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET))
+    assert torch.equal(result.rank(5), 1 + (result.logits > result.logits[..., 5:6]).sum(-1))
+
+
+@pytest.mark.parametrize("token,error", [(320, ValueError), (True, TypeError), (1.5, TypeError)])
+def test_what_is_no_token_has_no_probability(model, unchecked, token, error):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), layers=[0])
+    with pytest.raises(error, match="a token id must be"):
+        result.probability(token)
 
 
 def test_hooks_on_either_run(model):
@@ -229,10 +237,14 @@ def test_refusals(model, unchecked):
             tll.patchscope(model, **kwargs)
 
 
-def test_a_result_is_one_line_as_repr_and_a_table_as_text(model):
+def test_a_result_is_one_line_as_repr(model):
     result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=2)
     assert repr(result) == f"PatchscopeResult(sources=1, pairs=4, new_tokens={result.tokens.shape[-1]})"
     assert repr(tll.patchscope(model, PROMPT, tll.Target(TARGET))) == "PatchscopeResult(sources=1, pairs=4)"
+
+
+def test_a_result_is_a_table_as_text(model):
+    result = tll.patchscope(model, tll.Source(PROMPT), tll.Target(TARGET), max_new_tokens=2)
     assert "\n" in str(result) and TARGET in str(result) and "a bird sang in" in result._repr_html_()
 
 

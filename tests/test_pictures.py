@@ -35,13 +35,19 @@ def test_lines_are_where_their_values_say():
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
+ODD = Lines("KL <1>, $a$", {"_a": [(0, 1.0), (1, 2.0)], "$x^2$": [(0, 2.0)]}, up="nats")
+
+
 @MATPLOTLIB
-def test_an_svg_is_text_that_needs_nothing_and_the_same_every_time():
-    lines = Lines("KL <1>, $a$", {"_a": [(0, 1.0), (1, 2.0)], "$x^2$": [(0, 2.0)]}, up="nats")
-    svg = lines.svg()
+def test_an_svg_is_text_that_needs_nothing():
+    svg = ODD.svg()
     ET.fromstring(svg)
     assert "KL &lt;1&gt;, $a$" in svg and "$x^2$" in svg and "_a" in svg and "<dc:date>" not in svg
-    assert svg == lines.svg() and lines.png() == lines.png() and lines.png().startswith(PNG)
+
+
+@MATPLOTLIB
+def test_a_picture_is_the_same_every_time():
+    assert ODD.svg() == ODD.svg() and ODD.png() == ODD.png() and ODD.png().startswith(PNG)
 
 
 @MATPLOTLIB
@@ -75,23 +81,39 @@ def test_pictures_are_free_of_the_settings_of_the_user():
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
+GAP_AT_1 = {"a": [(0, 1.0), (1, math.inf), (2, 2.0)]}
+
+
 @MATPLOTLIB
-def test_a_gap_is_a_gap_and_points_are_not_joined():
-    gap = {"a": [(0, 1.0), (1, math.inf), (2, 2.0)]}
-    ((_, y, _),) = [line.get_ydata().tolist() for line in drawn(Lines("t", gap)).lines]
+def test_a_gap_is_a_gap():
+    ((_, y, _),) = [line.get_ydata().tolist() for line in drawn(Lines("t", GAP_AT_1)).lines]
     assert math.isnan(y)
-    assert [line.get_linestyle() for line in drawn(Lines("t", gap)).lines] == ["-"]
-    assert [line.get_linestyle() for line in drawn(Lines("t", gap, points=True)).lines] == ["None"]
 
 
 @MATPLOTLIB
-def test_bands_are_areas_of_lines_and_error_bars_of_bars():
-    band = {"a": [(0, 0.5, 1.5), (1, 1.5, 2.5)]}
-    (area,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=band)).collections
+@pytest.mark.parametrize("points,style", [(False, "-"), (True, "None")])
+def test_points_are_not_joined(points, style):
+    assert [line.get_linestyle() for line in drawn(Lines("t", GAP_AT_1, points=points)).lines] == [style]
+
+
+BAND = {"a": [(0, 0.5, 1.5), (1, 1.5, 2.5)]}
+
+
+@MATPLOTLIB
+def test_the_band_of_a_line_is_an_area():
+    (area,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=BAND)).collections
     corners = area.get_paths()[0].vertices
     assert (corners[:, 1].min(), corners[:, 1].max()) == (0.5, 2.5)
-    (whiskers,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=band, bars=True)).collections
+
+
+@MATPLOTLIB
+def test_the_band_of_bars_is_error_bars():
+    (whiskers,) = drawn(Lines("t", {"a": [(0, 1.0), (1, 2.0)]}, bands=BAND, bars=True)).collections
     assert [segment[:, 1].tolist() for segment in whiskers.get_segments()] == [[0.5, 1.5], [1.5, 2.5]]
+
+
+@MATPLOTLIB
+def test_a_band_of_no_series_is_refused():
     with pytest.raises(ValueError, match=r"'t' has a band for 'b': no series of that name, only \['a'\]"):
         Lines("t", {"a": [(0, 1.0)]}, bands={"b": [(0, 0.0, 1.0)]}).svg()
 
@@ -196,10 +218,14 @@ def test_a_heat_map_says_what_its_colours_mean_and_what_lies_beyond():
     assert set(cells(svg)) == {"l = r, l* = a: 0.500", "l = r, l* = b: 3.000"}
 
 
-def test_heat_maps_escape_and_leave_holes():
-    svg = Heat("a < b", ["<r>"], ["\x00", "1"], [[0.5, math.nan]], texts=[[" x<", ""]], beside=["<&"]).svg()
+def test_heat_maps_escape():
+    svg = Heat("a < b", ["<r>"], ["\x00"], [[0.5]], texts=[[" x<"]], beside=["<&"]).svg()
     ET.fromstring(svg)
-    assert "a &lt; b" in svg and "&lt;r&gt;" in svg and 'class="none"' in svg and "x&lt;" in svg and "&lt;&amp;" in svg
+    assert all(escaped in svg for escaped in ("a &lt; b", "&lt;r&gt;", "x&lt;", "&lt;&amp;"))
+
+
+def test_heat_maps_leave_holes():
+    assert [Heat("t", ["r"], ["c"], [[x]]).svg().count('class="none"') for x in (math.nan, 0.5)] == [1, 0]
 
 
 def test_labels_are_whole_unless_they_are_to_be_cut():

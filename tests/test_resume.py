@@ -12,6 +12,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+import tqdm
 import zoo
 
 import tl_lenses as tll
@@ -46,6 +47,7 @@ def _child(work, result):
     """`work()` in a process of its own, its translators saved; how that process ended."""
     child = os.fork()
     if not child:
+        tqdm.tqdm.set_lock(threading.RLock())  # killed with the lock that forked processes share, it would keep it
         try:
             work().save(result, overwrite=True)
             os._exit(0)

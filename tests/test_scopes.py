@@ -165,11 +165,15 @@ def test_future_lens_takes_a_soft_prompt(model):
     assert torch.allclose(result.logits[0, 0], direct[0, -1], atol=1e-4)
 
 
-def test_placeholders_can_be_chosen_and_are_checked(unchecked):
+def test_placeholders_can_be_chosen():
     assert scopes.attribute("company_ceo", "z").prompt == "The name of the CEO of z"
     assert scopes.token_identity("x", words=("man",)).prompt == "man -> man\nx"
     assert scopes.selfie(2, "It says:", placeholder="?", chat=("", "")).prompt == "? ? It says:"
-    cases = [
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
         (lambda: scopes.attribute("The mayor of y"), "placeholder 'x' is not in the prompt 'The mayor of y'"),
         (lambda: scopes.attribute("country_capitol"), "did you mean 'country_capital_city'"),
         (lambda: scopes.attribute("qqq"), r"RELATIONS has \['company_ceo'"),
@@ -177,10 +181,11 @@ def test_placeholders_can_be_chosen_and_are_checked(unchecked):
         (lambda: scopes.selfie(0), "n_placeholders must be at least 1, got 0"),
         (lambda: scopes.future_lens("no quote", '"'), "is not in the prompt 'no quote'"),
         (lambda: scopes.future_lens(torch.zeros(3, 4), "x"), "soft prompt has no text"),
-    ]
-    for call, message in cases:
-        with pytest.raises(ValueError, match=message):
-            call()
+    ],
+)
+def test_a_placeholder_that_is_not_there_is_refused(unchecked, call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_the_text_of_bos_is_not_a_placeholder(lab):
@@ -349,17 +354,20 @@ def test_attention_knockout_of_other_architectures(arch, kind):
     assert not torch.allclose(tll.run(model, tokens, half)[:, 4:], logits[:, 4:], atol=1e-3)
 
 
-def test_attention_knockout_of_several_rows_and_of_generated_tokens(model):
-    tokens = zoo.tokens(2, 8)
-    queries, keys = torch.tensor([[7], [5]]), torch.tensor([[2], [4]])
-    hooks = methods.attention_knockout(model, tokens, queries, keys)
-    logits = tll.run(model, tokens, hooks)
+def test_attention_knockout_is_by_row(model):
+    tokens, queries, keys = zoo.tokens(2, 8), torch.tensor([[7], [5]]), torch.tensor([[2], [4]])
+    logits = tll.run(model, tokens, methods.attention_knockout(model, tokens, queries, keys))
     for row in range(2):
         prompt = tokens[row : row + 1]
         alone = methods.attention_knockout(model, prompt, int(queries[row]), int(keys[row]))
         assert torch.allclose(logits[row], tll.run(model, prompt, alone)[0], atol=1e-5)
-    cached = tll.generate(model, tokens, hooks, 4, stop_at_eos=False)
-    assert torch.equal(cached, tll.generate(model, tokens, hooks, 4, stop_at_eos=False, use_cache=False))
+
+
+def test_attention_knockout_is_the_same_with_a_cache(model):
+    tokens = zoo.tokens(2, 8)
+    hooks = methods.attention_knockout(model, tokens, torch.tensor([[7], [5]]), torch.tensor([[2], [4]]))
+    cached, plain = (tll.generate(model, tokens, hooks, 4, stop_at_eos=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
 
 
 # --- two hops

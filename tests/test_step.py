@@ -67,7 +67,7 @@ def test_bfloat16_products_keep_the_loss_and_the_direction():
     got = fused_kl(y, final.float(), w.bfloat16(), b.float(), teacher_hidden=True)
     (got_grad,) = torch.autograd.grad(got.sum(), y)
     cosine = torch.cosine_similarity(got_grad.double().flatten(1), grad.flatten(1), dim=1)
-    # Measured: loss 3e-4 relative, cosine 0.99999. The issue asks for 1e-2 and 0.999.
+    # Measured: loss 3e-4 relative, cosine 0.99999.
     assert ((got - expected).abs() / expected).max() < 2e-3
     assert cosine.min() > 0.9995
     assert got_grad.dtype == torch.float32
@@ -235,21 +235,29 @@ def test_a_batch_is_run_in_pieces_that_give_the_same_unless_a_hook_could_see_it(
     )
 
 
-def test_a_layers_own_positions_are_unbiased_and_exact():
+def _picked():
+    """States of layers at positions of their own."""
     hidden, final, w, b = _problem(n=12)
     generator = torch.Generator().manual_seed(1)
     picks = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(3)])
-    chosen = torch.stack([row[pick] for row, pick in zip(hidden, picks, strict=True)])
+    return hidden, final, w, b, picks, torch.stack([row[pick] for row, pick in zip(hidden, picks, strict=True)])
+
+
+def test_the_kl_at_a_layers_own_positions_is_exact():
+    hidden, final, w, b, picks, chosen = _picked()
     y = chosen.clone().requires_grad_()
     got = fused_kl(y, final, w, b, teacher_hidden=True, picks=picks)
     (got_grad,) = torch.autograd.grad(got.sum(), y)
     for row, pick in enumerate(picks):
         expected, grad = _autograd(hidden[row, pick][None], (final @ w + b)[pick], w, b, lambda z: z)
         assert torch.allclose(got[row], expected[0]) and torch.allclose(got_grad[row], grad[0])
+
+
+def test_the_cross_entropy_at_a_layers_own_positions_is_exact():
+    _, _, w, b, picks, chosen = _picked()
     ids = torch.randint(0, 300, (12,))
-    got = fused_ce(chosen, ids, w, b, picks=picks)
     expected = torch.stack([fused_ce(c[None], ids[p], w, b)[0] for c, p in zip(chosen, picks, strict=True)])
-    assert torch.allclose(got, expected)
+    assert torch.allclose(fused_ce(chosen, ids, w, b, picks=picks), expected)
 
 
 def _maps(model, n_rows):
@@ -318,11 +326,18 @@ def test_precision_is_chosen_by_the_hardware():
     assert D.product_dtype("auto", nowhere) == torch.float32
 
 
-def test_precision_is_what_is_asked_for_and_never_more_than_the_weights_have():
-    w = torch.zeros(4, 5)
-    assert D.product_dtype("bfloat16", w.to("meta")) == torch.bfloat16
-    assert D.product_dtype("auto", w.double()) == torch.float64 and D.product_dtype("float32", w) == torch.float32
-    assert D.product_dtype("float32", w.half()) == torch.float16
+@pytest.mark.parametrize(
+    ("asked", "weights", "dtype"),
+    [
+        ("bfloat16", torch.zeros(4, 5, device="meta"), torch.bfloat16),
+        ("auto", torch.zeros(4, 5).double(), torch.float64),
+        ("float32", torch.zeros(4, 5), torch.float32),
+        ("float32", torch.zeros(4, 5).half(), torch.float16),
+    ],
+    ids=["bfloat16", "auto", "float32", "no more than the weights have"],
+)
+def test_precision_is_what_is_asked_for(asked, weights, dtype):
+    assert D.product_dtype(asked, weights) == dtype
 
 
 def test_refusals_of_the_loss(unchecked):
@@ -342,20 +357,26 @@ def test_refusals_of_the_fit(model, unchecked):
 # --- the start, and the end
 
 
-def test_the_start_is_fitted_on_the_first_tokens_and_takes_nothing_from_the_stream(model):
-    tokens = zoo.tokens(30, 16)
-    batches = [tokens[i : i + 5] for i in range(0, 30, 5)]
-    start = tll.fit_regression(model, batches[:2])
-    expected = tll.fit_tuned(model, batches, steps=3, init=start, optimizer="sgd")
-    for source in (batches, iter(batches)):  # a source that can be read only once will do
-        got = tll.fit_tuned(model, source, steps=3, init_tokens=160, optimizer="sgd")
-        assert torch.allclose(got.weights, expected.weights, atol=1e-6)
-        assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240 + 150
-    # A short text is used once for the start, and a second time only by training.
-    short = tll.fit_tuned(model, batches, steps=0, init_tokens=10_000)
-    assert torch.allclose(short.weights, tll.fit_regression(model, batches).weights, atol=1e-6)
+BATCHES = zoo.tokens(30, 16).split(5)
+
+
+@pytest.mark.parametrize("kind", [list, iter])  # a source that can be read only once will do
+def test_the_start_is_fitted_on_the_first_tokens(model, kind):
+    start = tll.fit_regression(model, BATCHES[:2])
+    expected = tll.fit_tuned(model, BATCHES, steps=3, init=start, optimizer="sgd")
+    got = tll.fit_tuned(model, kind(BATCHES), steps=3, init_tokens=160, optimizer="sgd")
+    assert torch.allclose(got.weights, expected.weights, atol=1e-6)
+    assert got.meta["settings"]["init_tokens"] == 150 and got.meta["tokens_seen"] == 240 + 150
+
+
+def test_the_start_uses_a_short_text_once(model):
+    short = tll.fit_tuned(model, BATCHES, steps=0, init_tokens=10_000)
+    assert torch.allclose(short.weights, tll.fit_regression(model, BATCHES).weights, atol=1e-6)
+
+
+def test_after_a_start_of_all_text_one_pass_has_none_left(model):
     with pytest.raises(ValueError, match="one pass"):
-        tll.fit_tuned(model, iter(batches), steps=7, init_tokens=10_000)
+        tll.fit_tuned(model, iter(BATCHES), steps=7, init_tokens=10_000)
 
 
 def test_the_best_translators_on_held_out_text_are_the_result(model):
@@ -383,25 +404,37 @@ def test_a_share_of_a_tensor_is_its_last_rows(model):
     assert torch.equal(a.weights, b.weights)
 
 
-def test_steps_auto_ends_by_itself_and_goes_on_where_it_was_interrupted(model, tmp_path):
+def _auto(model, **more):
     tokens = zoo.tokens(40, 16)
     settings = dict(steps="auto", init="identity", held_out=tokens[32:], held_out_every=5, patience=2, optimizer="muon", lr=0.05)
+    return tll.fit_tuned(model, tokens[:32], **settings, **more)
+
+
+@pytest.fixture(scope="module")
+def auto(model):
+    """A fit that ends by itself, its rates, and the step from which they fall."""
     log = []
-    whole = tll.fit_tuned(model, tokens[:32], log=log, **settings)
+    whole = _auto(model, log=log)
     rates = [entry["lr"] for entry in log]
-    falls = next(i for i, rate in enumerate(rates) if rate < rates[0])
-    assert rates[falls - 1] == rates[0] and rates[-1] < rates[0] / 2 and len(log) < 2000
+    return whole, rates, next(i for i, rate in enumerate(rates) if rate < rates[0])
+
+
+def test_steps_auto_ends_by_itself(auto):
+    _, rates, falls = auto
+    assert rates[falls - 1] == rates[0] and rates[-1] < rates[0] / 2 and len(rates) < 2000
     assert all(a >= b for a, b in zip(rates[falls:], rates[falls + 1 :], strict=False))
-    file = tmp_path / "fit.safetensors"
+
+
+def test_steps_auto_goes_on_where_it_was_interrupted(model, auto, tmp_path):
+    whole, _, falls = auto
 
     def stop(entry):
         if entry["step"] == falls + 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tll.fit_tuned(model, tokens[:32], checkpoint=file, log=stop, **settings)
-    again = tll.fit_tuned(model, tokens[:32], checkpoint=file, **settings)
-    assert torch.allclose(again.weights, whole.weights, atol=1e-6)
+        _auto(model, checkpoint=tmp_path / "state", log=stop)
+    assert torch.allclose(_auto(model, checkpoint=tmp_path / "state").weights, whole.weights, atol=1e-6)
 
 
 def test_refusals_of_held_out(model, unchecked):

@@ -62,27 +62,37 @@ def test_chunked_equals_unchunked(model, chunk_size):
     assert torch.equal(a.top_ids, b.top_ids)
 
 
-def test_several_lenses_share_a_pass_and_compare(model):
-    a, b = tll.Lens(model), tll.Lens(model, zoo.random_maps(model))
-    passes = []
-    both = tll.trajectory(
-        model, {"logit": a, "tuned": b}, TOKENS, hooks=[("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]
-    )
-    assert passes == [1] and list(both) == ["logit", "tuned"]
-    for name, lens in (("logit", a), ("tuned", b)):
-        alone = tll.trajectory(model, lens, TOKENS)
-        assert torch.allclose(both[name].kl, alone.kl, atol=1e-6)
-    za, _ = _naive(model, a, TOKENS, a.layers)
-    zb, _ = _naive(model, b, TOKENS, b.layers)
-    p, q = za.log_softmax(-1), zb.log_softmax(-1)
-    assert torch.allclose(both.divergence("logit", "tuned", "kl"), S.kl(p, q), atol=1e-5)
-    assert torch.allclose(both.divergence("tuned", "logit", "kl"), S.kl(q, p), atol=1e-5)
-    assert torch.allclose(both.divergence("tuned", "logit", "js"), S.js(p, q), atol=1e-5)
-    assert torch.equal(both.divergence("tuned", "logit", "tv"), both.divergence("logit", "tuned", "tv"))
-    assert (both.divergence("logit", "logit", "js") == 0).all()
+@pytest.fixture(scope="module")
+def both(model):
+    """Two lenses in one trajectory, and how often the model ran for it."""
+    lenses, passes = {"logit": tll.Lens(model), "tuned": tll.Lens(model, zoo.random_maps(model))}, []
+    count = [("blocks.0.hook_resid_pre", lambda x, hook: passes.append(1))]
+    return lenses, tll.trajectory(model, lenses, TOKENS, hooks=count), len(passes)
+
+
+def test_several_lenses_share_a_pass(model, both):
+    lenses, together, passes = both
+    assert passes == 1 and list(together) == ["logit", "tuned"] and set(together.to_frame()["lens"]) == set(lenses)
+    for name, lens in lenses.items():
+        assert torch.allclose(together[name].kl, tll.trajectory(model, lens, TOKENS).kl, atol=1e-6)
+
+
+def test_the_divergence_of_lenses_is_that_of_their_logits(model, both):
+    lenses, together, _ = both
+    p, q = (_naive(model, lens, TOKENS, lens.layers)[0].log_softmax(-1) for lens in lenses.values())
+    assert torch.allclose(together.divergence("logit", "tuned", "kl"), S.kl(p, q), atol=1e-5)
+    assert torch.allclose(together.divergence("tuned", "logit", "kl"), S.kl(q, p), atol=1e-5)
+    assert torch.allclose(together.divergence("tuned", "logit", "js"), S.js(p, q), atol=1e-5)
+    assert torch.equal(together.divergence("tuned", "logit", "tv"), together.divergence("logit", "tuned", "tv"))
+
+
+def test_a_lens_does_not_diverge_from_itself(both):
+    assert (both[1].divergence("logit", "logit", "js") == 0).all()
+
+
+def test_a_lens_that_is_not_there_is_refused(both):
     with pytest.raises(KeyError, match="no lens 'x'; there are logit, tuned"):
-        both.divergence("x", "tuned")
-    assert set(both.to_frame()["lens"]) == {"logit", "tuned"}
+        both[1].divergence("x", "tuned")
 
 
 def test_a_slice_is_a_smaller_trajectory(model):
@@ -394,12 +404,15 @@ def test_by_default_the_models_own_top_tokens_are_tracked(model):
         tll.trajectory(model, tll.Lens(model), tokens, track=["the cat sat"])
 
 
-def test_a_trajectory_knows_its_lens_and_what_its_fit_left_out(model):
-    tokens = zoo.tokens(2, 6)
-    both = {"a": tll.Lens(model), "b": tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20)))}
-    a, b = tll.trajectory(model, both, tokens).values()
-    assert (a.settings["lens"], b.settings["lens"]) == ("logit", "regression")
-    assert not a.left_out.any() and b.left_out[:, 0].all() and not b.left_out[:, 1:].any()
-    assert not b[:, :, 1:].left_out.any()  # cut off, and no other position takes its place
-    whole = tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20), skip_first=False))
-    assert not tll.trajectory(model, whole, tokens).left_out.any()
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_a_trajectory_knows_what_its_fit_left_out(model, skip_first):
+    lens = tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20), skip_first=skip_first))
+    traj = tll.trajectory(model, lens, zoo.tokens(2, 6))
+    assert (traj.left_out[:, 0] == skip_first).all() and not traj.left_out[:, 1:].any()
+    assert not traj[:, :, 1:].left_out.any()  # cut off, and no other position takes its place
+
+
+def test_a_trajectory_knows_its_lens(model):
+    lenses = {"a": tll.Lens(model), "b": tll.Lens(model, tll.fit_regression(model, zoo.tokens(16, 20)))}
+    a, b = tll.trajectory(model, lenses, zoo.tokens(2, 6)).values()
+    assert (a.settings["lens"], b.settings["lens"]) == ("logit", "regression") and not a.left_out.any()

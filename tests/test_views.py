@@ -98,11 +98,11 @@ def case(request):
 # --- every view on every case
 
 
-def test_terminal_and_text(case):
-    for width in (20, 80):
-        for color in (True, False):
-            text = views.to_text(case, width=width, color=color)
-            assert all(cell_len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= width for line in text.splitlines())
+@pytest.mark.parametrize("width", [20, 80])
+@pytest.mark.parametrize("color", [True, False])
+def test_text_is_as_wide_as_asked(case, width, color):
+    text = views.to_text(case, width=width, color=color)
+    assert all(cell_len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= width for line in text.splitlines())
 
 
 def test_html(case):
@@ -183,12 +183,15 @@ def test_top_tokens_stack_in_the_cell():
     assert len(wide.splitlines()) - len(narrow.splitlines()) == 2 * 3
 
 
-def test_batch_row_is_chosen_and_pads_are_left_out():
+def test_a_row_is_shown_without_its_pads():
     t = padded()
     assert "row 1 of 2: 3 layers × 3 tokens" in views.to_text(t, batch=1, color=False)
     assert views.to_text(t, batch=-1, color=False) == views.to_text(t, batch=1, color=False)
+
+
+def test_a_row_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"batch=2 is out of range: this trajectory has 2 rows \(0\.\.1\)"):
-        views.terminal(t, batch=2)
+        views.terminal(padded(), batch=2)
 
 
 # --- page
@@ -277,17 +280,31 @@ def test_the_fragment_of_a_large_batch_stays_small():
     assert len(views.html_fragment(t)) < 12e6 and "33 of 40 rows" in views.html_fragment(t)
 
 
-def test_page_data_holds_every_lens_row_and_statistic():
+@pytest.fixture(scope="module")
+def of_two():
+    """A batch of two rows, and the data of its page under two lenses."""
     t = padded()
-    data = json.loads(parsed(views.html({"a": t, "b": t}, "entropy")).data)
-    assert [x["name"] for x in data["lenses"]] == ["a", "b", "b − a"] and data["stat"] == "entropy"
+    return t, json.loads(parsed(views.html({"a": t, "b": t}, "entropy")).data)
+
+
+def test_a_page_has_every_lens_with_their_difference(of_two):
+    data = of_two[1]
+    assert [x["name"] for x in data["lenses"]] == ["a", "b", "b − a"]
     assert data["lenses"][2]["minus"] == [1, 0] and data["lenses"][2]["scales"]["kl"]["diverging"]
-    assert set(data["stats"]) == set(STATS)
-    assert [r["positions"] for r in data["rows"]] == [[0, 1, 2, 3, 4], [2, 3, 4]]
+
+
+def test_a_page_has_every_statistic(of_two):
+    t, data = of_two
+    assert set(data["stats"]) == set(STATS) and data["stat"] == "entropy"
     cells = data["lenses"][1]["rows"][1]
     assert cells["stats"]["kl"] == pytest.approx(t.stats["kl"][:, 1, 2:].flatten().tolist(), rel=1e-3)
     assert cells["stats"]["rank"] == [None if v < 0 else v for v in t.stats["rank"][:, 1, 2:].flatten().tolist()]
     assert len(cells["top"]) == len(cells["probs"]) == 3 * 3 * 3
+
+
+def test_a_page_has_every_row_or_the_one_that_was_asked_for(of_two):
+    t, data = of_two
+    assert [r["positions"] for r in data["rows"]] == [[0, 1, 2, 3, 4], [2, 3, 4]]
     assert len(json.loads(parsed(views.html(t, batch=1)).data)["rows"]) == 1
 
 
@@ -323,12 +340,15 @@ def test_equal_tokens_stay_apart_in_the_figure():
 
 
 @FIGURE
-def test_figure_values_and_change():
-    t = golden()
-    fig = views.figure(t, "kl")
-    assert list(fig.data[0].z[2]) == [12.5, 0.25, 1234.0] and fig.data[0].z[1][1] is None  # layer 0 is the last row
-    assert views.figure(t, "kl", delta=True).data[0].z[0][0] == -0.5
-    assert fig.data[0].colorscale[0][1] == SEQUENTIAL[-1]  # no KL: bright
+def test_a_figure_has_the_values():
+    heat = views.figure(golden(), "kl").data[0]
+    assert list(heat.z[2]) == [12.5, 0.25, 1234.0] and heat.z[1][1] is None  # layer 0 is the last row
+    assert heat.colorscale[0][1] == SEQUENTIAL[-1]  # no KL: bright
+
+
+@FIGURE
+def test_a_figure_shows_the_change():
+    assert views.figure(golden(), "kl", delta=True).data[0].z[0][0] == -0.5
 
 
 def test_figure_without_plotly(monkeypatch):
