@@ -593,7 +593,7 @@ def test_what_is_out_of_range_is_refused(model, unchecked, call, error, message)
 ONES = torch.ones_like(TOKENS)
 
 
-def test_a_mask_of_ones_hides_nothing(model):
+def test_a_mask_of_ones_hides_nothing(model, unchecked):
     assert torch.equal(tll.run(model, TOKENS, attention_mask=ONES.bool()), tll.run(model, TOKENS))
 
 
