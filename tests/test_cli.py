@@ -3,8 +3,10 @@
 import csv
 import functools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -21,6 +23,7 @@ from tl_lenses import files
 from tl_lenses.cli import app
 from tl_lenses.cli.inputs import lens_names, load_model, parse_layers
 from tl_lenses.cli.messages import ranges
+from tl_lenses.cli.states import saved_when_terminated
 from tl_lenses.model import name_of
 
 pytestmark = pytest.mark.usefixtures("models_once")
@@ -67,25 +70,54 @@ def refused(*args, code=1):
 # --- every command
 
 
-def test_fit_jacobian_saves_and_says_what(model, data, tmp_path):
-    command = ("fit", "--method", "jacobian", "--model", model, "--data", data, "--limit-tokens", 80, "--seq-len", 40)
-    done = run(*command, "--layers", "::2", "--output", tmp_path / "lens")
+def jacobian(model, data, output, *more):
+    return (
+        "fit",
+        "--method",
+        "jacobian",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--limit-tokens",
+        80,
+        "--seq-len",
+        40,
+        "--output",
+        output,
+        *more,
+    )
+
+
+def test_fit_jacobian_saves_its_lens(model, data, tmp_path):
+    done = run(*jacobian(model, data, tmp_path / "lens", "--layers", "::2"))
     assert "of which sums" in done.output and "jacobian lens of" in done.stdout
     assert tll.Translators.load(tmp_path / "lens").meta["n_prompts"] == 2
-    assert "about" in run(*command, "--output", tmp_path / "other", "--dry-run").stdout
-    message = refused(*command, "--output", tmp_path / "other", "--offload")
-    assert "its layers share one backward pass" in message
 
 
-def test_fit_regression_saves_and_says_what(model, data, fitted, tmp_path):
-    assert tll.Translators.load(fitted).meta["fitter"] == "regression"
+def test_fit_jacobian_has_a_dry_run(model, data, tmp_path):
+    assert "about" in run(*jacobian(model, data, tmp_path / "lens", "--dry-run")).stdout
+
+
+def test_fit_jacobian_has_no_groups_of_layers(model, data, tmp_path):
+    assert "its layers share one backward pass" in refused(*jacobian(model, data, tmp_path / "lens", "--offload"))
+
+
+def test_fit_regression_says_its_layers(model, data, tmp_path):
     output = tmp_path / "some"
     done = run("fit", "--method", "regression", "--model", model, "--data", data, "--layers", "::2", "--output", output)
     assert done.exit_code == 0 and done.stderr == ""
     assert "layers 0, 2" in done.stdout and str(output) in done.stdout
     assert tll.Translators.load(output).sources == (0, 2)
-    again = run("fit", "--method", "regression", "--model", model, "--data", data, "--output", output, "--overwrite")
-    assert again.exit_code == 0 and tll.Translators.load(output).sources == (0, 1, 2)
+
+
+def test_fit_overwrites_where_asked(model, data, fitted, tmp_path):
+    output = shutil.copytree(fitted, tmp_path / "some")
+    done = run(
+        "fit", "--method", "regression", "--model", model, "--data", data, "--layers", "1", "--output", output, "--overwrite"
+    )
+    assert done.exit_code == 0 and tll.Translators.load(output).sources == (1,)
+    assert tll.Translators.load(fitted).sources == (0, 1, 2) and tll.Translators.load(fitted).meta["fitter"] == "regression"
 
 
 def test_fit_tuned_takes_every_setting(model, data, tmp_path):
@@ -103,82 +135,76 @@ def test_fit_tuned_takes_every_setting(model, data, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lens"]  # no state is left
 
 
-def test_eval_prints_and_writes_scores_beside_the_logit_lens(model, data, fitted, tmp_path):
+def test_eval_has_scores_beside_the_logit_lens(model, data, fitted, tmp_path):
     done = run("eval", "--model", model, "--lens", fitted, "--data", data, "--output", tmp_path / "s.json")
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     assert "logit" in done.stdout and "reg" in done.stdout
     content = json.loads((tmp_path / "s.json").read_text())
     assert {(row["lens"], row["layer"]) for row in content["rows"]} == {(a, b) for a in ("logit", "reg") for b in range(4)}
     assert content["model"] == model and content["versions"]["torch"]
-    done = run("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
-    assert done.exit_code == 1 and "b=" in done.stderr  # the name ends at the first equals sign
-    done = run(
-        "eval", "--model", model, "--lens", f"mine={fitted}", "--data", data, "--layers", "1,-1", "--output", tmp_path / "s.csv"
-    )
-    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
-    assert [(row["lens"], row["layer"]) for row in rows] == [("logit", "1"), ("logit", "3"), ("mine", "1"), ("mine", "3")]
 
 
-def test_show_prints_and_saves(model, fitted, tmp_path):
+def test_eval_writes_a_table_of_layers(model, data, fitted, tmp_path):
+    table = tmp_path / "s.csv"
+    run("eval", "--model", model, "--lens", f"mine={fitted}", "--data", data, "--layers", "1,-1", "--output", table)
+    rows = [(row["lens"], row["layer"]) for row in csv.DictReader(table.open())]
+    assert rows == [("logit", "1"), ("logit", "3"), ("mine", "1"), ("mine", "3")]
+
+
+def test_the_name_of_a_lens_ends_at_the_first_equals_sign(model, data, fitted):
+    assert "b=" in refused("eval", "--model", model, "--lens", f"a=b={fitted}", "--data", data)
+
+
+def test_show_prints_the_logit_lens(model):
     done = run("show", "the cat sat", "--model", model)
     assert done.exit_code == 0 and "logit lens: 4 layers" in done.stdout
-    done = run(
-        "show",
-        "the cat sat",
-        "--model",
-        model,
-        "--lens",
-        fitted,
-        "--layers",
-        "0,-1",
-        "--stat",
-        "entropy",
-        "--save",
-        tmp_path / "a.html",
-    )
+
+
+def test_show_prints_what_it_saves(model, fitted, tmp_path):
+    page = tmp_path / "a.html"
+    done = run("show", "the cat", "--model", model, "--lens", fitted, "--layers", "0,-1", "--stat", "entropy", "--save", page)
     assert done.exit_code == 0 and "reg lens: 2 layers" in done.stdout and "entropy" in done.stdout, done.stderr
-    assert "<html" in (tmp_path / "a.html").read_text()
-    done = run(
-        "show",
-        "the cat",
-        "--model",
-        model,
-        "--stat",
-        "logprob_diff",
-        "--target",
-        "a",
-        "--anti-target",
-        "b",
-        "--save",
-        tmp_path / "b.csv",
-    )
-    assert done.exit_code == 0 and (tmp_path / "b.csv").stat().st_size, done.stderr
+    assert "<html" in page.read_text()
 
 
-def test_show_takes_several_texts_and_draws_a_difference(model, fitted, tmp_path):
-    (tmp_path / "p.txt").write_text("a dog ran\n")
-    options = (
-        "--lens",
-        f"reg={fitted}",
-        "--diff",
-        "reg,logit",
-        "--save",
-        tmp_path / "d.svg",
-        "--width",
-        "150",
-        "--file",
-        tmp_path / "p.txt",
-    )
-    given = ["show", "-", "the cat", "--model", str(model), *map(str, options)]
+def test_show_compares_two_targets(model, tmp_path):
+    table = tmp_path / "b.csv"
+    asked = ("--stat", "logprob_diff", "--target", "a", "--anti-target", "b", "--save", table)
+    done = run("show", "the cat", "--model", model, *asked)
+    assert done.exit_code == 0 and table.stat().st_size, done.stderr
+
+
+@pytest.fixture(scope="module")
+def three(model, fitted, tmp_path_factory):
+    """Three texts, from stdin, the command line and a file, with the difference of two lenses: what was said, and the picture."""
+    folder = tmp_path_factory.mktemp("three")
+    (folder / "p.txt").write_text("a dog ran\n")
+    drawn = ("--lens", f"reg={fitted}", "--diff", "reg,logit", "--save", str(folder / "d.svg"), "--width", "150")
+    given = ["show", "-", "the cat", "--model", model, *drawn, "--file", str(folder / "p.txt")]
     done = CliRunner().invoke(app, given, input="the mat\n")
     assert done.exit_code == 0, done.stderr
-    assert [f"reg − logit, row {i} of 3" in done.stdout for i in range(3)] == [True] * 3 and "·ran" in done.stdout
-    drawn = (tmp_path / "d.svg").read_text("utf-8")
-    assert "reg better" in drawn and drawn.count(">layer<") == 3  # BOS and two words, one below the other
-    assert "--width is of a picture" in refused("show", "x", "--width", "300")
-    assert "must be two of the lenses logit" in refused("show", "x", "--diff", "a,b")
-    assert "no text to read" in refused("show", "--model", model)
-    assert "is no file" in refused("show", "--file", tmp_path / "none", "--model", model)
+    return done.stdout, (folder / "d.svg").read_text("utf-8")
+
+
+def test_show_takes_several_texts(three):
+    assert all(f"reg − logit, row {i} of 3" in three[0] for i in range(3)) and "·ran" in three[0]
+
+
+def test_show_draws_a_difference(three):
+    assert "reg better" in three[1] and three[1].count(">layer<") == 3  # BOS and two words, one below the other
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("x", "--width", "300"), "--width is of a picture"),
+        (("x", "--diff", "a,b"), "must be two of the lenses logit"),
+        ((), "no text to read"),
+        (("--file", "none"), "is no file"),
+    ],
+)
+def test_show_refuses_what_cannot_be_shown(model, asked, message):
+    assert message in refused("show", *asked, "--model", model)
 
 
 def test_the_last_tokens_are_shown_in_a_page_that_opens(model, monkeypatch):
@@ -197,15 +223,27 @@ def test_a_page_that_cannot_be_opened_says_where_it_is(model, tmp_path, monkeypa
     assert "--open shows a page" in refused("show", "the cat", "--model", model, "--open", "--save", tmp_path / "a.svg")
 
 
-def test_a_chat_is_shown_and_patched(model, tmp_path):
-    assert "needs a tokenizer with a chat template" in refused("patchscope", "the cat", "--model", model, "--chat")
-    chats = zoo.tokenizer()
-    chats.chat_template = "{% for m in messages %}a dog: {{ m.content }}{% endfor %}"
-    chats.save_pretrained(shutil.copytree(model, tmp_path / "chats"))
-    done = run("show", "the cat", "--model", tmp_path / "chats", "--chat")
+@pytest.fixture(scope="module")
+def chats(model, tmp_path_factory):
+    tokenizer = zoo.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}a dog: {{ m.content }}{% endfor %}"
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("chats") / "chats")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_is_shown(chats):
+    done = run("show", "the cat", "--model", chats, "--chat")
     assert done.exit_code == 0 and "·d " in done.stdout and "·cat" in done.stdout, done.stderr
-    done = run("patchscope", "the cat", "--model", tmp_path / "chats", "--chat", "--layers", "1")
+
+
+def test_a_chat_is_patched(chats):
+    done = run("patchscope", "the cat", "--model", chats, "--chat", "--layers", "1")
     assert done.exit_code == 0 and 'source "a dog: the cat"' in done.stdout, done.stdout
+
+
+def test_a_chat_needs_a_template(model):
+    assert "needs a tokenizer with a chat template" in refused("patchscope", "the cat", "--model", model, "--chat")
 
 
 def test_patchscope_takes_several_texts(model, tmp_path):
@@ -298,48 +336,81 @@ def test_the_bundled_model_needs_no_data(tmp_path):
     assert done.exit_code == 0, done.stderr
 
 
-def test_help_gives_examples_and_is_light():
-    for command in ("demo", "fit", "eval", "show", "patchscope", "fit-scope", "experiment", "check", "version"):
-        done = run(command, "--help")
-        assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
+COMMANDS = ("demo", "fit", "eval", "show", "patchscope", "fit-scope", "experiment", "check", "version")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_an_example(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0 and f"Example: tl-lenses {command}" in " ".join(done.stdout.split())
+
+
+def test_no_command_is_help():
     assert run().stdout == run("--help").stdout
+
+
+def test_help_imports_nothing_heavy():
     heavy = "assert not {'transformer_lens', 'transformers', 'datasets', 'plotly', 'tl_lenses.experiments', 'tl_lenses.views'} & set(sys.modules)"
     code = f"import sys; from typer.testing import CliRunner; from tl_lenses.cli import app; CliRunner().invoke(app, ['--help']); {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(tll.__file__).parents[1])
 
 
-def test_patchscope_prints_and_saves(model, tmp_path, monkeypatch):
+KING = ("--position", "cat", "--scope", "the king of x is")
+OF_X = tll.Target("the king of x is", tll.at("x", occurrence="last"))
+
+
+def test_patchscope_prints(model):
     done = run("patchscope", "the cat sat", "--model", model)
     assert done.exit_code == 0 and done.stderr == "" and "cat -> cat" in done.stdout, done.stderr
-    asked = ("patchscope", "the cat sat", "--model", model, "--position", "cat", "--scope", "the king of x is")
-    for kind in ("json", "csv", "svg", "html"):
-        file = tmp_path / f"a.{kind}"
-        done = run(*asked, "--layers", "0,-1", "--target-layers", ":2", "--max-new-tokens", 3, "--save", file)
-        assert done.exit_code == 0 and str(file) in done.stdout and file.stat().st_size, done.stderr
-    content = json.loads((tmp_path / "a.json").read_text())
-    assert [(cell["layer"], cell["target_layer"]) for cell in content["cells"]] == [(0, 0), (0, 1), (3, 0), (3, 1)]
-    loaded = zoo.build("gpt2", zoo.FEW_KINDS[0])
-    target = tll.Target("the king of x is", tll.at("x", occurrence="last"))
-    want = tll.patchscope(loaded, tll.Source("the cat sat", "cat"), target, [0, -1], [0, 1], max_new_tokens=3)
-    assert [cell["text"] for cell in content["cells"]] == want.text[0]
-    assert "<svg" in (tmp_path / "a.svg").read_text() and "<mark>" in (tmp_path / "a.html").read_text()
-    scaled = run(*asked, "--norm", "mean")
-    assert scaled.exit_code == 0 and scaled.stdout != run(*asked).stdout
+
+
+def test_patchscope_takes_a_scope_of_the_papers(model):
     assert run("patchscope", "the cat", "--model", model, "--scope", "country_capital_city").exit_code == 0
-    asked = (*asked, "--layers", "1", "--max-new-tokens", 2, "--against", "a dog", "--against", "the old king")
+
+
+@pytest.mark.parametrize("kind,mark", [("json", '"cells"'), ("csv", "layer"), ("svg", "<svg"), ("html", "<mark>")])
+def test_patchscope_saves(model, tmp_path, kind, mark):
+    file = tmp_path / f"a.{kind}"
+    done = run("patchscope", "the cat sat", "--model", model, *KING, "--layers", "0", "--save", file)
+    assert done.exit_code == 0 and str(file) in done.stdout and mark in file.read_text(), done.stderr
+
+
+def test_patchscope_saves_what_the_library_says(model, tmp_path):
+    asked = ("--layers", "0,-1", "--target-layers", ":2", "--max-new-tokens", 3, "--save", tmp_path / "a.json")
+    run("patchscope", "the cat sat", "--model", model, *KING, *asked)
+    cells = json.loads((tmp_path / "a.json").read_text())["cells"]
+    assert [(cell["layer"], cell["target_layer"]) for cell in cells] == [(0, 0), (0, 1), (3, 0), (3, 1)]
+    want = tll.patchscope(zoo.build("gpt2"), tll.Source("the cat sat", "cat"), OF_X, [0, -1], [0, 1], max_new_tokens=3)
+    assert [cell["text"] for cell in cells] == want.text[0]
+
+
+def test_patchscope_takes_a_norm(model):
+    plain, scaled = (run("patchscope", "the cat sat", "--model", model, *KING, *norm) for norm in ((), ("--norm", "mean")))
+    assert scaled.exit_code == 0 and scaled.stdout != plain.stdout
+
+
+def test_patchscope_ends_on_its_faithfulness_against_other_sources(model):
+    asked = ("--layers", "1", "--max-new-tokens", 2, "--against", "a dog", "--against", "the old king")
     named = load_model(model, None, "float32")  # its name stands in the title
-    texts = tll.patchscope(named, [tll.Source("the cat sat", "cat"), "a dog", "the old king"], target, [1], max_new_tokens=2)
-    done, lines = run(*asked), lambda text: [line.rstrip() for line in text.splitlines()]
+    sources = [tll.Source("the cat sat", "cat"), "a dog", "the old king"]
+    texts = tll.patchscope(named, sources, OF_X, [1], max_new_tokens=2)
+    done, lines = (
+        run("patchscope", "the cat sat", "--model", model, *KING, *asked),
+        lambda text: list(map(str.rstrip, text.splitlines())),
+    )
     expected = lines(str(tll.faithfulness(texts)))
     assert done.exit_code == 0 and lines(done.stdout)[-len(expected) :] == expected, done.stderr
-    alone, beside = ("patchscope", "the cat", "--model", model, "--layers", "1"), []
-    patched = tll.patchscope
+
+
+def test_patchscope_saves_its_own_source_alone(model, tmp_path, monkeypatch):
+    """Beside eleven others in the pass, and not a second time among them."""
+    beside, patched = [], tll.patchscope
     monkeypatch.setattr(tll, "patchscope", lambda m, sources, *rest, **how: beside.append(len(sources)) or patched(m, sources, *rest, **how))  # fmt: skip
     contents = []
     for more in ((), ("--faithful",)):
-        done = run(*alone, "--save", tmp_path / "b.json", *more)
+        done = run("patchscope", "the cat", "--model", model, "--layers", "1", "--save", tmp_path / "b.json", *more)
         contents.append(json.loads((tmp_path / "b.json").read_text()))
-    assert "texts of 11 sources" in done.stdout and beside == [1, 11]  # the own source once
+    assert "texts of 11 sources" in done.stdout and beside == [1, 11]
     for content in contents:
         content.pop("plan")
         for cell in content["cells"]:
@@ -347,26 +418,32 @@ def test_patchscope_prints_and_saves(model, tmp_path, monkeypatch):
     assert contents[1] == contents[0]
 
 
-def test_fit_scope_saves_a_map_for_patchscope(model, data, tmp_path):
-    output = tmp_path / "map"
-    settings = ("--model", model, "--scope", "the king of x is", "--layers", "1", "--target-layers", "0,2")
-    done = run(
-        "fit-scope", *settings, "--data", data, "--output", output, "--steps", 3, "--labels", 2, "--seq-len", 16, "--rank", 1
-    )
-    assert done.exit_code == 0 and "unfitted" in done.stdout and f"--map {output}" in done.stdout, done.stderr
-    maps = tll.Translators.load(output)
+def fit_scope(model, data, output, labels=2):
+    asked = ("--scope", "the king of x is", "--layers", "1", "--target-layers", "0,2", "--steps", 3, "--seq-len", 16, "--rank", 1)
+    return "fit-scope", "--model", model, "--data", data, "--output", output, "--labels", labels, *asked
+
+
+def test_fit_scope_saves_a_map(model, data, tmp_path):
+    done = run(*fit_scope(model, data, tmp_path / "map"))
+    assert done.exit_code == 0 and "unfitted" in done.stdout and f"--map {tmp_path / 'map'}" in done.stdout, done.stderr
+    maps = tll.Translators.load(tmp_path / "map")
     assert maps.pairs == ((1, 0), (1, 2)) and maps.meta["settings"]["steps"] == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["map"]
-    said = run(
-        "patchscope", "the cat sat", "--model", model, "--scope", "the king of x is", "--map", output, "--save", tmp_path / "a.json"
-    )
+
+
+def test_patchscope_takes_the_map_of_fit_scope(model, data, tmp_path):
+    run(*fit_scope(model, data, tmp_path / "map"))
+    asked = ("--scope", "the king of x is", "--map", tmp_path / "map", "--save", tmp_path / "a.json")
+    said = run("patchscope", "the cat sat", "--model", model, *asked)
     assert said.exit_code == 0, said.stderr
-    loaded = tll.load_model(model)
+    maps = tll.Translators.load(tmp_path / "map")
     target = tll.Target("the king of x is", tll.at("x"))
-    ours = tll.patchscope(loaded, "the cat sat", target, pairs=[(1, 0), (1, 2)], map=maps)
-    ours.save(tmp_path / "b.json")
+    tll.patchscope(tll.load_model(model), "the cat sat", target, pairs=list(maps.pairs), map=maps).save(tmp_path / "b.json")
     assert json.loads((tmp_path / "a.json").read_text())["cells"] == json.loads((tmp_path / "b.json").read_text())["cells"]
-    assert "labels" in refused("fit-scope", *settings, "--data", data, "--output", tmp_path / "no", "--labels", "words")
+
+
+def test_fit_scope_refuses_labels_that_are_no_number(model, data, tmp_path):
+    assert "labels" in refused(*fit_scope(model, data, tmp_path / "no", labels="words"))
 
 
 def test_patchscope_mistakes(model, tmp_path):
@@ -380,21 +457,24 @@ def test_patchscope_mistakes(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_experiment_runs_prints_and_saves(model, data, fitted, tmp_path):
-    done = run(
-        "experiment", "next-token", "--model", model, "--data", data, "--lens", fitted, "--n", 8, "--output", tmp_path / "a"
-    )  # fmt: skip
+def test_experiment_prints_what_it_saves(model, data, fitted, tmp_path):
+    asked = ("--data", data, "--lens", fitted, "--n", 8, "--output", tmp_path / "a")
+    done = run("experiment", "next-token", "--model", model, *asked)
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     for word in ("token identity", "logit lens", "reg", "oracle", "held-out", "shuffled sources", "unpatched"):
         assert word in done.stdout
     assert {"result.json", "result.csv", "heat.svg"} <= {file.name for file in (tmp_path / "a").iterdir()}
-    same = ("experiment", "next-token", "--model", model, "--data", data, "--n", 8, "--layers", "1,-1", "--markdown")
-    done = run(*same, "--output", tmp_path / "a")
+
+
+def test_experiment_prints_markdown(model, data, tmp_path):
+    asked = ("--data", data, "--n", 8, "--layers", "1,-1", "--markdown", "--output", tmp_path / "a")
+    done = run("experiment", "next-token", "--model", model, *asked)
     assert done.exit_code == 0 and "| layer | token identity |" in done.stdout, done.stderr
-    done = run(
-        "experiment", "cross-model", "--model", model, "--to", model, "--data", data, "--n", 4, "--layers", "1",
-        "--target-layers", "2,3", "--output", tmp_path / "x",
-    )  # fmt: skip
+
+
+def test_experiment_takes_a_second_model(model, data, tmp_path):
+    asked = ("--data", data, "--n", 4, "--layers", "1", "--target-layers", "2,3", "--output", tmp_path / "x")
+    done = run("experiment", "cross-model", "--model", model, "--to", model, *asked)
     assert done.exit_code == 0 and "same place" in done.stdout, done.stderr
 
 
@@ -431,9 +511,12 @@ def test_the_old_name_of_n_says_the_new_one(tmp_path):
     assert done.exit_code == 0 and done.stderr == "note: --limit is called --n now\n", done.stderr
 
 
-def test_experiments_are_listed_and_each_has_its_own_options():
+def test_experiments_are_listed():
     listed = run("experiment").stdout
     assert "ablations" in listed and "Do blocks go down the gradient of the loss?" in listed
+
+
+def test_each_experiment_has_its_own_options():
     options = run("experiment", "difficulty", "--help").stdout
     assert "--checkpoint" in options and "--k" not in options and "--limit" not in options
     assert "--checkpoint" not in run("experiment", "ablations", "--help").stdout
@@ -533,47 +616,85 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(model, data, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_large_fit_is_planned_grouped_and_restarted(model, data, tmp_path, monkeypatch):
-    command = ["fit", "--model", model, "--data", data, "--steps", 4, "--batch-size", 4, "--optimizer", "sgd"]
-    many = [*command, "--layers-at-once", 2, "--offload", "--checkpoint-every", 1, "--shuffle-buffer", 7]
+def training(model, data, output, *more):
+    settings = ("--steps", 4, "--batch-size", 4, "--optimizer", "sgd", "--shuffle-buffer", 7)
+    return "fit", "--model", model, "--data", data, *settings, "--output", output, *more
+
+
+GROUPED = ("--layers-at-once", 2, "--offload", "--checkpoint-every", 1)
+
+
+def test_a_fit_in_groups_goes_on_in_the_group_where_it_stopped(model, data, tmp_path, monkeypatch):
     steps = _watched(monkeypatch, 5)  # in the second group
-    done = run(*many, "--output", tmp_path / "lens")
+    done = run(*training(model, data, tmp_path / "lens", *GROUPED))
     assert done.exit_code == 130 and done.stderr.count("\n") == 1
     assert "memory at the peak of a step" in done.stdout and "2 passes over the text" in done.stdout
-    left = {file.name for file in tmp_path.iterdir()}
-    assert {"lens.checkpoint.1of2", "lens.checkpoint.2of2"} <= left
-    assert "was made with the layers in 2 groups, now there are 1" in refused(
-        *command, "--shuffle-buffer", 7, "--output", tmp_path / "lens"
-    )
-    done = run(*many, "--output", tmp_path / "lens")
+    assert {"lens.checkpoint.1of2", "lens.checkpoint.2of2"} <= {file.name for file in tmp_path.iterdir()}
+    message = refused(*training(model, data, tmp_path / "lens"))
+    assert "was made with the layers in 2 groups, now there are 1" in message
+    done = run(*training(model, data, tmp_path / "lens", *GROUPED))
     assert done.exit_code == 0, done.stderr
     assert steps == 2 * [1, 2, 3, 4] and [file.name for file in tmp_path.iterdir()] == ["lens"]
-    whole = run(*command, "--shuffle-buffer", 7, "--output", tmp_path / "whole")
-    assert whole.exit_code == 0, whole.stderr
-    whole, resumed = (tll.Translators.load(tmp_path / name) for name in ("whole", "lens"))
-    assert torch.allclose(whole.delta, resumed.delta, atol=1e-6)
 
-    files.save_state(tmp_path / "again.checkpoint", {"step": 1})
-    (tmp_path / "again.checkpoint").write_bytes((tmp_path / "again.checkpoint").read_bytes()[:-3])
-    assert "is damaged" in refused(*command, "--output", tmp_path / "again")
-    done = run(*command, "--restart", "--output", tmp_path / "again")
+
+def test_a_fit_in_groups_is_that_of_all_layers_at_once(model, data, tmp_path):
+    for name, more in (("whole", ()), ("groups", GROUPED)):
+        done = run(*training(model, data, tmp_path / name, *more))
+        assert done.exit_code == 0, done.stderr
+    whole, groups = (tll.Translators.load(tmp_path / name) for name in ("whole", "groups"))
+    assert torch.allclose(whole.delta, groups.delta, atol=1e-6)
+
+
+def test_a_damaged_state_is_begun_again_where_asked(model, data, tmp_path):
+    state = tmp_path / "again.checkpoint"
+    files.save_state(state, {"step": 1})
+    state.write_bytes(state.read_bytes()[:-3])
+    assert "is damaged" in refused(*training(model, data, tmp_path / "again"))
+    done = run(*training(model, data, tmp_path / "again", "--restart"))
     assert done.exit_code == 0, done.stderr
 
 
-def test_a_dry_run_says_memory_tokens_and_minutes_and_writes_nothing(model, data, tmp_path):
-    command = ("fit", "--model", model, "--data", data, "--batch-size", 4, "--seq-len", 32, "--output", tmp_path / "lens")
-    for more, expected in (
+def dry_run(model, data, folder, *more):
+    return (
+        "fit",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--batch-size",
+        4,
+        "--seq-len",
+        32,
+        "--output",
+        folder / "lens",
+        *more,
+        "--dry-run",
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
         (("--steps", 4), "on this machine: start "),
-        (("--steps", "auto", "--held-out", data), "250 steps of "),
+        (("--steps", "auto", "--held-out", None), "250 steps of "),
         (("--layers-at-once", 2), "2 passes over the text"),
         (("--method", "regression"), "of which moments"),
-    ):
-        done = run(*command, *more, "--dry-run")
-        assert done.exit_code == 0 and expected in done.stdout and "nothing was written" in done.stdout, done.output
-        assert "about " in done.stdout and not list(tmp_path.iterdir())
-    output = run(*command, "--steps", 4, "--limit-tokens", 1000, "--dry-run").stdout
+    ],
+    ids=["steps", "auto", "groups", "regression"],
+)
+def test_a_dry_run_says_memory_with_minutes_and_writes_nothing(model, data, tmp_path, more, expected):
+    done = run(*dry_run(model, data, tmp_path, *(data if option is None else option for option in more)))
+    assert done.exit_code == 0 and expected in done.stdout and "nothing was written" in done.stdout, done.output
+    assert "about " in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_the_tokens_that_there_are(model, data, tmp_path):
+    output = run(*dry_run(model, data, tmp_path, "--steps", 4, "--limit-tokens", 1000)).stdout
     assert "4 steps, 512 tokens and 1,024 of the start" in output  # the text has no more
-    assert "leave out layers_at_once" in refused(*command, "--layers-at-once", 2, "--held-out", data, "--dry-run")
+
+
+def test_a_dry_run_refuses_what_a_fit_would(model, data, tmp_path):
+    assert "leave out layers_at_once" in refused(*dry_run(model, data, tmp_path, "--layers-at-once", 2, "--held-out", data))
 
 
 def test_what_is_not_a_state_is_left_alone(model, data, tmp_path):
@@ -660,34 +781,33 @@ def test_a_lens_that_cannot_be_saved_is_saved_elsewhere(model, data, tmp_path, m
         _save(maps, tmp_path / "lens", False)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_signals_are_ctrl_c_while_fitting_and_an_ignored_one_stays(name):
-    import os
-    import signal
-
-    from tl_lenses.cli.states import saved_when_terminated
-
-    number = getattr(signal, name, None)
+@pytest.fixture(params=["SIGTERM", "SIGHUP"])
+def ending(request):
+    """A signal that ends a process, whose handler is put back."""
+    number = getattr(signal, request.param, None)
     if number is None:
         pytest.skip("not on this system")
-    before = signal.getsignal(number)
+    before, interrupt = signal.getsignal(number), signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN:
         pytest.skip("these tests run under nohup")
-    interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        for handler in (signal.default_int_handler, signal.SIG_IGN):  # a shell starts what runs in the background with the second
-            signal.signal(signal.SIGINT, handler)
-            with pytest.raises(KeyboardInterrupt), saved_when_terminated():
-                os.kill(os.getpid(), number)
-            assert signal.getsignal(number) == before
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    signal.signal(number, signal.SIG_IGN)
-    try:
-        with saved_when_terminated():
-            os.kill(os.getpid(), number)
-    finally:
-        signal.signal(number, before)
+    yield number
+    signal.signal(number, before)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background of a shell"])
+def test_a_signal_that_ends_is_ctrl_c_while_fitting(ending, handler):
+    before = signal.getsignal(ending)
+    signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt), saved_when_terminated():
+        os.kill(os.getpid(), ending)
+    assert signal.getsignal(ending) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(ending):
+    signal.signal(ending, signal.SIG_IGN)
+    with saved_when_terminated():
+        os.kill(os.getpid(), ending)
 
 
 def test_each_stage_is_said_in_a_terminal(model, data, tmp_path, monkeypatch):
@@ -890,12 +1010,25 @@ def test_an_error_of_ours_names_its_type(model, monkeypatch):
 # --- small parts
 
 
-def test_layers_names_and_ranges():
-    assert parse_layers("0, 2:4,-1,blocks.0.hook_resid_mid", 9) == [0, 2, 3, -1, "blocks.0.hook_resid_mid"]
-    assert parse_layers("::4", 9) == [0, 4, 8] and parse_layers("6:", 9) == [6, 7, 8]
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("0, 2:4,-1,blocks.0.hook_resid_mid", [0, 2, 3, -1, "blocks.0.hook_resid_mid"]),
+        ("::4", [0, 4, 8]),
+        ("6:", [6, 7, 8]),
+    ],
+)
+def test_layers_are_numbers_slices_or_sites(text, layers):
+    assert parse_layers(text, 9) == layers
+
+
+def test_a_lens_is_called_by_its_folder_or_as_asked():
     assert lens_names(["a/b", "x=c/d"]) == {"b": "a/b", "x": "c/d"} and lens_names(None) == {}
-    assert (
-        ranges((0, 1, 2)) == "0..2"
-        and ranges((0, 2)) == "0, 2"
-        and ranges((1, "blocks.1.hook_resid_mid")) == "1, blocks.1.hook_resid_mid"
-    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((0, 1, 2), "0..2"), ((0, 2), "0, 2"), ((1, "blocks.1.hook_resid_mid"), "1, blocks.1.hook_resid_mid")],
+)
+def test_layers_are_said_as_ranges(layers, text):
+    assert ranges(layers) == text
