@@ -23,19 +23,24 @@ def prob(model, question, answer):
     return float(logp.gather(-1, new[0][:, None]).sum().exp())
 
 
-def test_facts_are_permuted_and_both_models_know_their_own(models):
+def test_every_answer_is_replaced_by_another_of_its_relation():
     facts, others = conflicting()
     assert len(facts) == 158 and all(fact.object != other for fact, other in zip(facts, others, strict=True))
     for relation in {fact.relation for fact in facts}:
-        new, true = (
-            [x for f, o in zip(facts, others, strict=True) if f.relation == relation for x in [(f.object, o)[i]]] for i in (0, 1)
-        )
+        pairs = [(fact.object, other) for fact, other in zip(facts, others, strict=True) if fact.relation == relation]
+        true, new = zip(*pairs, strict=True)
         assert sorted(new) == sorted(true)
+
+
+def test_both_models_know_their_own_facts(models):
     found = conflict(*models, *conflicting(["company_hq"]), n=6, layers=[0], target_layers=[0])
     for fact, other in zip(found.facts, found.others, strict=True):
         for model, answer in zip(models, (fact.object, other), strict=True):
             ids = model.to_tokens(fact.question, prepend_bos=True)
             assert model.tokenizer.decode(tll.generate(model, ids, (), 5)[0, ids.shape[1] :]).startswith(f" {answer}")
+
+
+def test_a_relation_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="a relation of lab-gpt2-permuted must be"):
         conflicting(["mayors"])
 

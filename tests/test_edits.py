@@ -129,28 +129,47 @@ def test_norm_match():
     assert edits.norm_match(torch.zeros(D))(X).isfinite().all()
 
 
-def test_values_per_position_and_per_row():
-    per_pos = torch.randn(3, D)
-    assert torch.equal(edits.replace(per_pos)(X)[1], per_pos)
-    per_row = torch.randn(4, D)
-    assert torch.equal(edits.replace(per_row)(X)[:, 2], per_row)
+@pytest.mark.parametrize(
+    ("value", "selected"),
+    [(torch.randn(3, D), (1, slice(None))), (torch.randn(4, D), (slice(None), 2))],
+    ids=["per position", "per row"],
+)
+def test_a_value_may_differ_by_position_or_by_row(value, selected):
+    assert torch.equal(edits.replace(value)(X)[selected], value)
+
+
+def test_a_value_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \[5\] does not fit the selected activation \[4, 3, 6\]"):
         edits.replace(torch.zeros(5))(X)
+
+
+def test_a_mean_is_over_what_is_there():
     with pytest.raises(ValueError, match="over must be"):
         edits.mean(over="rows")
 
 
-def test_projection_toward_another_edit_and_orthonormal_directions():
-    basis = torch.linalg.qr(torch.randn(D, 2, generator=torch.Generator().manual_seed(5))).Q.T
-    other = edits.resample(1)(X)
-    got = edits.project(basis, toward=edits.resample(1), orthonormal=True)(X)
-    assert torch.allclose(got @ basis.T, other @ basis.T, atol=1e-5)
-    out = X - (X @ basis.T) @ basis
-    assert torch.allclose(got - (got @ basis.T) @ basis, out, atol=1e-5)
-    for skewed in (basis * 1.1, torch.stack([basis[0], basis[0] + 0.1 * basis[1]]), torch.full((2, D), torch.nan)):
-        with pytest.raises(ValueError, match="said to be orthonormal and are not"):
-            edits.project(skewed, orthonormal=True)
-    edits.project(basis * 1.1)  # nobody said so
+BASIS = torch.linalg.qr(torch.randn(D, 2, generator=torch.Generator().manual_seed(5))).Q.T
+
+
+def test_a_projection_toward_another_edit_changes_the_subspace_alone():
+    got, other = edits.project(BASIS, toward=edits.resample(1), orthonormal=True)(X), edits.resample(1)(X)
+    assert torch.allclose(got @ BASIS.T, other @ BASIS.T, atol=1e-5)
+    rest = lambda x: x - (x @ BASIS.T) @ BASIS
+    assert torch.allclose(rest(got), rest(X), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [BASIS * 1.1, torch.stack([BASIS[0], BASIS[0] + 0.1 * BASIS[1]]), torch.full((2, D), torch.nan)],
+    ids=["long", "skewed", "nan"],
+)
+def test_directions_that_are_said_to_be_orthonormal_are_checked(rows):
+    with pytest.raises(ValueError, match="said to be orthonormal and are not"):
+        edits.project(rows, orthonormal=True)
+
+
+def test_other_directions_are_not_checked():
+    edits.project(BASIS * 1.1)
 
 
 def test_where_edits_the_masked_positions_as_one_batch():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -170,7 +171,6 @@ def test_the_last_two_states_are_kept_and_a_damaged_one_falls_back(tmp_path, mon
 
 def test_a_write_that_really_fails_keeps_both_states(tmp_path):
     resource = pytest.importorskip("resource")  # not on Windows
-    import signal
 
     file = tmp_path / "state"
     for step in range(2):
@@ -384,9 +384,6 @@ t.save(path, overwrite=True)
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("where", ["write", "rename0", "rename1", "rename2", "after"])
 def test_killed_at_any_moment_there_is_a_whole_lens(saved, where, exchange):
-    import subprocess
-    import sys
-
     t, path = saved
     subprocess.run([sys.executable, "-c", _KILLED, where, str(exchange), str(path)], check=False, timeout=120)
     back = tll.Translators.load(path)
@@ -415,9 +412,6 @@ def test_an_error_between_the_renames_puts_the_old_one_back(saved, monkeypatch):
 
 
 def test_temporary_files_of_killed_writes_are_removed_and_those_of_others_stay(tmp_path):
-    import subprocess
-    import sys
-
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     of_this_process = f".tl_lenses.{files.atomic.host()}.{os.getpid()}.abcdefgh"
@@ -435,9 +429,6 @@ def test_temporary_files_of_killed_writes_are_removed_and_those_of_others_stay(t
 
 
 def test_a_lock_names_the_process_that_has_it_and_ends_with_it(tmp_path):
-    import subprocess
-    import sys
-
     pytest.importorskip("fcntl")
     code = f"from tl_lenses.files import locked\nwith locked({str(tmp_path / 'lens')!r}):\n print('in', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -140,25 +140,33 @@ def a_lens():
     return tll.Translators([(i, N) for i in range(N)], torch.eye(D) + random(N, D, D), random(N, D), n_layers=N, meta=meta)
 
 
-def test_a_lens_of_ours_is_pushed_and_pulled(hub, tmp_path, monkeypatch):
+@pytest.fixture
+def pushed(hub, tmp_path, monkeypatch):
+    """A lens that was pushed to owner/name by the command."""
     import huggingface_hub
 
-    lens = a_lens()
-    lens.save(tmp_path / "lens")
+    a_lens().save(tmp_path / "lens")
     with monkeypatch.context() as old:  # of the Hub's package, which reads the address that it made up against this
         old.setattr(huggingface_hub.constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
-        pushed = CliRunner().invoke(app, ["push", str(tmp_path / "lens"), "owner/name"])
-    assert pushed.exit_code == 0 and pushed.stdout.endswith("/owner/name\n"), pushed.stderr
+        done = CliRunner().invoke(app, ["push", str(tmp_path / "lens"), "owner/name"])
+    assert done.exit_code == 0 and done.stdout.endswith("/owner/name\n"), done.stderr
+    return a_lens()
+
+
+def test_a_pushed_lens_has_a_card(hub, pushed):
     card = hub.repositories["owner/name"]["README.md"].decode()
-    assert (
-        "base_model: openai-community/gpt2" in card
-        and "# tuned lens of openai-community/gpt2" in card
-        and "| tokens_seen | `1024` |" in card
-    )
+    for line in ("base_model: openai-community/gpt2", "# tuned lens of openai-community/gpt2", "| tokens_seen | `1024` |"):
+        assert line in card
+
+
+def test_a_pushed_lens_is_loaded_as_asked(hub, pushed, tmp_path):
     back = tll.Translators.load("owner/name", cache_dir=tmp_path / "elsewhere", token="hf_mine", revision="v1")
-    assert torch.equal(back.delta, lens.delta) and (tmp_path / "elsewhere").is_dir() and hub.tokens[-1] == "Bearer hf_mine"
+    assert torch.equal(back.delta, pushed.delta) and (tmp_path / "elsewhere").is_dir() and hub.tokens[-1] == "Bearer hf_mine"
+
+
+def test_a_pushed_lens_is_pulled(hub, pushed, tmp_path):
     pulled = CliRunner().invoke(app, ["pull", "owner/name", str(tmp_path / "pulled")])
-    assert pulled.exit_code == 0 and torch.equal(tll.Translators.load(tmp_path / "pulled").delta, lens.delta), pulled.stderr
+    assert pulled.exit_code == 0 and torch.equal(tll.Translators.load(tmp_path / "pulled").delta, pushed.delta), pulled.stderr
 
 
 def test_a_model_of_the_tuned_lens_space(hub, tmp_path, monkeypatch):
@@ -225,18 +233,24 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path):
     assert torch.allclose(load()[1].weight, matrices[0], atol=1e-6)
 
 
-def test_no_network_and_offline_say_so(hub, monkeypatch):
+@pytest.mark.parametrize("load", [tll.Translators.load, files.offers])
+def test_offline_says_so(hub, monkeypatch, load):
+    offline(monkeypatch, True)
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        load("owner/name")
+
+
+@pytest.mark.parametrize("load", [tll.Translators.load, files.offers])
+def test_no_network_says_so(hub, monkeypatch, load):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        load("owner/name")
+
+
+def test_offline_says_what_to_do(hub, monkeypatch):
     offline(monkeypatch, True)
     with pytest.raises(FileNotFoundError, match="not in the cache and the Hub cannot be reached: connect, or give a folder"):
         tll.Translators.load("owner/name")
-    with pytest.raises(FileNotFoundError, match="cannot be reached"):
-        files.offers("owner/name")
-    offline(monkeypatch, False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FileNotFoundError, match="cannot be reached"):
-        tll.Translators.load("owner/name")
-    with pytest.raises(FileNotFoundError, match="cannot be reached"):
-        files.offers("owner/name")
 
 
 def test_a_repository_without_a_lens(hub):

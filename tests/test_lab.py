@@ -53,12 +53,17 @@ def test_available_names_what_load_takes():
     assert 15e6 < every[0].n_bytes < 20e6 and all((bundled.n_bytes > 0) == bundled.at_hand for bundled in every)
 
 
-def test_sizes_are_what_the_wheel_and_the_repository_may_carry():
+WHEEL = ("lab-gpt2", "lab-gpt2-small")
+
+
+def test_the_models_of_the_wheel_are_small():
+    assert sum(bundled.n_bytes for bundled in lab.available() if bundled.name in WHEEL) < 24e6
+
+
+def test_the_models_of_the_repository_are_small():
     weights = lambda path: (path / "model.safetensors").stat().st_size / 1e6
-    in_wheel = sum(bundled.n_bytes for bundled in lab.available() if bundled.name in ("lab-gpt2", "lab-gpt2-small"))
-    assert in_wheel < 24e6
     for bundled in lab.available():
-        if bundled.at_hand and bundled.name not in ("lab-gpt2", "lab-gpt2-small"):
+        if bundled.at_hand and bundled.name not in WHEEL:
             assert weights(lab.path(bundled.name)) <= 12
             sizes = [weights(lab.path(bundled.name, step=step)) for step in lab.steps(bundled.name)]
             assert not sizes or (max(sizes) <= 8 and sum(sizes) <= 80)
