@@ -44,8 +44,8 @@ ROOMS: dict[str, list[list[str]]] = {
     "fit": [
         ["common", "guard", "settings", "stop", "team", "whiten"],
         ["optim", "shard", "state", "step"],
-        ["evidence", "examples", "jacobian", "plan", "sampled"],
-        ["regression"],
+        ["evidence", "examples", "jacobian", "kept", "sampled"],
+        ["plan", "regression"],
         ["start"],
         ["learner"],
         ["training"],

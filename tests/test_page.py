@@ -298,7 +298,9 @@ def test_few_colours_are_numbers(system, numbers, colored, written):
     from io import StringIO
 
     from rich.console import Console
+    from rich.style import Style
 
+    Style._add.cache_clear()  # rich keeps a sum of styles with the codes of the first terminal that it was printed on
     t, out = fake(stats=("kl",)), StringIO()
     Console(file=out, width=90, color_system=system, force_terminal=True, legacy_windows=False).print(
         views.terminal(t, numbers=numbers)

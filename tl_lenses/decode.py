@@ -121,7 +121,7 @@ def _check_stored(model: LensModel, states: Any) -> None:
         ValueError: says what differs.
     """
     compared, about = _COMPARED.setdefault(model, set()), states.about
-    if states.name in compared:
+    if states.about is None or states.name in compared:
         return
     if wrong := difference(about, model):
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 
 from tl_lenses.checks import one_of, whole_number
 from tl_lenses.divergence import BLOCK, tiles
+from tl_lenses.fit.kept import bytes_kept
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.step import PASS
 
@@ -166,7 +167,7 @@ def plan(
     # In whole batches.
     first = -(-settings.start_tokens(d_model) // tokens_per_batch) * tokens_per_batch
     operations = _operations(settings, sizes, steps, tokens, first, groups)
-    return Plan(_memory(settings, sizes), operations, moved, tokens, first, steps, groups)
+    return Plan(_memory(settings, sizes, first), operations, moved, tokens, first, steps, groups)
 
 
 def _together(settings: Settings, sizes: _Sizes) -> int:
@@ -191,7 +192,7 @@ def _operations(settings: Settings, sizes: _Sizes, steps: int, tokens: int, star
     }
 
 
-def _memory(settings: Settings, sizes: _Sizes) -> dict[str, int]:
+def _memory(settings: Settings, sizes: _Sizes, start_tokens: int) -> dict[str, int]:
     """Bytes at the peak of a step by what holds them, for one process."""
     d, vocabulary, together = sizes.d_model, sizes.d_vocab, _together(settings, sizes)
     wide = sizes.product(settings.precision)
@@ -224,6 +225,7 @@ def _memory(settings: Settings, sizes: _Sizes) -> dict[str, int]:
         "coordinates of the steps": on_device * (maps if settings.whitens else 0),
         "gradients": maps,
         "optimiser": on_device * state,
+        "states of the start": 0 if settings.offload else bytes_kept(start_tokens, together + 1, d, sizes.element, sizes.device),
         "residuals": run * d * (together + 2) * sizes.element,
         "a chunk": of_chunk,
     }

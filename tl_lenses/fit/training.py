@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_lenses.fit.common import Log, NotFinite, logger, shown
 from tl_lenses.fit.guard import SHARES, Guard, guard_of, guard_of_rows, tokens_read
+from tl_lenses.fit.kept import seconds_of
 from tl_lenses.fit.learner import Learner
 from tl_lenses.fit.optim import AFTER, LENGTHS, best_lengths, multiply_scales, noise_share
 from tl_lenses.fit.sampled import on_sample
@@ -52,6 +53,7 @@ class Training:
         done: optimiser steps that were made.
         n_tokens, n_rows: tokens and rows of text that were seen.
         n_init: positions that the start was fitted on.
+        pass_seconds: of the passes that the start made and the steps to come need not make.
         look_seconds: of the last look at held-out text or the guard.
         show: whether there are bars.
         bookmark: the place in the text after the last step.
@@ -64,6 +66,7 @@ class Training:
         self.model, self.rows, self.settings, self.hooks = task.model, task.rows, task.settings, task.hooks
         self.readout = Readout(self.model)
         self.done = self.n_tokens = self.n_rows = self.n_init = 0
+        self.pass_seconds = 0.0
         self.bookmark: Bookmark | None = None
         self.on_disk: int | None = None
         self.whole, self.look_seconds = True, 0.0
@@ -116,9 +119,11 @@ class Training:
 
     def start(self) -> None:
         """Begin at the first step."""
-        start, self.feed = start_of(self.model, self.feed, self.rows, self.settings, self.task.init, self.hooks, self.show)
+        start, self.feed = start_of(
+            self.model, self.feed, self.rows, self.settings, self.task.init, self.hooks, self.show, alone=self.team.world == 1
+        )
         wanted = self.settings.start_tokens(d_model(self.model))
-        self.n_init, self.guard = start.n_tokens, self.guard.beside(start.n_read, wanted)
+        self.n_init, self.pass_seconds, self.guard = start.n_tokens, start.pass_seconds, self.guard.beside(start.n_read, wanted)
         self.learner = self._learner(start.delta, start.biases, start.white)
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -213,9 +218,11 @@ class Training:
             self.done, self.bookmark = self.done + 1, bookmark
             self.n_tokens, self.n_rows = self.n_tokens + n_tokens, self.n_rows + n_rows
             self.whole = True
-        seconds = time.perf_counter() - began
+        spared, seconds = seconds_of(batches), time.perf_counter() - began
+        self.pass_seconds = max(0.0, self.pass_seconds - spared)
         self.look()
-        self._report(rate, seconds)
+        left = max(1, (self.watch.last or 2**62) - self.done)
+        self._report(rate, max(seconds, seconds + spared - self.pass_seconds / left))  # of a step to come
 
     def _first_step(self, rate: float) -> None:
         """The first step, as long in each layer as is best on the next tokens of the text; the later ones are shortened alike."""

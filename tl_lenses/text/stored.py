@@ -149,25 +149,26 @@ class StoredRows:
 
 
 class StoredBatch(Batch):
-    """A batch that brings its states along."""
+    """A batch that brings its states along: `StoredRows`, or `fit.kept.Passed`."""
 
-    stored: StoredRows
+    stored: Any
 
     @property
-    def states(self) -> StoredRows:
+    def states(self) -> Any:
         """Where they lie."""
         return self.stored
 
     def take(self, rows: slice | Int[Tensor, " rows"]) -> "StoredBatch":
         """Some of the rows."""
-        return self._with(super().take(rows), self.stored.take(rows))
+        return self.having(super().take(rows), self.stored.take(rows))
 
     def with_ids(self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None) -> "StoredBatch":
         """The same rows, their ids and mask checked or on another device."""
-        return self._with(super().with_ids(tokens, attention_mask), self.stored)
+        return self.having(super().with_ids(tokens, attention_mask), self.stored)
 
     @staticmethod
-    def _with(batch: Batch, stored: StoredRows) -> "StoredBatch":
+    def having(batch: Batch, stored: Any) -> "StoredBatch":
+        """The batch with these states."""
         made = StoredBatch(*batch)
         made.stored = stored
         return made
