@@ -7,6 +7,7 @@ Per token that is trained on, with R rows (layers), width d and vocabulary V, on
     model         2 P             one forward pass; P parameters less the embedding table
     elementwise   R V LOGIT_BYTES bytes moved, to turn z into q - p and to reduce it
 
+With m tokens of a sample of the vocabulary (`fit.sampled`) in the place of V, the teacher's `2 d V` and `V TEACHER_BYTES` come to it, once for all layers.
 The start's tokens cost a forward pass and two products for each layer's moments, `2 P + 4 R d^2`. A step of Muon costs five
 Newton-Schulz iterations, `5 * 6 R d^3`, and in whitened coordinates (`fit.whiten`) two products, `4 R d^3`.
 """
@@ -25,6 +26,8 @@ from tl_lenses.fit.step import PASS
 # Bytes moved per student logit between the two products, counted on the lines of `divergence._residual` as if nothing stayed in a cache:
 # products 4, to fp32 6, maximum 4, difference 8, exp 8, sum 4, p - q 12, back 6.
 LOGIT_BYTES = 52
+# The same for a logit of the teacher where a sample is drawn (`sampled.likely`): products 4, to fp32 6, bias 8, maxima 4, softmax 12, mean 4.
+TEACHER_BYTES = 38
 # Tokens of a sample of the vocabulary (`fit.sampled`), about: draws, and likely ones of each position.
 SAMPLE = (1024, 1.5)
 AUTO_STEPS = 250  # counted where `steps` is "auto"
@@ -155,7 +158,7 @@ def plan(
         >>> settings = Settings(tokens_per_step=2**13, precision="bfloat16")
         >>> p = plan(settings, 768, 12, 50257, n_params=124_000_000)
         >>> round(p.operations["vocabulary"] / sum(p.operations.values()), 2)
-        0.75
+        0.6
     """
     if not isinstance(settings, Settings):
         raise TypeError(f"settings must be the Settings of a fit, got {type(settings).__name__}: fit.settings.Settings(...)")
@@ -163,10 +166,12 @@ def plan(
     steps = AUTO_STEPS if settings.steps == "auto" else settings.steps
     tokens = steps * max(tokens_per_batch, settings.tokens_per_step or 0)
     groups = -(-sizes.rows // _together(settings, sizes))
-    moved = float(sizes.rows) * d_vocab * LOGIT_BYTES * tokens * settings.subsample
     # In whole batches.
     first = -(-settings.start_tokens(d_model) // tokens_per_batch) * tokens_per_batch
     operations = _operations(settings, sizes, steps, tokens, first, groups)
+    moved = float(tokens) * LOGIT_BYTES * sizes.rows * _columns(settings, sizes) * settings.subsample
+    if settings.samples(d_vocab):
+        moved += float(tokens) * TEACHER_BYTES * groups * d_vocab
     return Plan(_memory(settings, sizes, first), operations, moved, tokens, first, steps, groups)
 
 
@@ -175,19 +180,26 @@ def _together(settings: Settings, sizes: _Sizes) -> int:
     return min(sizes.rows, settings.layers_at_once or sizes.rows)
 
 
+def _columns(settings: Settings, sizes: _Sizes) -> int:
+    """Tokens of the vocabulary, or of a sample of it, that layers are scored on."""
+    if not settings.samples(sizes.d_vocab):
+        return sizes.d_vocab
+    return min(sizes.d_vocab, SAMPLE[0] + int(SAMPLE[1] * min(sizes.tokens_per_batch, PASS[sizes.device])))
+
+
 def _operations(settings: Settings, sizes: _Sizes, steps: int, tokens: int, start_tokens: int, groups: int) -> dict[str, float]:
     """Floating-point operations by part, of the whole fit."""
-    d, vocabulary, rows = sizes.d_model, sizes.d_vocab, sizes.rows
+    d, vocabulary, rows, sampled = sizes.d_model, sizes.d_vocab, sizes.rows, settings.samples(sizes.d_vocab)
     inner = max(sizes.params - d * vocabulary, 0)
-    sample = min(vocabulary, SAMPLE[0] + int(SAMPLE[1] * min(sizes.tokens_per_batch, PASS[sizes.device])))
     per_cube = (30.0 + (4.0 if settings.whitens else 0.0)) if settings.muon else 0.0
     return {
         "start": start_tokens * (2.0 * inner * groups + 4.0 * rows * d**2),
         "model": 2.0 * inner * tokens * groups,
         "translators": 4.0 * rows * d**2 * tokens * settings.subsample,
-        "vocabulary": 2.0 * d * tokens * (groups * vocabulary + 2 * rows * sample * settings.subsample)
-        if settings.samples(vocabulary)
-        else 4.0 * rows * d * vocabulary * tokens * settings.subsample,
+        "vocabulary": 2.0
+        * d
+        * tokens
+        * (2 * rows * _columns(settings, sizes) * settings.subsample + sampled * groups * vocabulary),
         "optimiser": per_cube * rows * d**3 * steps,
     }
 
