@@ -60,23 +60,33 @@ def test_attribution_is_what_it_is_without_our_hooks(model):
     assert alone.node_scores == beside.node_scores and max(map(abs, alone.node_scores.values())) > 1e-3
 
 
-@analysis
-def test_an_interchange_of_subspaces_is_read_by_a_lens_and_is_an_edit_of_ours(model):
-    from transformer_lens.tools.analysis import SubspaceInterchange, fit_das, random_basis, run_with_intervention
+NAME, LAST = "blocks.1.hook_resid_pre", torch.tensor([CORRUPT.shape[1] - 1])
 
-    name, last = "blocks.1.hook_resid_pre", torch.tensor([CORRUPT.shape[1] - 1])
+
+@analysis
+def test_an_interchange_of_subspaces_is_an_edit_that_a_lens_reads(model):
+    from transformer_lens.tools.analysis import SubspaceInterchange, random_basis, run_with_intervention
+
     clean, lens, seen, read_here = {}, lens_of(model), {}, {}
     tll.run(model, CLEAN, [tll.read(1, clean)])
     source = clean[1][:, -1]
     interchange = SubspaceInterchange(random_basis(D, 3, seed=0))
     with model.hooks(fwd_hooks=lens.hooks(seen, [2])):
-        theirs = run_with_intervention(model, name, interchange, CORRUPT, source, lambda x: model(x)[:, -1], positions=last)
+        theirs = run_with_intervention(model, NAME, interchange, CORRUPT, source, lambda x: model(x)[:, -1], positions=LAST)
     edit = tll.patch(1, lambda h: interchange(h, source[:, None].expand_as(h)), pos=-1)
     ours = tll.run(model, CORRUPT, [edit, *lens.hooks(read_here, [2])])
     assert torch.allclose(theirs, ours[:, -1], atol=1e-5) and torch.allclose(seen[2], read_here[2], atol=1e-5)
-    with model.hooks(fwd_hooks=lens.hooks(seen, [2])):  # training a subspace with our hooks on the model
+
+
+@analysis
+def test_a_lens_reads_while_a_subspace_is_trained(model):
+    from transformer_lens.tools.analysis import fit_das
+
+    seen = {}
+    with model.hooks(fwd_hooks=lens_of(model).hooks(seen, [2])):
         result = fit_das(
-            model, name, CORRUPT, CLEAN, torch.tensor([TOKEN]), lambda x: model(x)[:, -1], rank=1, epochs=2, base_positions=last, source_positions=last
+            model, NAME, CORRUPT, CLEAN, torch.tensor([TOKEN]), lambda x: model(x)[:, -1], rank=1, epochs=2,
+            base_positions=LAST, source_positions=LAST,
         )  # fmt: skip
     assert result is not None and seen[2].shape == (1, CORRUPT.shape[1], zoo.D_VOCAB) and not seen[2].requires_grad
 

@@ -6,17 +6,16 @@ import re
 import sys
 import warnings
 import xml.etree.ElementTree as ET
-from importlib.util import find_spec
 
 import pytest
 import torch
+from test_views import MATPLOTLIB
 
 from tl_lenses.experiments.common import Cells
 from tl_lenses.experiments.grid import Grid
 from tl_lenses.views import Heat, Lines, Panels
 from tl_lenses.views.lines import GAP
 
-MATPLOTLIB = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 PNG = b"\x89PNG"
 
 

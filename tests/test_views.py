@@ -233,6 +233,11 @@ def parsed(page):
     return p
 
 
+def data_of(page):
+    """The data that a page holds for its script."""
+    return json.loads(parsed(page).data)
+
+
 def well_formed(page):
     return bool(parsed(page).rows)
 
@@ -284,7 +289,7 @@ def test_the_fragment_of_a_large_batch_stays_small():
 def of_two():
     """A batch of two rows, and the data of its page under two lenses."""
     t = padded()
-    return t, json.loads(parsed(views.html({"a": t, "b": t}, "entropy")).data)
+    return t, data_of(views.html({"a": t, "b": t}, "entropy"))
 
 
 def test_a_page_has_every_lens_with_their_difference(of_two):
@@ -305,7 +310,7 @@ def test_a_page_has_every_statistic(of_two):
 def test_a_page_has_every_row_or_the_one_that_was_asked_for(of_two):
     t, data = of_two
     assert [r["positions"] for r in data["rows"]] == [[0, 1, 2, 3, 4], [2, 3, 4]]
-    assert len(json.loads(parsed(views.html(t, batch=1)).data)["rows"]) == 1
+    assert len(data_of(views.html(t, batch=1))["rows"]) == 1
 
 
 def test_the_script_is_small():

@@ -1,6 +1,5 @@
 """The views of a patchscope on small fake results: what they say, that odd input breaks nothing, that nothing leaks."""
 
-import json
 import re
 import sys
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
-from test_views import parsed
+from test_views import FIGURE, data_of, parsed
 
 from tl_lenses import views
 from tl_lenses.patchscopes import PatchscopeResult
@@ -19,7 +18,6 @@ from tl_lenses.views.glyphs import distinct, shorten
 
 VOCAB = {0: " Tokyo", 1: "\n", 2: "<0xE2>", 3: "日本", 4: "[red]", 5: "</td>", 6: '"', 7: " is"}
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
-FIGURE = pytest.mark.skipif(find_spec("plotly") is None, reason="needs plotly")
 
 
 def fake(sources=("The city of",), pairs=((0, 0), (1, 1)), text=None, k=3, **settings):
@@ -199,10 +197,6 @@ def test_nothing_to_show():
 
 
 # --- page
-
-
-def data_of(page):
-    return json.loads(parsed(page).data)
 
 
 def test_the_page_says_what_the_terminal_says_last_layer_on_top():
