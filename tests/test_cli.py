@@ -771,7 +771,7 @@ def test_a_lens_that_cannot_be_saved_is_saved_elsewhere(model, data, tmp_path, m
     monkeypatch.setattr(tll.Translators, "save", full)
     monkeypatch.setattr("tl_lenses.cli.fit.sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setattr("tl_lenses.cli.fit.typer.prompt", lambda *args, **kwargs: answers.pop(0))
-    from tl_lenses.cli.fit import _save
+    from tl_lenses.cli.fit import _save  # the command itself asks at a terminal, which a test has not
 
     maps = tll.Translators([(0, 1)], torch.eye(2)[None], torch.zeros(1, 2), n_layers=1)
     assert _save(maps, tmp_path / "lens", True) == tmp_path / "other" and not answers

@@ -136,6 +136,7 @@ def test_normal_prompts_are_no_injection(model):
 
 
 def test_features_that_say_nothing_find_nothing(model, monkeypatch):
+    # Broken on purpose, and only here can it be.
     monkeypatch.setattr(module, "_features", lambda lens, last, logprobs, rows: torch.rand(len(last), 8).double())
     assert detected(model, task()).auroc[0, 1, 0] < 0.9
 
@@ -181,6 +182,7 @@ def test_the_distance_is_by_that_covariance_or_by_its_diagonal():
 def test_groups_are_never_in_both_halves():
     whole = task(40)
     grouped = replace(whole, normal=tuple(replace(q, group=i % 8) for i, q in enumerate(whole.normal)))
+    # Which prompt is in which half shows in no result.
     for train, test in module._splits(grouped, 5, 0, 5):
         assert not {i % 8 for i in train.tolist()} & {i % 8 for i in test.tolist()}
         assert len(train) == 30 and len(test) == 10
