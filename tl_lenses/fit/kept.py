@@ -64,10 +64,13 @@ class Keeper:
         self.model, self.names = model, tuple(dict.fromkeys(canonical(site, depth) for site in (*sites, layer_site(depth, depth))))
         possible = alone and device_of(model).type == "cpu" and not hooked(model)
         self.room = BYTES if possible else 0
+        d, d_mlp = d_model(model), getattr(model.cfg, "d_mlp", None) or 0
+        # Any other activation counts as wide as the MLP's.
+        self.width = sum(d if "resid" in name or name.endswith("_out") else max(4 * d, d_mlp) for name in self.names)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch, with states or as it is."""
-        size = batch.tokens.numel() * len(self.names) * d_model(self.model) * dtype_of(self.model).itemsize
+        size = batch.tokens.numel() * self.width * dtype_of(self.model).itemsize
         if batch.states is not None or size > self.room:
             self.room = 0  # what comes later is not kept either: steps are alike from there on
             return batch
