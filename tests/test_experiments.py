@@ -213,6 +213,12 @@ def test_facts_of_lre_are_read(tmp_path):
     assert read_facts(tmp_path) == [Fact("capital", "Brazil", "Brasília", "The capital of {} is")]
 
 
+@pytest.mark.parametrize("answer", ["", " ", "?", "\u0301"])
+def test_a_fact_whose_answer_every_text_has_is_refused(answer, unchecked):
+    with pytest.raises(ValueError, match="the fact of 'Peru' has the object"):
+        E.Fact("capital", "Peru", answer, "{} has")
+
+
 def test_there_are_bundled_facts():
     bundled = read_facts()
     assert {fact.relation for fact in bundled} == {"country_capital_city", "food_from_country"} and len(bundled) == 39

@@ -46,6 +46,9 @@ class Fact:
         occurrence: which occurrence of the subject in `text`.
         phrase: a noun phrase for the object with "{}" for the subject ("the country that {} comes from"), for two hops.
         description: words for the subject, "" where there are none.
+
+    Raises:
+        ValueError: an object without words, which every text would have.
     """
 
     relation: str
@@ -56,6 +59,12 @@ class Fact:
     occurrence: int = 0
     phrase: str = ""
     description: str = ""
+
+    def __post_init__(self) -> None:
+        if not normalised(self.object):  # every text has it
+            raise ValueError(
+                f"the fact of {self.subject!r} has the object {self.object!r}: expected words that can be looked for, leave it out"
+            )
 
     @property
     def question(self) -> str:
