@@ -4,7 +4,7 @@
     python benchmarks/fit_throughput.py --size lab                       # lab-gpt2, seconds
     python benchmarks/fit_throughput.py --profile                         # where our time goes
     python benchmarks/fit_throughput.py --device cuda --size llama-8b    # width 4,096, 128,256 tokens, 32 layers
-    python benchmarks/fit_throughput.py --model smollm2-135m --tokens 8192 --text valid.txt test.txt    # whole fits, with and without a sample
+    python benchmarks/fit_throughput.py --model smollm2-135m --tokens 10240 --text valid.txt test.txt   # whole fits, with and without a sample
 
 The reference is the loop of the tuned-lens package (`scripts/train_loop.py`): one forward pass, then layer after layer the lens in bf16
 autocast, full logits, KL and backward, a joint clip, SGD with Nesterov momentum; written out here with the package's own
