@@ -71,31 +71,19 @@ def summaries(cells: Any) -> dict[str, dict[str, Any]]:
 
 @step("lenses")
 def lenses(bench: Bench) -> Numbers:
-    """A regression lens and a tuned one, of the same layers, kept in the work folder; each layer is never worse than its start."""
+    """A regression lens and a tuned one, of the same layers, kept in the work folder."""
     folder, seconds = bench.work / bench.scale / bench.name, {}
-    n = {
-        "regression": bench.size(12_288, 262_144, lab=16_384, gemma=6_144),
-        "tuned": bench.size(4_096, 131_072, lab=8_192, gemma=1_024),
-    }
-    per_step = bench.size(512, 4_096, lab=1_024, gemma=256)
-    seq_len = 64 if bench.name.startswith("gemma") else 128
-    ids = torch.cat(list(bench.tokens_seen(n["regression"], seq_len=seq_len)))
-    n_watched = max(2, len(ids) // 64)
-    train, watched = ids[:-n_watched], ids[-n_watched:]
+    n = {"regression": bench.size(12_288, 262_144, lab=16_384), "tuned": bench.size(8_192, 131_072)}
+    per_step, text = bench.size(512, 4_096, lab=1_024), bench.text(n["regression"], fit=True, batch_size=4)
     start = time.perf_counter()
-    regression = tll.fit_regression(bench.model, train, bench.layers)
+    regression = tll.fit_regression(bench.model, text, bench.layers)
     regression.save(folder / "regression", overwrite=True)
     seconds["regression"], start = time.perf_counter() - start, time.perf_counter()
-    tuned = tll.fit_tuned(
-        bench.model, train, steps=n["tuned"] // per_step, tokens_per_step=per_step, layers=bench.layers,
-        init_tokens=train.numel(), held_out=watched, held_out_every=3,
-        # A short fit takes small steps: at the full rate it ends worse than it began where the vocabulary is large.
-        lr=0.3 / math.sqrt(bench.model.cfg.d_model),
-    )  # fmt: skip
+    tuned = tll.fit_tuned(bench.model, text, n["tuned"] // per_step, per_step, layers=bench.layers, init_tokens=n["regression"])
     seconds["tuned"] = time.perf_counter() - start
     tuned.save(folder / "tuned", overwrite=True)
     return {
-        "layers": bench.layers, "tokens": n, "init": "regression", "seconds": seconds, "held_out": tuned.meta["held_out"],
+        "layers": bench.layers, "tokens": n, "init": "regression", "seconds": seconds, "guard": tuned.meta["guard"],
     }  # fmt: skip
 
 
@@ -107,7 +95,7 @@ def quality(bench: Bench) -> Numbers:
     """Section 3: KL, bits per byte and bias of three lenses."""
     chunk = 128 if bench.name.startswith("gemma") else None
     report = E.quality(
-        bench.model, bench.lenses("logit", "regression", "tuned"), bench.text(bench.size(512, 16_384, lab=2_048, gemma=256)),
+        bench.model, bench.lenses("logit", "regression", "tuned"), bench.text(bench.size(1_024, 16_384, lab=2_048)),
         chunk_size=chunk,
     )  # fmt: skip
     rows = [row for row in report.rows() if row["layer"] < bench.model.cfg.n_layers]
