@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from tl_lenses.checks import one_of, whole_number
+from tl_lenses.decode import ROOM
 from tl_lenses.divergence import BLOCK, tiles
 from tl_lenses.fit.kept import bytes_kept
 from tl_lenses.fit.settings import Settings
@@ -189,17 +190,16 @@ def _columns(settings: Settings, sizes: _Sizes) -> int:
 
 def _operations(settings: Settings, sizes: _Sizes, steps: int, tokens: int, start_tokens: int, groups: int) -> dict[str, float]:
     """Floating-point operations by part, of the whole fit."""
-    d, vocabulary, rows, sampled = sizes.d_model, sizes.d_vocab, sizes.rows, settings.samples(sizes.d_vocab)
+    d, vocabulary, rows = sizes.d_model, sizes.d_vocab, sizes.rows
+    # There and back for each layer, and the teacher's way there.
+    columns = 2 * rows * _columns(settings, sizes) * settings.subsample + settings.samples(vocabulary) * groups * vocabulary
     inner = max(sizes.params - d * vocabulary, 0)
     per_cube = (30.0 + (4.0 if settings.whitens else 0.0)) if settings.muon else 0.0
     return {
         "start": start_tokens * (2.0 * inner * groups + 4.0 * rows * d**2),
         "model": 2.0 * inner * tokens * groups,
         "translators": 4.0 * rows * d**2 * tokens * settings.subsample,
-        "vocabulary": 2.0
-        * d
-        * tokens
-        * (2 * rows * _columns(settings, sizes) * settings.subsample + sampled * groups * vocabulary),
+        "vocabulary": 2.0 * d * tokens * columns,
         "optimiser": per_cube * rows * d**3 * steps,
     }
 
@@ -223,6 +223,8 @@ def _memory(settings: Settings, sizes: _Sizes, start_tokens: int) -> dict[str, i
     block = min(BLOCK[sizes.device], 4 * chunk * vocabulary)
     # States, mapped, normed, in the product's type, and gradients; the teacher's p in fp32 beside a product of several layers.
     of_chunk = chunk * (6 * 4 * layers * d + (4 + int(wide * layers * settings.subsample)) * vocabulary) + 2 * block
+    # Of a sample only the teacher has logits of the whole vocabulary.
+    teacher = min(ROOM[sizes.device], wide * run * vocabulary) + 2 * block if settings.samples(vocabulary) else 0
     return {
         # What a lens reads stays whole in each process (`fit.shard`).
         "model": sizes.element * (blocks // sizes.sharded + tables + gathered),
@@ -239,7 +241,7 @@ def _memory(settings: Settings, sizes: _Sizes, start_tokens: int) -> dict[str, i
         "optimiser": on_device * state,
         "states of the start": 0 if settings.offload else bytes_kept(start_tokens, together + 1, d, sizes.element, sizes.device),
         "residuals": run * d * (together + 2) * sizes.element,
-        "a chunk": of_chunk,
+        "a chunk": max(of_chunk, teacher),
     }
 
 
