@@ -169,22 +169,22 @@ def sample(states: States, args: argparse.Namespace) -> None:
 
     pairs = states.train[1]
 
-    def answer(seed: int | None) -> tuple[Any, Any, float]:
+    def answer(seed: int | None) -> tuple[Any, Any, float, int]:
         gradient, began = [torch.zeros_like(states.delta), torch.zeros_like(states.biases)], time.process_time()
         some, head = (pairs, states.head) if seed is None else sampled.on_sample(pairs, states.head, seed)
         losses = loss_and_gradient(some, states.delta, states.biases, head, *gradient, exact=True)
-        return losses / len(pairs), gradient[0].flatten(1), time.process_time() - began
+        return losses / len(pairs), gradient[0].flatten(1), time.process_time() - began, head.w_u.shape[1]
 
-    exact, true, seconds = answer(None)
+    exact, true, seconds, _ = answer(None)
     print(f"exact           {row(exact)}  {seconds:7.1f} s", flush=True)
     for draws in (512, 1024, 2048):
         sampled.DRAWS = draws
         answers = [answer(seed) for seed in range(3)]
         apart = torch.stack([losses - exact for losses, *_ in answers])
-        cosine = torch.stack([torch.cosine_similarity(gradient, true) for _, gradient, _ in answers])
-        seconds = sum(s for *_, s in answers) / len(answers)
+        cosine = torch.stack([torch.cosine_similarity(gradient, true) for _, gradient, *_ in answers])
+        seconds = sum(s for _, _, s, _ in answers) / len(answers)
         for name, values in (("bias", apart.mean(0)), ("deviation", apart.std(0)), ("cosine", cosine.mean(0))):
-            print(f"{draws:5} {name:9} {row(values)}  {seconds:7.1f} s", flush=True)
+            print(f"{draws:5} {name:9} {row(values)}  {seconds:7.1f} s, {answers[0][-1]:,} tokens", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def main() -> int:
         return 0
 
     if args.model:
+        if unknown := set(args.recipes.split(",")) - set(RECIPES):
+            parser.error(f"no recipe {', '.join(unknown)}: {', '.join(RECIPES)}")
         return whole_fits(args)
     if args.profile:
         print("\n".join(case_of("profile", args)["lines"]))

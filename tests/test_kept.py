@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.fit import kept
+from tl_lenses.fit import kept, timing
 from tl_lenses.fit.common import rows_for
 from tl_lenses.fit.kept import Keeper
 from tl_lenses.fit.settings import Settings
@@ -69,6 +69,15 @@ def test_steps_make_the_passes_that_the_start_did_not_or_had_no_room_for(room, e
     model = zoo.build("gpt2", KIND)
     assert model.cfg.n_layers == 3 and model.cfg.d_model == 32
     assert passes(monkeypatch, lambda: fit(model, tokens_per_step=1)) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd"}], ids=str)
+def test_the_step_of_a_forecast_makes_its_pass(settings, monkeypatch):
+    model, timed = zoo.build("gpt2", KIND), []
+    seconds = timing._seconds  # how many passes a timed piece of work makes can be seen nowhere else
+    monkeypatch.setattr(timing, "_seconds", lambda work: (timed.append(passes(monkeypatch, work)), seconds(lambda: None))[1])
+    timing.time_tuned(model, text(), None, Settings(steps=6, tokens_per_step=90, **settings))
+    assert timed[-1] == 1
 
 
 @pytest.mark.parametrize("how", ["hooks", "a hooked model", "several processes", "offload"])

@@ -1,5 +1,6 @@
 """Steps on a sample of the vocabulary: the right expectation, the exact step where the sample is everything, the same end."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import zoo
 
 import tl_lenses as tll
-from tl_lenses.fit import sampled
+from tl_lenses.fit import sampled, training
 from tl_lenses.fit.common import rows_for
 from tl_lenses.fit.settings import Settings
 from tl_lenses.fit.step import head_of, loss_and_gradient, scored_pairs
@@ -77,6 +78,16 @@ def test_where_a_layer_says_what_the_model_says_a_sample_adds_no_noise(arch, mon
     assert all(grad.abs().max() < 1e-4 for grad in grads)
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2"])  # the second caps its logits
+def test_a_teacher_of_logits_is_weighted_like_one_of_hidden_states(arch, monkeypatch):
+    monkeypatch.setattr(sampled, "TOP", 1)
+    monkeypatch.setattr(sampled, "DRAWS", 20)
+    (exact, hidden), (_, logits) = both(arch), both(arch, logits=True)
+    for a, b in zip(hidden, logits, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.allclose(exact[0], hidden[0], atol=1e-2)  # so few tokens are not all
+
+
 @pytest.mark.parametrize("subsample", [1.0, 0.5])
 def test_the_mean_of_estimates_is_the_exact_gradient(subsample, monkeypatch):
     monkeypatch.setattr(sampled, "TOP", 8)
@@ -111,6 +122,23 @@ def test_a_sampled_fit_ends_where_an_exact_one_does_and_resumes(tmp_path, monkey
         fit(vocabulary="sampled", checkpoint=tmp_path / "state", log=stop)
     again = fit(vocabulary="sampled", checkpoint=tmp_path / "state")
     assert torch.equal(again.delta, whole.delta) and again.meta == whole.meta
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_guard_and_the_search_are_sampled_but_not_held_out_text(held_out, monkeypatch):
+    monkeypatch.setattr(sampled, "TOP", 1)
+    monkeypatch.setattr(sampled, "DRAWS", 8)
+    sizes, d_vocab = {"looks": set(), "search": set()}, zoo.build("gpt2", KIND).cfg.d_vocab
+
+    def summed(pairs, delta, biases, head, **how):
+        who = "search" if any(frame.function == "_first_step" for frame in inspect.stack()) else "looks"
+        sizes[who].add(head.w_u.shape[1] == d_vocab)
+        return losses(pairs, delta, biases, head, **how)
+
+    losses = training.summed_losses
+    monkeypatch.setattr(training, "summed_losses", summed)
+    fit(vocabulary="sampled", steps=2, **({"held_out": zoo.tokens(8, 16)} if held_out else {}))
+    assert sizes == {"looks": {held_out}, "search": {False}}
 
 
 def test_who_is_sampled(unchecked):

@@ -1,7 +1,7 @@
 """The model's own readout, `logits = transform(unembed(ln_final(resid)))`, by reference and without firing anybody's hooks."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -133,11 +133,7 @@ class Readout:
         w_u, b_u = self.weights()
         hidden = hidden.to(w_u)
         out = hidden.new_empty(len(hidden), w_u.shape[1]) if room is None else room[: len(hidden)]
-        for part in S.evenly(w_u.shape[1], COLUMNS.get(w_u.device.type, COLUMNS["cuda"])):
-            # In half precision a bias that is added afterwards rounds twice, and the module does not.
-            z = hidden @ w_u[:, part] if b_u is None else torch.addmm(b_u[part], hidden, w_u[:, part])
-            out[:, part] = self.transform(z)
-        return out
+        return by_columns(hidden, w_u, b_u, out, self.transform)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,6 +150,18 @@ class Readout:
         w: Tensor = self.model.W_U.detach()  # type: ignore[attr-defined]
         b = getattr(self.model, "b_U", None)
         return w, None if b is None or not bool(b.any()) else b.detach()
+
+
+def by_columns(
+    hidden: Float[Tensor, "n width"], w_u: Float[Tensor, "width d_vocab"], b_u: Float[Tensor, " d_vocab"] | None,
+    out: Float[Tensor, "n d_vocab"], transform: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "n d_vocab"]:  # fmt: skip
+    """`transform(hidden W_U + b_U)`, written into `out`, `COLUMNS` of the vocabulary at a time."""
+    for part in S.evenly(w_u.shape[1], COLUMNS.get(w_u.device.type, COLUMNS["cuda"])):
+        # In half precision a bias that is added afterwards rounds twice, and the module does not.
+        z = hidden @ w_u[:, part] if b_u is None else torch.addmm(b_u[part], hidden, w_u[:, part])
+        out[:, part] = z if transform is None else transform(z)
+    return out
 
 
 def _cuts(readout: Readout) -> bool:

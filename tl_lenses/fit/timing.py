@@ -90,7 +90,10 @@ def time_jacobian(model: LensModel, tokens: Any, layers: Iterable[LayerOrSite] |
 def time_tuned(
     model: LensModel, tokens: Any, layers: Iterable[LayerOrSite] | None, settings: Settings, held_out: Any = None
 ) -> Timing:
-    """The time of `fit_tuned` with these settings, from a few batches and one real step, without a checkpoint."""
+    """The time of `fit_tuned` with these settings, from a few batches and two real steps, without a checkpoint.
+
+    A step is timed with its forward pass; steps on states that the start has kept (`fit.kept`) need none, so a short fit takes less.
+    """
     text, settings = Text.of(tokens), settings.at_width(d_model(model))
     groups = groups_of_fit(rows_for(model, layers), settings, text)
     first = list(islice(text, MEASURED + 1))
@@ -110,9 +113,8 @@ def time_tuned(
         if training.watched is not None:  # held-out text, or the guard: at the start and at the end
             look = _seconds(training.look) * (1 if apart is None else apart.n_batches or 1)
             looks = 2 if apart is None else 2 + (steps - 1) // settings.held_out_every
-        # Samples of positions are drawn from the second step on, and the first one searches its length.
-        alike = settings.subsample == 1 and not training.settings.lr_search
-        step = [_seconds(training.step) for _ in range(1 if alike else 2)][-1]
+        training.step()  # it searches its length, on states that the start has read
+        step = _seconds(training.step)
     finally:
         training.bar.close()
         training.stream.close()
