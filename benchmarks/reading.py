@@ -4,8 +4,9 @@
 
 `evaluate`, `trajectory`, and a sweep of next tokens on a real model (`tools/real_models.py`). The products alone are as many rows
 through the unembedding, whole and 128 at a time, or in blocks as `Readout.logits` makes them, whichever is faster; the blocks' part
-of the forward pass is taken off the time of reading; a text is evaluated in batches, as it is in use, and its time is that of one. Times are interleaved in one process, medians count. Each peak is that of a
-process of its own. Leaves with 1 where reading takes more than LIMIT times the products or LIMIT_MB above plain. Linux only.
+of the forward pass is taken off the time of reading; a text is evaluated in batches, as it is in use, and its time is that of one.
+A trajectory counts the ranks of up to eight tracked tokens in every cell, one comparison with the whole vocabulary each; "untracked" has none. Times are interleaved in one process, the least of each counts (other work on the machine only adds). Each peak is that of a
+process of its own. `--products` prints the time of products of few rows alone, in both orders. Leaves with 1 where reading takes more than LIMIT times the products or LIMIT_MB above plain. Linux only.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,19 +47,24 @@ def main() -> int:
     parser.add_argument("--lenses", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(times(args) if args.case == "times" else peak(args.case, args)))
         return 0
+    if args.products:
+        print_products(args)
+        return 0
     seconds = child("times", args, NAMES)
-    peaks = {case: child(case, args, NAMES)["mb"] for case in ("plain", "evaluate", "trajectory", "prompt", "sweep")}
+    peaks = {case: child(case, args, NAMES)["mb"] for case in ("plain", "evaluate", "trajectory", "untracked", "prompt", "sweep")}
     rows = seconds.pop("rows")
     products = min(seconds["whole"], seconds["blocked"])
     # each batch of a text, the one prompt of a trajectory, and a sweep, whose passes are not in its time
     reading = {
         "evaluate": seconds["evaluate"] / args.batches - seconds["blocks"],
         "trajectory": seconds["trajectory"] - seconds["blocks"],
+        "untracked": seconds["untracked"] - seconds["blocks"],
         "sweep": seconds["sweep"],
     }
     print(f"{args.model}: {rows} rows of logits; products {seconds['whole']:.2f} s whole, {seconds['blocked']:.2f} s in blocks; "
@@ -98,12 +105,13 @@ def calls(args: argparse.Namespace, *, all_layers: bool = False) -> tuple[Any, A
         "prompt": lambda: model(model.to_tokens(PROMPT)),
         "evaluate": lambda: tll.evaluate(model, lenses, [tokens] * args.batches, layers=layers, skip_first=False, show_progress=False),
         "trajectory": lambda: tll.trajectory(model, lenses, tokens, layers=layers),
+        "untracked": lambda: tll.trajectory(model, lenses, tokens, layers=layers, track=()),
         "sweep": lambda: tll.patchscope(model, source, scope, layers=grid, target_layers=late, show_progress=False),
     }  # fmt: skip
 
 
 def times(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of seconds. Of a sweep only the answers: logits of as many cells, and their likeliest tokens."""
+    """The least seconds. Of a sweep only the answers: logits of as many cells, and their likeliest tokens."""
     import torch
 
     from tl_lenses.patchscopes.result import top_of
@@ -125,7 +133,8 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
         "blocks": blocks,
         "evaluate": run["evaluate"],
         "trajectory": run["trajectory"],
-        "sweep": lambda: [top_of(model.unembed(part)) for part in hidden.split(64)],
+        "untracked": run["untracked"],
+        "sweep": lambda: [top_of(readout.logits(part)) for part in hidden.split(64)],
     }
     spent: dict[str, list[float]] = {name: [] for name in measured}
     for repeat in range(args.repeats + 1):
@@ -134,7 +143,40 @@ def times(args: argparse.Namespace) -> dict[str, Any]:
             call()
             if repeat:  # the first is not counted
                 spent[name].append(time.perf_counter() - started)
-    return {name: median(each) for name, each in spent.items()} | {"rows": rows}
+    return {name: min(each) for name, each in spent.items()} | {"rows": rows}
+
+
+def print_products(args: argparse.Namespace) -> None:
+    """Microseconds per row of a product with the whole vocabulary: the model's, in blocks of columns, and these turned."""
+    import torch
+
+    from tl_lenses import unembed
+
+    model, _, _ = calls(args)
+    readout, most = unembed.Readout(model), unembed.TURNED
+
+    def blocks(x: Any, room: Any, turned: int) -> None:
+        unembed.TURNED = turned
+        readout.logits(x, room)
+
+    for n in (1, 4, 16, 64, 125, 128, 256):
+        x, room = torch.randn(n, readout.weights()[0].shape[0]), torch.empty(n, model.cfg.d_vocab)
+        ways = {
+            "whole": partial(model.unembed, x),
+            "blocks": partial(blocks, x, room, 0),
+            "turned": partial(blocks, x, room, most),
+        }
+        spent: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(args.repeats + 1):
+            for way, call in ways.items():
+                started = time.perf_counter()
+                call()
+                spent[way].append(time.perf_counter() - started)
+        print(
+            f"{args.model}, {n} rows:",
+            ", ".join(f"{way} {1e6 * median(each[1:]) / n:.0f}" for way, each in spent.items()),
+            "us per row",
+        )
 
 
 def peak(case: str, args: argparse.Namespace) -> dict[str, float]:

@@ -63,6 +63,23 @@ def test_generation_is_a_loop_of_whole_passes(name):
         assert torch.equal(got, expected), use_cache
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("mamba", "openai")])
+def test_a_pass_without_the_unembedding_gives_the_models_logits(name):
+    """`Decoder` makes logits of the unembedding's input where that is faster."""
+    bridge, _ = booted(name)
+    ways = []
+    for readout in (decoding.Readout(bridge), None):
+        decoder = Decoder(bridge)
+        decoder.readout = readout
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            ways.append(
+                torch.cat([decoder.feed(TOKENS, last=2), decoder.feed(TOKENS[:, :3]), decoder.step(TOKENS[:, 0])[:, None]], 1)
+            )
+    assert ways[0].shape == (len(TOKENS), 6, ways[1].shape[-1])
+    torch.testing.assert_close(*ways, atol=1e-4, rtol=1e-4)
+
+
 def test_state_space_models_have_a_cache_though_it_cannot_count():
     bridge, _ = booted("mamba")
     decoder = Decoder(bridge)

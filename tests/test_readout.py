@@ -10,7 +10,7 @@ import transformers
 import zoo
 
 import tl_lenses as tll
-from tl_lenses import unembed
+from tl_lenses import decoding, unembed
 from tl_lenses.unembed import Readout
 
 TOKENS = zoo.tokens(2, 10)
@@ -158,3 +158,37 @@ def test_logits_by_columns_round_as_the_module_does(arch, kind, dtype, monkeypat
         assert torch.allclose(by_columns, whole, atol=1e-4)
     else:
         assert float((by_columns != whole).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 4, 15, 17, 40])
+def test_turned_products_are_the_product(n, bias):
+    generator = torch.Generator().manual_seed(n)
+    hidden, rows = torch.randn(n, 24, generator=generator), torch.randn(2100, 24, generator=generator)
+    b_u = torch.randn(2100, generator=generator) if bias else None
+    out = torch.full((n, 2100), torch.nan)
+    assert unembed._turned(rows.T) and not unembed._turned(rows.T.contiguous()) and not unembed._turned(rows.bfloat16().T)
+    for w_u in (rows.T, rows.T.contiguous()):
+        expected = torch.tanh(hidden.double() @ w_u.double() + (0 if b_u is None else b_u))
+        unembed.by_columns(hidden, w_u, b_u, out, torch.tanh)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_nobody_who_looks_at_whole_logits_gets_a_row_of_them():
+    """Passes leave the unembedding out where that is faster, and not where a hook of the user would see it."""
+    bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
+    if not Readout(bridge).faster():
+        pytest.skip("the unembedding of this model is read as it is")
+    seen: list[torch.Size] = []
+    watched = {"the model": bridge, "the head": bridge.unembed, "the wrapped model": bridge.original_model}
+    for where, module in watched.items():
+        handle = module.register_forward_hook(lambda _module, _args, out: seen.append(getattr(out, "logits", out).shape))
+        try:
+            decoding.Decoder(bridge).feed(TOKENS)
+        finally:
+            handle.remove()
+        assert seen and seen[-1] == (*TOKENS.shape, zoo.D_VOCAB), where
+        seen.clear()
+    with torch.no_grad():
+        tll.run(bridge, TOKENS, [("unembed.hook_out", lambda x, hook: seen.append(x.shape))])
+        assert decoding.Decoder(bridge).feed(TOKENS).shape == seen[-1]

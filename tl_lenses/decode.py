@@ -189,8 +189,7 @@ class Chunk:
         self, logits: Float[Tensor, "chunk d_vocab"], name: str = ""
     ) -> tuple[Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]:
         """Log-probabilities and probabilities of some of `logits`; the next call with this name overwrites them."""
-        logp = S.log_probs(logits, self.rooms.like(f"logp {name}", logits))
-        return logp, torch.exp(logp, out=self.rooms.like(f"p {name}", logits))
+        return S.distribution(logits, (self.rooms.like(f"logp {name}", logits), self.rooms.like(f"p {name}", logits)))
 
 
 def read_run(
@@ -273,8 +272,7 @@ def decode(
                     final = fixed.get("run", fixed["teacher"])[piece]
                     logits |= {i: dict.fromkeys(decoders, final) for i in of_model}
                 teacher = fixed["teacher"][piece]
-                logp = S.log_probs(teacher, rooms.like("teacher", teacher))
-                p = torch.exp(logp, out=rooms.like("teacher's p", teacher))
+                logp, p = S.distribution(teacher, (rooms.like("teacher", teacher), rooms.like("teacher's p", teacher)))
                 whole = slice(part.start + piece.start, part.start + piece.stop)
                 yield Chunk(whole, at[piece], logits, logp, p, number == 0, rooms)
 

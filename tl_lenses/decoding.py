@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tl_lenses.model import LensModel, device_of, forward, has_left_pads, lock_of, near, probe_tokens, without_hooks
 from tl_lenses.tokens import Batch
+from tl_lenses.unembed import Readout
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Decoder:
         if use_cache and not self.use_cache:
             _warn_uncached(model, "does not give what a whole pass gives")
         self.handed = None if not self.use_cache or self.takes_own_cache else _Handed.of(model)
+        self.readout = _faster_readout(model)
 
     def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """Run a prompt, padded or not."""
@@ -182,6 +184,17 @@ class Decoder:
             _warn_uncached(self.model, "cannot lose rows that have finished")
 
     def _run(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
+        """A pass; its logits are the model's own, or made of its unembedding's input where that is faster."""
+        hidden: list[Tensor] = []
+        assert self.batch is not None
+        # A padded batch may run row by row, a pass each.
+        if last == 0 or self.readout is None or self.batch.attention_mask is not None:
+            return self._passed(tokens, last)
+        with self.readout.without_logits(hidden, rows=1):
+            logits = self._passed(tokens, last)
+        return self.readout.logits(hidden[0].flatten(0, 1)).unflatten(0, hidden[0].shape[:2]) if hidden else logits
+
+    def _passed(self, tokens: Int[Tensor, "batch new"], last: int | None) -> Float[Tensor, "rows returned d_vocab"]:
         assert self.batch is not None
         mask = self.batch.attention_mask
         kwargs = {} if last is None or last >= tokens.shape[1] else _fewer_logits(self.model, last)
@@ -346,6 +359,15 @@ def _drop_old_name(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @functools.cache
 def _parameters(forward_method: Any) -> frozenset[str]:
     return frozenset(inspect.signature(forward_method).parameters)
+
+
+def _faster_readout(model: LensModel) -> Readout | None:
+    """A readout whose logits of few rows take less time than the model's; None where there is none."""
+    try:
+        readout = Readout(model)
+    except ValueError:  # the model's logits are not what its unembedding gives
+        return None
+    return readout if readout.faster() else None
 
 
 def _fewer_logits(model: LensModel, last: int) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 # Bytes of one [positions, d_vocab] fp32 buffer. Up to nine are alive at a time; measured in benchmarks/trajectory.py.
 CHUNK_BYTES = 6 * 2**20
-# Bytes of comparisons of rows with tokens at a time.
-RANK_BYTES = 2 * 2**20
 # Neighbours in the vocabulary of which only the largest is compared with others, to find the likeliest tokens.
 GROUP = 64
 
@@ -59,6 +57,21 @@ def log_probs(
 ) -> Float[Tensor, "*pos d_vocab"]:
     """`log softmax(logits)` in fp32 (fp64 stays), written into `room` where one is given."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1, out=room)
+
+
+def distribution(
+    logits: Float[Tensor, "n d_vocab"], rooms: tuple[Float[Tensor, "n d_vocab"] | None, Float[Tensor, "n d_vocab"] | None] = (None, None)
+) -> tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]:  # fmt: skip
+    """`log_probs` and their exponentials, `z - max z + log max p` and `p = softmax z`, written into `rooms` where they are given.
+
+    One exponential a number, which is what takes time on a CPU; the largest of p is `1 / sum exp(z - max z)`. That sum is made
+    again: torch's adds one number after the other, and is 1e-5 off at 262,144 tokens.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    logp_room, p_room = rooms
+    p = torch.softmax(z, -1, out=p_room)
+    p /= p.sum(-1, keepdim=True)
+    return torch.sub(z, z.amax(-1, keepdim=True), out=logp_room).add_(p.amax(-1, keepdim=True).log()), p
 
 
 def expectation(
@@ -124,17 +137,14 @@ def rank(logits: Float[Tensor, "*pos d_vocab"], targets: Int[Tensor, "*pos"]) ->
 
 
 def ranks(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n k"], rooms: Rooms) -> Int[Tensor, "n k"]:
-    """`rank` of several tokens of each row, which stays in the processor's cache while it is compared with them: no more numbers than `logits` has."""
-    (n, d_vocab), k = logits.shape, targets.shape[1]
+    """`rank` of several tokens of each row, one comparison at a time: no more numbers than `logits` has."""
     picked = logits.gather(1, targets.clamp_min(0))
     larger = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    most = max(1, min(n, RANK_BYTES // (4 * d_vocab)))
     # Ones in fp32, exact up to 2^24 tokens: a sum of booleans takes three times as long.
-    room = rooms.rows("larger", most, d_vocab, torch.float32, logits.device)
-    for some in evenly(k, most):
-        for part in evenly(n, most // (some.stop - some.start)):
-            of = picked[part, some, None]
-            torch.sum(torch.gt(logits[part, None], of, out=room[: of.numel()].view(*of.shape[:2], -1)), -1, out=larger[part, some])
+    n, d_vocab = logits.shape
+    room = rooms.rows("larger", n, d_vocab, torch.float32, logits.device)
+    for i in range(targets.shape[1]):
+        torch.sum(torch.gt(logits, picked[:, i : i + 1], out=room), -1, out=larger[:, i])
     return torch.where(targets >= 0, larger.long() + 1, -1)
 
 

@@ -350,14 +350,22 @@ def _own_top(reading: Reading, readout: Readout, mask: Tensor) -> Int[Tensor, "b
     """The last `TRACKED` different top tokens of the run's own output in each row; -1 where there are fewer."""
     if mask.sum() > TRACKED_CELLS:
         return mask.new_empty(len(mask), 0, dtype=torch.long)
-    x, top = reading.output.x[mask.to(reading.output.x.device)], list[Tensor]()
-    w_u = readout.weights()[0]
-    for part in S.chunks(len(x), w_u.shape[1], most_rows(w_u)):
-        top.append(S.likeliest(readout.logits(x[part]) if reading.output.hidden else x[part]))
-    by_row = torch.cat(top).to(mask.device).split(mask.sum(1).tolist())
-    chosen = [list(dict.fromkeys(row.flip(0).tolist()))[:TRACKED] for row in by_row]
-    n = max(map(len, chosen))
-    return torch.tensor([[*ids, *[-1] * (n - len(ids))] for ids in chosen], device=mask.device)
+    output, most = reading.output, most_rows(readout.weights()[0])
+    chosen: list[dict[int, None]] = [{} for _ in mask]
+    places = [row.nonzero()[:, 0].tolist() for row in mask]
+    # From the end, some positions of every row at a time: each look is a product with the whole vocabulary, and most texts need few.
+    while wanting := [i for i, row in enumerate(places) if row and len(chosen[i]) < TRACKED]:
+        each = max(1, min(2 * TRACKED, most // len(wanting)))
+        last = {i: places[i][-each:] for i in wanting[:most]}
+        x = torch.cat([output.x[i, positions] for i, positions in last.items()])
+        top = S.likeliest(readout.logits(x) if output.hidden else x).tolist()
+        for i, positions in last.items():
+            found, top = top[: len(positions)], top[len(positions) :]
+            chosen[i] |= dict.fromkeys(reversed(found))
+            places[i] = places[i][: -len(positions)]
+    ids = [list(row)[:TRACKED] for row in chosen]
+    n = max(map(len, ids))
+    return torch.tensor([[*row, *[-1] * (n - len(row))] for row in ids], device=mask.device)
 
 
 def _named_ids(model: LensModel, track: Any, tokens: Tensor) -> Int[Tensor, "batch n"]:
