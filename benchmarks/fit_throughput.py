@@ -14,7 +14,7 @@ translators away from the identity. Leaves with 1 where the answer is wrong or, 
 missed: 3 times the tokens per second, a quarter of the memory.
 
 With `--model`, whole fits instead, start and looks included, of a pretrained model: the whole vocabulary, and the default, a sample of it; the
-default on stored states, whose capture is timed too; the closed form. `--recipes` runs some of them. Wall and processor seconds (beside other work only the second say much) and held-out KL.
+default on stored states, whose capture is timed too; the closed form. `--recipes` runs some of them, and the default with products in "float32" or "bfloat16", whatever the hardware has. Wall and processor seconds (beside other work only the second say much) and held-out KL.
 Leaves with 1 where the default ends more than SAME above the exact steps or above the closed form at a layer, or takes more than a
 fifth of the exact seconds (a tenth from 200,000 tokens of vocabulary).
 """
@@ -39,7 +39,10 @@ SIZES = {  # width, vocabulary, layers, heads, rows and columns of a batch
 }
 FASTER, LEANER = 3.0, 4.0
 SAME = 0.01  # of the held-out KL
-RECIPES: dict[str, dict[str, Any] | None] = {"exact": {"vocabulary": "exact"}, "default": {}, "stored": {}, "regression": None}
+RECIPES: dict[str, dict[str, Any] | None] = {
+    "exact": {"vocabulary": "exact"}, "default": {}, "stored": {}, "regression": None,
+    "float32": {"precision": "float32"}, "bfloat16": {"precision": "bfloat16"},
+}  # fmt: skip
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of a whole fit, in steps of 512")
     parser.add_argument("--heldout-tokens", type=int, default=2048)
     parser.add_argument("--text", nargs=2, help="two files to train on and to hold out; the lab's text by default")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="of whole fits")
+    parser.add_argument("--recipes", default="exact,default,stored,regression", help="of whole fits")
     parser.add_argument("--layers", type=lambda text: [int(x) for x in text.split(",")], help="of these alone")
     cases = ["ours", "reference", "muon", "answer", "time", "profile"]
     parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
