@@ -140,6 +140,14 @@ def test_check_compares_with_the_plain_model():
     assert any("not compared" in note for note in tll.check(bridge).notes)
 
 
+@pytest.mark.parametrize("head", list(HEADS))
+def test_modules_of_the_head_are_found_by_name(head):
+    bridge, _ = zoo.boot(HEADS[head]())
+    listed = unembed._modules(bridge)
+    names = unembed._head_of(bridge)
+    assert names and all(unembed._module(bridge, name) is listed[name] for name in names)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch,kind", zoo.cases(("gpt2", "bloom", "gptj"), zoo.FEW_KINDS))
 def test_logits_by_columns_round_as_the_module_does(arch, kind, dtype, monkeypatch):
