@@ -80,6 +80,16 @@ def test_a_pass_without_the_unembedding_gives_the_models_logits(name):
     torch.testing.assert_close(*ways, atol=1e-4, rtol=1e-4)
 
 
+def test_gradients_go_through_a_decoders_pass():
+    bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
+    seen = []
+    keep = lambda x, hook: seen.append(x.detach().requires_grad_()) or seen[-1]
+    decoder = Decoder(bridge, use_cache=False)
+    with bridge.hooks(fwd_hooks=[("blocks.1.hook_in", keep)]):
+        decoder.feed(TOKENS)[:, -1].max(-1).values.sum().backward()
+    assert seen[0].grad.abs().sum() > 0
+
+
 def test_state_space_models_have_a_cache_though_it_cannot_count():
     bridge, _ = booted("mamba")
     decoder = Decoder(bridge)

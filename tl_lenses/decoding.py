@@ -187,8 +187,8 @@ class Decoder:
         """A pass; its logits are the model's own, or made of its unembedding's input where that is faster."""
         hidden: list[Tensor] = []
         assert self.batch is not None
-        # A padded batch may run row by row, a pass each.
-        if last == 0 or self.readout is None or self.batch.attention_mask is not None:
+        # A padded batch may run row by row, a pass each; a gradient goes through the model's own unembedding.
+        if last == 0 or self.readout is None or self.batch.attention_mask is not None or torch.is_grad_enabled():
             return self._passed(tokens, last)
         with self.readout.without_logits(hidden, rows=1):
             logits = self._passed(tokens, last)
