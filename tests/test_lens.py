@@ -193,6 +193,19 @@ def test_basis_in_half_precision_is_not_taken_from_a_large_entry(dtype):
         assert basis_of(zoo.build("gpt2", kind, dtype)) == ("raw" if kind == zoo.FEW_KINDS[0] else "centered")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lab-gpt2", "lab-gpt2-small"])
+def test_trained_models_have_one_basis_in_every_type(name, dtype):
+    """What the blocks of a trained model have written has a small mean: in half precision their raw stream was taken for a mixed one."""
+    model = tll.lab.load(name, dtype=dtype)
+    assert basis_of(model) == "raw"
+    maps = zoo.random_maps(model, basis="raw", fingerprint=fingerprint(tll.lab.load(name)), model_dtype="float32")
+    assert tll.Lens(model, maps).translators.basis == "raw"  # a lens of the float32 model
+    if zoo.HAS_BRIDGE:
+        model.enable_compatibility_mode(disable_warnings=True)
+        assert basis_of(model) == "centered"
+
+
 def test_a_stream_that_is_centred_behind_its_embedding_alone_takes_no_map_that_reads_a_mean():
     """BLOOM has a norm with a bias behind its embedding: processed, it is neither raw nor centred, and maps said other things there."""
     raw, mixed = (zoo.build("bloom", kind) for kind in zoo.FEW_KINDS)
