@@ -121,7 +121,10 @@ def _size(numbers: Mapping[str, Any]) -> str:
     if isinstance(n, Mapping):
         n = " and ".join(f"{count:,} tokens" if name == "" else f"{count:,} ({name})" for name, count in n.items())
     layers = numbers.get("layers") or numbers.get("blocks")
-    return f"n = {n}" + (f", layers {', '.join(map(str, layers))}" if layers and len(layers) < 7 else f", {len(layers)} layers" if layers else "")  # fmt: skip
+    parts = [f"n = {n}"] if n else []
+    if layers:
+        parts.append(f"layers {', '.join(map(str, layers))}" if len(layers) < 7 else f"{len(layers)} layers")
+    return ", ".join(parts) or "all"
 
 
 def said(results: Results) -> str:
