@@ -255,7 +255,7 @@ def _row_by_row(model: LensModel, batch: Batch, return_type: str | None) -> Tens
     assert mask is not None
     if hooked(model) or return_type != "logits":
         raise RuntimeError(
-            f"{name_of(model)!r} reads pads on the left as text, so padded rows run one by one, which hooks and return_type="
+            f"{name_of(model)!r} reads pads on the left as text, or overflows beside them, so padded rows run one by one, which hooks and return_type="
             f"{return_type!r} do not allow: pass one prompt at a time, or prompts of the same length"
         )
     rows = [model(ids[real][None], return_type=return_type)[0] for ids, real in zip(tokens, mask.bool(), strict=True)]  # type: ignore[operator]
