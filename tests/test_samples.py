@@ -35,7 +35,8 @@ def test_first_tokens_are_drawn_from_the_exact_distribution(model):
 
 
 def test_samples_of_a_cell_do_not_depend_on_its_batch(model):
-    of = lambda **how: tll.patchscope(model, ["the cat", "a dog"], TARGET, n_samples=6, **DRAW, **how)
+    # a draw of seed 0 is 3e-9 from the boundary of two tokens, which is less than the round-off of a batch
+    of = lambda seed=2, **how: tll.patchscope(model, ["the cat", "a dog"], TARGET, n_samples=6, seed=seed, **DRAW, **how)
     together, alone, naive = of(), of(batch_size=1), of(share=False)
     assert together.samples == alone.samples == naive.samples
     assert len(together.samples) == 2 and len(together.samples[0]) == 2 and len(together.samples[0][0]) == 6
