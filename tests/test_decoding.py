@@ -14,6 +14,7 @@ from tl_lenses import decoding
 from tl_lenses import model as model_module
 from tl_lenses.decoding import Decoder, abilities_of
 from tl_lenses.tokens import Batch
+from tl_lenses.unembed import Readout
 
 if not zoo.HAS_BRIDGE:
     pytest.skip("a HookedTransformer has one kind of cache, tested in test_hooks.py", allow_module_level=True)
@@ -68,9 +69,8 @@ def test_a_pass_without_the_unembedding_gives_the_models_logits(name):
     """`Decoder` makes logits of the unembedding's input where that is faster."""
     bridge, _ = booted(name)
     ways = []
-    for readout in (decoding.Readout(bridge), None):
-        decoder = Decoder(bridge)
-        decoder.readout = readout
+    for readout in (Readout(bridge), None):
+        decoder = Decoder(bridge, readout=readout)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             ways.append(
@@ -84,7 +84,7 @@ def test_gradients_go_through_a_decoders_pass():
     bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
     seen = []
     keep = lambda x, hook: seen.append(x.detach().requires_grad_()) or seen[-1]
-    decoder = Decoder(bridge, use_cache=False)
+    decoder = Decoder(bridge, use_cache=False, readout=Readout(bridge))
     with bridge.hooks(fwd_hooks=[("blocks.1.hook_in", keep)]):
         decoder.feed(TOKENS)[:, -1].max(-1).values.sum().backward()
     assert seen[0].grad.abs().sum() > 0

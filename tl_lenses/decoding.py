@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from tl_lenses.model import LensModel, device_of, forward, has_left_pads, lock_of, near, probe_tokens, without_hooks
 from tl_lenses.tokens import Batch
-from tl_lenses.unembed import Readout
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,18 @@ class Abilities:
 _ABILITIES: WeakKeyDictionary[Any, Abilities] = WeakKeyDictionary()
 
 
+class Readout(Protocol):
+    """What a decoder asks of `unembed.Readout`."""
+
+    def without_logits(self, into: list[Tensor], *, rows: int | None) -> contextlib.AbstractContextManager[None]:
+        """Store the unembedding's input of passes made inside the block."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n d_vocab"]:
+        """What the unembedding gives of it."""
+        ...
+
+
 class Decoder:
     """Decoding one forward pass at a time, with or without a key-value cache that rows of a batch can share.
 
@@ -45,10 +56,11 @@ class Decoder:
     ones only. `repeated(n)` continues n copies of a single row, `select(rows)` some of the rows, `cut(row, n)` the first n
     columns of one row.
 
-    A model whose cache does not give what a whole pass gives runs whole sequences, with one warning.
+    A model whose cache does not give what a whole pass gives runs whole sequences, with one warning. With a readout (of
+    `unembed.faster_readout`) logits of few rows take less time.
     """
 
-    def __init__(self, model: LensModel, *, use_cache: bool = True):
+    def __init__(self, model: LensModel, *, use_cache: bool = True, readout: Readout | None = None):
         self.model = model
         self.batch: Batch | None = None
         self.cache: Any = None
@@ -60,7 +72,7 @@ class Decoder:
         if use_cache and not self.use_cache:
             _warn_uncached(model, "does not give what a whole pass gives")
         self.handed = None if not self.use_cache or self.takes_own_cache else _Handed.of(model)
-        self.readout = _faster_readout(model)
+        self.readout = readout
 
     def start(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """Run a prompt, padded or not."""
@@ -184,7 +196,7 @@ class Decoder:
             _warn_uncached(self.model, "cannot lose rows that have finished")
 
     def _run(self, tokens: Int[Tensor, "batch new"], last: int | None = None) -> Float[Tensor, "rows returned d_vocab"]:
-        """A pass; its logits are the model's own, or made of its unembedding's input where that is faster."""
+        """A pass; its logits are the model's own, or made of its unembedding's input by the readout."""
         hidden: list[Tensor] = []
         assert self.batch is not None
         # A padded batch may run row by row, a pass each; a gradient goes through the model's own unembedding.
@@ -359,15 +371,6 @@ def _drop_old_name(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @functools.cache
 def _parameters(forward_method: Any) -> frozenset[str]:
     return frozenset(inspect.signature(forward_method).parameters)
-
-
-def _faster_readout(model: LensModel) -> Readout | None:
-    """A readout whose logits of few rows take less time than the model's; None where there is none."""
-    try:
-        readout = Readout(model)
-    except ValueError:  # the model's logits are not what its unembedding gives
-        return None
-    return readout if readout.faster() else None
 
 
 def _fewer_logits(model: LensModel, last: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tl_lenses.effects import check_edits
 from tl_lenses.layers import LayerOrSite, as_layer, resolved
 from tl_lenses.model import LensModel, Prompt, eos_ids, forward, lock_of, n_layers, prepare
 from tl_lenses.sites import check_names, per_row, site
+from tl_lenses.unembed import faster_readout
 
 Hook = tuple[Any, Callable[..., Any]]
 Edit = Callable[[Tensor], Tensor]
@@ -395,7 +396,7 @@ def generate(
         )
     ends = torch.tensor(eos_ids(model) if stop_at_eos else [], dtype=torch.long, device=batch.tokens.device)
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(model, use_cache=use_cache)
+    decoder = Decoder(model, use_cache=use_cache, readout=faster_readout(model))
     sequence = batch.tokens
     done = torch.zeros(len(sequence), dtype=torch.bool, device=sequence.device)
     with torch.no_grad(), installed(model, hooks):

@@ -25,6 +25,7 @@ from tl_lenses.patchscopes.continuation import Continuation
 from tl_lenses.patchscopes.joining import joinable, run_joining
 from tl_lenses.patchscopes.targets import Prompt
 from tl_lenses.stats import log_probs
+from tl_lenses.unembed import faster_readout
 
 # Memory of one batch of cells, and the number of rows beyond which a batch gets no faster.
 _BATCH_BYTES, _MOST_ROWS = 256 * 2**20, 512
@@ -116,7 +117,7 @@ def why_not_shared(model: LensModel, prompt: Prompt, target_hooks: Sequence[Hook
 
 def prefix(model: LensModel, prompt: Prompt) -> Decoder | None:
     """The keys and values before the first patched position, or None where the model's cache cannot be shared."""
-    decoder, n = Decoder(model), min(prompt.place)
+    decoder, n = Decoder(model, readout=faster_readout(model)), min(prompt.place)
     with installed(model, _soft(prompt, 0, n)), marked(0, n):
         decoder.feed(prompt.tokens[:, :n], last=0)
     return decoder if decoder.shareable() else None
@@ -207,7 +208,8 @@ def _rows_from_the_start(target: TargetRun, rows: _Rows) -> Iterator[tuple[Tenso
     if target.isolate:
         hooks += _isolated(rows, target.prompt.place, target.n_shared)
     if target.start is None:
-        decoder = Decoder(model, use_cache=target.use_cache and target.continuation.max_new_tokens > 1)
+        use_cache = target.use_cache and target.continuation.max_new_tokens > 1
+        decoder = Decoder(model, use_cache=use_cache, readout=faster_readout(model))
     else:
         decoder = target.start.repeated(n_rows)
     with installed(model, hooks):
