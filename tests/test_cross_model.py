@@ -1,6 +1,5 @@
 """Maps between layers and between models: the numbers are numpy's, one pass is enough, and what does not fit is refused."""
 
-import copy
 import json
 
 import numpy as np
@@ -94,7 +93,7 @@ def test_a_map_between_affine_states_is_found_exactly():
 
 
 def test_the_control_counts_where_the_models_agree():
-    near, twin = copy.deepcopy(small()), copy.deepcopy(small())
+    near, twin = zoo.copied(small()), zoo.copied(small())
     with torch.no_grad():
         for i, parameter in enumerate(near.parameters()):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -201,7 +200,7 @@ def test_layers_are_those_of_their_model(maps):
     with pytest.raises(KeyError, match="no layer 5: targets of these translators are layers 0..4"):
         maps[1, 5]
     # between models of one width and depth, too, a layer and its namesake are two places
-    twin = tll.fit_regression(other(), TOKENS, to=copy.deepcopy(other()), pairs=[(1, 1), (3, 2)])
+    twin = tll.fit_regression(other(), TOKENS, to=zoo.copied(other()), pairs=[(1, 1), (3, 2)])
     assert (2, 2) not in twin and not torch.equal(twin[3].weight, torch.eye(32))
     assert twin.meta["settings"]["toward"] == "zero"  # two models share no axes
     chosen = maps.select([(1, 2), 0])
@@ -275,7 +274,7 @@ def test_both_models_are_left_as_they_were():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
 def test_models_on_two_devices(maps):
-    far = tll.fit_regression(small(), TOKENS, to=copy.deepcopy(big()).to("cuda"), pairs=PAIRS)
+    far = tll.fit_regression(small(), TOKENS, to=zoo.copied(big()).to("cuda"), pairs=PAIRS)
     assert far.delta.device.type == "cpu" and torch.allclose(far.weights, maps.weights, atol=1e-3)
 
 
@@ -346,7 +345,7 @@ def test_refusals(case, unchecked):
 
 
 def test_models_in_train_mode_are_refused():
-    trained = copy.deepcopy(big()).train()
+    trained = zoo.copied(big()).train()
     with pytest.raises(ValueError, match="train mode, so a fit would see dropout"):
         tll.fit_regression(small(), TOKENS, to=trained)
 
@@ -371,7 +370,7 @@ def shuffled(folder):
 
 
 def test_tokenizers_that_differ_are_refused(tmp_path):
-    ours, theirs = small(), copy.deepcopy(big())
+    ours, theirs = small(), zoo.copied(big())
     assert check_tokenizers(ours, theirs)
     theirs.tokenizer = shuffled(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -384,14 +383,14 @@ def test_tokenizers_that_differ_are_refused(tmp_path):
 
 
 def test_added_special_tokens_are_no_difference():
-    theirs = copy.deepcopy(big())
+    theirs = zoo.copied(big())
     theirs.tokenizer = zoo.tokenizer()
     theirs.tokenizer.add_special_tokens({"additional_special_tokens": ["<|chat|>"]})
     assert check_tokenizers(small(), theirs) and check_tokenizers(theirs, small())
 
 
 def test_a_model_without_a_tokenizer_is_not_compared():
-    theirs = copy.deepcopy(big())
+    theirs = zoo.copied(big())
     theirs.tokenizer = None
     assert tll.fit_regression(small(), TOKENS, to=theirs, pairs=[(1, 1)]).meta["to"]["tokenizer"] == "not compared"
     theirs.cfg.d_vocab = 321
@@ -401,16 +400,16 @@ def test_a_model_without_a_tokenizer_is_not_compared():
 
 def test_check_pair_takes_the_models_fitted(maps):
     check_pair(maps, small(), big())
-    check_pair(maps, copy.deepcopy(small()), big(), pairs=PAIRS)
+    check_pair(maps, zoo.copied(small()), big(), pairs=PAIRS)
     within = tll.fit_regression(other(), TOKENS, pairs=[(0, 2)])
     check_pair(within, other())
-    check_pair(within, other(), copy.deepcopy(other()), pairs=[(0, 2)])  # the same model, loaded twice
+    check_pair(within, other(), zoo.copied(other()), pairs=[(0, 2)])  # the same model, loaded twice
     check_pair(tll.Translators([(s, t) for s, t in maps.rows], maps.weights, maps.biases, n_layers=3), small(), big())
 
 
 def _stranger(model):
     """The same shape with another unembedding."""
-    model = copy.deepcopy(model)
+    model = zoo.copied(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if zoo.D_VOCAB in parameter.shape and parameter.ndim == 2:

@@ -1,6 +1,5 @@
 """The contract that every fitter keeps, on a model whose truth is known exactly; and the tuned lens' own promises."""
 
-import copy
 import functools
 
 import numpy as np
@@ -510,7 +509,7 @@ def test_a_checkpoint_refuses_another_text(model, name, tmp_path):
 @each_fitter
 def test_a_checkpoint_refuses_another_model(model, name, tmp_path):
     _noted(name, tmp_path, model, {"data": "a.txt"})
-    other = copy.deepcopy(model)
+    other = zoo.copied(model)
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(1.3)

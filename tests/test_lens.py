@@ -291,9 +291,8 @@ def test_translators_of_another_model_are_refused():
 
 
 def test_a_model_in_train_mode_is_refused():
-    import copy
 
-    model = copy.deepcopy(zoo.build("gpt2", zoo.KINDS[0]))
+    model = zoo.copied(zoo.build("gpt2", zoo.KINDS[0]))
     model.train()
     for call in (
         lambda: tll.Lens(model),

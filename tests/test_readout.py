@@ -93,7 +93,7 @@ def test_norms_come_before_casts(arch):
     """A lens makes fp32 residuals of a bf16 model; rounding them before the norm costs what the map has gained."""
     half, full = (
         zoo.build(arch, zoo.FEW_KINDS[0], torch.bfloat16),
-        copy.deepcopy(zoo.build(arch, zoo.FEW_KINDS[0], torch.bfloat16)).float(),
+        zoo.copied(zoo.build(arch, zoo.FEW_KINDS[0], torch.bfloat16)).float(),
     )
     resid = 3 + torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

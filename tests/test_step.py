@@ -1,6 +1,5 @@
 """The step of tuned-lens training: products in bf16, a teacher made chunk by chunk, a layer's own positions; against autograd."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -190,7 +189,7 @@ def test_memory_of_a_step_does_not_grow_with_a_smaller_share(model, monkeypatch)
 
 
 def test_cross_entropy_of_a_float64_model_with_a_bias():
-    model = copy.deepcopy(zoo.build("phi", KIND)).double()
+    model = zoo.copied(zoo.build("phi", KIND)).double()
     model.cfg.dtype = torch.float64  # HookedTransformer's norms cast to it
     tokens = zoo.tokens(2, 8)
     step = _step(model, tokens, loss="ce")

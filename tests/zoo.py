@@ -221,6 +221,13 @@ def boot(config: Any, dtype: torch.dtype = torch.float32, *, family: str = "Auto
     return bridge.eval(), plain
 
 
+def copied(model: Any) -> Any:
+    """A copy. Attention of a bridge keeps the pattern of its last pass, which can be copied after one without gradients."""
+    with torch.no_grad():
+        model(tokens(1, 4))
+    return copy.deepcopy(model)
+
+
 def tokens(batch: int = 2, pos: int = 12, *, seed: int = 1) -> Tensor:
     """Random token ids [batch, pos], special tokens left out."""
     return torch.randint(PAD + 1, D_VOCAB, (batch, pos), generator=torch.Generator().manual_seed(seed))
