@@ -291,7 +291,6 @@ def test_translators_of_another_model_are_refused():
 
 
 def test_a_model_in_train_mode_is_refused():
-
     model = zoo.copied(zoo.build("gpt2", zoo.KINDS[0]))
     model.train()
     for call in (

@@ -272,7 +272,7 @@ def test_a_page_of_real_results(model, tmp_path):
     [
         ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
         ("C:\\models\\my-model", "my-model"),
-        ("/tmp/run/7/", "7"),
+        ("runs/of-today/7/", "7"),
         ("gpt2", "gpt2"),
     ],
 )

@@ -121,15 +121,6 @@ def test_the_largest_are_those_of_topk_over_borders_of_groups_and_with_ties(d_vo
             assert torch.equal(x.gather(-1, S.likeliest(x)[:, None])[:, 0], x.amax(-1))
 
 
-@pytest.mark.parametrize("shift", [0.0, -100.0])
-def test_distributions_of_a_large_vocabulary_in_fp32_are_those_of_float64(shift):
-    z = 3 * torch.randn(4, 262_144, generator=torch.Generator().manual_seed(0)) + shift
-    expected, (logp, p) = z.double().log_softmax(-1), S.distribution(z)
-    assert torch.allclose(logp.double(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(p.double(), expected.exp(), rtol=2e-6, atol=0)
-    assert torch.allclose(S.entropy(logp, p).double(), S.entropy(expected), rtol=1e-6, atol=1e-6)
-
-
 def test_tokens_outside_a_padded_vocabulary_have_no_probability():
     z = torch.cat([torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), -torch.inf)], 1)
     logp, p = S.distribution(z)

@@ -182,19 +182,24 @@ def test_turned_products_are_the_product(n, bias):
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_nobody_who_looks_at_whole_logits_gets_a_row_of_them():
+@torch.no_grad()
+def test_nobody_who_looks_at_whole_logits_gets_a_row_of_them(monkeypatch):
     """Passes leave the unembedding out where that is faster, and not where a hook of the user would see it."""
     bridge, _ = zoo.boot(zoo.CONFIGS["llama"]())
     seen: list[torch.Size] = []
-    watched = {"the model": bridge, "the head": bridge.unembed, "the wrapped model": bridge.original_model}
-    for where, module in watched.items():
-        handle = module.register_forward_hook(lambda _module, _args, out: seen.append(getattr(out, "logits", out).shape))
-        try:
-            decoding.Decoder(bridge, readout=Readout(bridge)).feed(TOKENS)
-        finally:
-            handle.remove()
-        assert seen and seen[-1] == (*TOKENS.shape, zoo.D_VOCAB), where
-        seen.clear()
-    with torch.no_grad():
-        tll.run(bridge, TOKENS, [("unembed.hook_out", lambda x, hook: seen.append(x.shape))])
-        assert decoding.Decoder(bridge, readout=Readout(bridge)).feed(TOKENS).shape == seen[-1]
+    note = lambda _module, _args, out: seen.append(getattr(out, "logits", out).shape)
+    decode = lambda: decoding.Decoder(bridge, readout=Readout(bridge)).feed(TOKENS)
+    for where, module in {"the model": bridge, "the head": bridge.unembed, "the wrapped model": bridge.original_model}.items():
+        handle = module.register_forward_hook(note)
+        decode()
+        handle.remove()
+        assert seen.pop() == (*TOKENS.shape, zoo.D_VOCAB), where
+    with bridge.hooks(fwd_hooks=[("unembed.hook_out", lambda x, hook: seen.append(x.shape))]):
+        decode()
+    assert seen.pop() == (*TOKENS.shape, zoo.D_VOCAB)
+    decode()
+    seen.clear()
+    head, decoder = bridge.unembed.original_component, decoding.Decoder(bridge, readout=Readout(bridge))
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda x, *args, **kwargs: seen.append(x.shape) or plain(x, *args, **kwargs))
+    assert decoder.feed(TOKENS).shape == (*TOKENS.shape, zoo.D_VOCAB) and seen == [(1, 1, zoo.D_MODEL)]  # where nobody looks

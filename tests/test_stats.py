@@ -73,6 +73,24 @@ def test_padded_vocabularies():
     assert S.kl(logp, logp).item() == 0.0 and S.entropy(logp).isfinite().all() and S.js(logp, logp).abs().item() < 1e-7
 
 
+@pytest.mark.parametrize("shift", [0.0, -100.0])
+def test_distributions_of_a_large_vocabulary_in_fp32_are_those_of_float64(shift):
+    z = 3 * torch.randn(4, 262_144, generator=torch.Generator().manual_seed(0)) + shift
+    expected, (logp, p) = z.double().log_softmax(-1), S.distribution(z)
+    for got in (logp, S.log_probs(z)):
+        assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6)
+    for got in (p, S.probs(z)):
+        assert torch.allclose(got.double(), expected.exp(), rtol=2e-6, atol=0)
+    assert torch.allclose(S.top_k(z, 9)[1].double(), expected.exp().topk(9).values, rtol=2e-6, atol=0)
+    assert torch.allclose(S.entropy(logp, p).double(), S.entropy(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_log_probabilities_have_the_gradient_of_a_softmax():
+    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    got, expected = (torch.autograd.grad(f(z)[:, 7].sum(), z)[0] for f in (S.log_probs, lambda z: z.log_softmax(-1)))
+    assert torch.allclose(got, expected, atol=1e-7)
+
+
 def test_the_top_k_of_a_small_vocabulary_are_all_of_it_in_order():
     ids, probs = S.top_k(P, 10)
     assert ids.shape == (2, 4) and ids[0, 0] == 0 and (probs.diff(dim=-1) <= 0).all()

@@ -398,6 +398,14 @@ def test_by_default_the_models_own_top_tokens_are_tracked(model):
         own = [i for i in traj.top_ids[-1, b, :, 0].flip(0).tolist() if i >= 0]
         assert [i for i in traj.tracked.ids[b].tolist() if i >= 0] == list(dict.fromkeys(own))[:8]
     assert (traj.tracked.ranks[:, 1, :4] == -1).all()
+    # A row that ends with the same token again and again has its others further in front.
+    tokens = torch.cat([zoo.tokens(2, 12), zoo.tokens(2, 1).expand(-1, 40)], 1)
+    traj = tll.trajectory(model, tll.Lens(model), tokens)
+    own = [list(dict.fromkeys(row.flip(0).tolist()))[:8] for row in traj.top_ids[-1, :, :, 0]]
+    assert [[i for i in row if i >= 0] for row in traj.tracked.ids.tolist()] == own
+    assert any(
+        len(set(row[-16:].tolist())) < min(8, len(set(row.tolist()))) for row in traj.top_ids[-1, :, :, 0]
+    )  # one look is not enough
     assert tll.trajectory(model, tll.Lens(model), tokens, track=()).tracked is None
     assert tll.trajectory(model, tll.Lens(model), zoo.tokens(60, 20)).tracked is None  # over 1,024 tokens
     with pytest.raises(ValueError, match=r"track=.* is 4 tokens, expected one"):

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_lenses import stats as S
 from tl_lenses.checks import one_of
 from tl_lenses.decode import batches_to_read, decode, read_run
 from tl_lenses.layers import LayerOrSite
@@ -101,8 +100,8 @@ def marginals(
         for chunk in decode(read_run(model, batch, rows, (), used), decoders, readout):
             for i, by_name in chunk.logits.items():
                 for name, logits in by_name.items():
-                    logp = S.log_probs(logits)
-                    parts = torch.stack([logp.sum(0), logp.square().sum(0), logp.exp().sum(0)]).double()
+                    logp, p = chunk.distribution(logits)
+                    parts = torch.stack([logp.sum(0), logp.square().sum(0), p.sum(0)]).double()
                     sums[name, rows[i]] = parts + sums.get((name, rows[i]), 0.0)
     if n < 2:
         raise ValueError(f"a spread is over positions of the text, and there are {n}: give two at least")

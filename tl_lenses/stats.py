@@ -52,26 +52,33 @@ class Rooms:
         return self.rows(name, n, width, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
 
-def log_probs(
+def log_probs(logits: Float[Tensor, "*pos d_vocab"]) -> Float[Tensor, "*pos d_vocab"]:
+    """`log softmax(logits)` in fp32 (fp64 stays).
+
+    The sum of exponentials is made again: torch's adds one after the other, and is 1e-5 off at 262,144 tokens.
+    """
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return logp - logp.detach().exp().sum(-1, keepdim=True).log()
+
+
+def probs(
     logits: Float[Tensor, "*pos d_vocab"], room: Float[Tensor, "*pos d_vocab"] | None = None
 ) -> Float[Tensor, "*pos d_vocab"]:
-    """`log softmax(logits)` in fp32 (fp64 stays), written into `room` where one is given."""
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1, out=room)
+    """`softmax(logits)`, as exact as `log_probs`, without a gradient; written into `room` where one is given."""
+    z = logits.detach()
+    p = torch.softmax(z if z.dtype == torch.float64 else z.float(), -1, out=room)
+    return p.div_(p.sum(-1, keepdim=True))
 
 
 def distribution(
     logits: Float[Tensor, "n d_vocab"], rooms: tuple[Float[Tensor, "n d_vocab"] | None, Float[Tensor, "n d_vocab"] | None] = (None, None)
 ) -> tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]:  # fmt: skip
-    """`log_probs` and their exponentials, `z - max z + log max p` and `p = softmax z`, written into `rooms` where they are given.
+    """`log_probs` and `probs`, `p = softmax z` and `log p = z - max z + log max p`, written into `rooms` where they are given.
 
-    One exponential a number, which is what takes time on a CPU; the largest of p is `1 / sum exp(z - max z)`. That sum is made
-    again: torch's adds one number after the other, and is 1e-5 off at 262,144 tokens.
+    One exponential a number, which is what takes time on a CPU; the largest of p is `1 / sum exp(z - max z)`.
     """
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    logp_room, p_room = rooms
-    p = torch.softmax(z, -1, out=p_room)
-    p /= p.sum(-1, keepdim=True)
-    return torch.sub(z, z.amax(-1, keepdim=True), out=logp_room).add_(p.amax(-1, keepdim=True).log()), p
+    z, p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), probs(logits, rooms[1])
+    return torch.sub(z, z.amax(-1, keepdim=True), out=rooms[0]).add_(p.amax(-1, keepdim=True).log()), p
 
 
 def expectation(
@@ -148,10 +155,12 @@ def ranks(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n k"], rooms
     return torch.where(targets >= 0, larger.long() + 1, -1)
 
 
-def top_k(logp: Float[Tensor, "*pos d_vocab"], k: int) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:
-    """Ids and probabilities of the k likeliest tokens, best first."""
-    ids, values = largest(logp, min(k, logp.shape[-1]))
-    return ids, values.exp()
+def top_k(
+    logits: Float[Tensor, "*pos d_vocab"], k: int, room: Float[Tensor, "*pos d_vocab"] | None = None
+) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:
+    """Ids and probabilities of the k likeliest tokens, best first. `room` is overwritten."""
+    ids, _ = largest(logits, min(k, logits.shape[-1]))
+    return ids, probs(logits, room).gather(-1, ids)
 
 
 def largest(x: Float[Tensor, "*pos d_vocab"], k: int) -> tuple[Int[Tensor, "*pos k"], Float[Tensor, "*pos k"]]:

@@ -140,10 +140,6 @@ class Readout:
         out = hidden.new_empty(len(hidden), w_u.shape[1]) if room is None else room[: len(hidden)]
         return by_columns(hidden, w_u, b_u, out, self.transform)
 
-    def faster(self) -> bool:
-        """Whether `logits` of few rows take less time than the model's own."""
-        return _turned(self.weights()[0]) and _cuts(self)
-
     @property
     def dtype(self) -> torch.dtype:
         """Type of the unembedding's weights, to which normed residuals are cast."""
@@ -167,7 +163,7 @@ def faster_readout(model: LensModel) -> Readout | None:
         readout = Readout(model)
     except ValueError:  # the model's logits are not what its unembedding gives
         return None
-    return readout if readout.faster() else None
+    return readout if _turned(readout.weights()[0]) and _cuts(readout) else None
 
 
 def by_columns(

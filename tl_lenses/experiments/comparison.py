@@ -262,7 +262,8 @@ def compare(
     for batch, used in batches_to_read(model, text, skip_first, "the unigram guess", show_progress):
         of_guess.start(len(batch.tokens))
         for chunk, places in _chunks(model, batch, used, [], decoders):
-            of_guess.add_lens(UNIGRAM, chunk, guess.to(chunk.p).expand_as(chunk.p), places)
+            logp = guess.to(chunk.p).expand_as(chunk.p)
+            of_guess.add_lens(UNIGRAM, chunk, (logp, logp.exp()), places)
     unspoken = used_by = None
     if items is not None:
         unspoken = intermediates(model, subject.lenses, items, layers=subject.layers, said=said, seed=seed, show_progress=show_progress)  # fmt: skip
@@ -321,11 +322,14 @@ class _Sums:
             self._add_marginal(None, chunk.p, places.row)
         for i, by_name in chunk.logits.items():
             for name, logits in by_name.items():
-                self.add_lens((name, i), chunk, S.log_probs(logits), places)
+                self.add_lens((name, i), chunk, chunk.distribution(logits), places)
 
-    def add_lens(self, key: Any, chunk: Chunk, logp: Float[Tensor, "n d_vocab"], places: _Places) -> None:
-        """What one lens says there."""
-        p, best, scored = logp.exp(), S.likeliest(logp), places.next >= 0
+    def add_lens(
+        self, key: Any, chunk: Chunk, said: tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]], places: _Places
+    ) -> None:
+        """What one lens says there, as log-probabilities and probabilities."""
+        (logp, p), scored = said, places.next >= 0
+        best = S.likeliest(logp)
         sure = p.amax(-1)
         numbers = torch.zeros(len(best), 3 + _BINS, dtype=torch.float64)
         numbers[:, 0] = S.kl(chunk.logp, logp, chunk.p).cpu()

@@ -273,6 +273,6 @@ def mode_of(texts: list[str]) -> int:
 def top_of(logits: Float[Tensor, "*cells d_vocab"], k: int = 10) -> tuple[Tensor, Tensor]:
     """Ids and probabilities of the k likeliest tokens; of few cells at a time, so that no distribution is as large as the logits."""
     rooms = S.Rooms()
-    found = [S.top_k(S.log_probs(part, rooms.like("logp", part)), k) for part in logits.split(8)]
+    found = [S.top_k(part, k, rooms.like("p", part)) for part in logits.split(8)]
     ids, probs = zip(*found, strict=True)
     return torch.cat(ids).cpu(), torch.cat(probs).cpu()
